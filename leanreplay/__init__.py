@@ -1,0 +1,72 @@
+"""leanreplay: replay buffers for continual learning in one memory-mapped HDF5 file. Imports neither torch nor h5py."""
+
+from __future__ import annotations
+
+from .buffers import (
+    DataBuffer,
+    GreedyClassBalancingBuffer,
+    ReservoirBuffer,
+    SlidingWindowBuffer,
+)
+from .buffers import open_buffer as open
+from .errors import (
+    ArgumentError,
+    CapacityWarning,
+    CorruptionError,
+    ExistsError,
+    FormatError,
+    LeanReplayError,
+    LockedError,
+    MismatchError,
+    MissingError,
+    ModeError,
+    RecoveryError,
+    RowError,
+    SchemaError,
+    StateError,
+    StorageError,
+)
+from .infinite import InfiniteBuffer
+from .policies import (
+    AppendPolicy,
+    GreedyClassBalancingPolicy,
+    Policy,
+    ReservoirPolicy,
+    SlidingWindowPolicy,
+)
+from .schema import Field, Schema
+from .store import Problem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AppendPolicy",
+    "ArgumentError",
+    "CapacityWarning",
+    "CorruptionError",
+    "DataBuffer",
+    "ExistsError",
+    "Field",
+    "FormatError",
+    "GreedyClassBalancingBuffer",
+    "GreedyClassBalancingPolicy",
+    "InfiniteBuffer",
+    "LeanReplayError",
+    "LockedError",
+    "MismatchError",
+    "MissingError",
+    "ModeError",
+    "Policy",
+    "Problem",
+    "RecoveryError",
+    "ReservoirBuffer",
+    "ReservoirPolicy",
+    "RowError",
+    "Schema",
+    "SchemaError",
+    "SlidingWindowBuffer",
+    "SlidingWindowPolicy",
+    "StateError",
+    "StorageError",
+    "open",
+]

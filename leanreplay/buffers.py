@@ -1,0 +1,1188 @@
+"""The public buffers: a store and a policy, and what samples look like on the way in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import os
+import threading
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from . import system
+from .create import plan_file
+from .errors import (
+    ArgumentError,
+    CapacityWarning,
+    ExistsError,
+    FormatError,
+    LeanReplayError,
+    MismatchError,
+    MissingError,
+    ModeError,
+    RowError,
+    SchemaError,
+    StateError,
+)
+from .format import MAX_STREAM, STREAM_BITS, Table
+from .keys import key_pair
+from .kernels import reservoir
+from .policies import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from .schema import Field, Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, metadata_field, to_numpy
+from .store import Problem, Store, empty_state
+
+Ints = npt.NDArray[np.int64]
+Fetch = Callable[[Ints], tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]]
+
+MODES = ("x", "a", "r+", "r", "w")
+_CHUNK = 1 << 16
+_KINDS: dict[str, type[DataBuffer]] = {}
+_BUFFERS: weakref.WeakSet[DataBuffer]
+
+
+class DataBuffer:
+    """Base class of all buffers: samples in one memory-mapped HDF5 file, or in shared memory.
+
+    A subclass names its policy; that is all an own buffer needs:
+
+    >>> import leanreplay
+    >>> class Coin(leanreplay.SlidingWindowPolicy):
+    ...     "Rejects every second sample."
+    ...     def plan(self, start, groups, rows, most):
+    ...         rows[:1] = -1
+    ...         return super().plan(start, groups, rows[:1], most) if start % 2 == 0 else 1
+    >>> class CoinBuffer(leanreplay.DataBuffer):
+    ...     policy_class = Coin
+    >>> buffer = CoinBuffer(10)
+    >>> buffer.add(np.arange(8))
+    >>> buffer.get_metadata("position")
+    array([0, 2, 4, 6])
+
+    Parameters
+    ----------
+    max_size: rows of the buffer, at least 1.
+    path: the file; None keeps the buffer in shared memory, with everything else the same.
+    seed: of all random choices, any integer of 128 bits; a new buffer takes 0.
+    stream: number of the stream that is fed, 0 to 32767, for several buffers that will be merged; a new buffer takes 0.
+    mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open for reading; "w" replace.
+        Parameters left at None are those of the file; others that differ from the file's are a MismatchError.
+    schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
+    transform, target_transform: called with the first and the second element of each sample (without a pair: with the whole
+        sample) whenever it is read, never when it is stored.
+    durable: make every commit survive a power cut, for about 4 ms a commit. Without it `flush` does that when called;
+        a killed process loses nothing either way.
+    restore_points: how many states that `state_dict` returned can be loaded again, at least 2. The newest ones count.
+
+    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each other.
+    """
+
+    policy_class: ClassVar[type[Policy]]
+    kind: ClassVar[str] = "DataBuffer"
+    _folder: ClassVar[bool] = False  # whether `path` is a folder of parts
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" not in cls.__dict__:
+            cls.kind = cls.__name__
+        _KINDS[cls.kind] = cls
+
+    def __init__(
+        self,
+        max_size: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        seed: int | None = None,
+        stream: int | None = None,
+        mode: str = "x",
+        schema: Schema | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        durable: bool = False,
+        restore_points: int = 2,
+    ) -> None:
+        if not hasattr(type(self), "policy_class"):
+            raise ArgumentError(f"{type(self).__name__} has no policy; set policy_class, or use one of its subclasses")
+        if mode not in MODES:
+            raise ArgumentError(f"mode is one of {MODES}, got {mode!r}")
+        if path is None and mode in ("r", "r+"):
+            raise ArgumentError(f"mode {mode!r} opens a file, but path is None; a buffer in memory is new: leave mode out")
+        if schema is not None and not isinstance(schema, Schema):
+            raise ArgumentError(f"schema is a leanreplay.Schema, for instance Schema.from_sample(sample), got {type(schema).__name__}")
+        self.max_size: int = 0
+        self._seed = _integer("seed", seed, -(2**127), 2**127 - 1)
+        self._stream = _integer("stream", stream, 0, MAX_STREAM)
+        self._max_size = _integer("max_size", max_size, 1, 2**40)
+        self.transform, self.target_transform = transform, target_transform
+        self._durable = bool(durable)
+        self._points = _integer("restore_points", restore_points, 2, 2**20) or 2
+        self.path = None if path is None else os.fspath(path)
+        self._where = None if self.path is None else os.path.abspath(self.path)
+        self._mode = mode
+        self._uuid = uuid.uuid4().hex
+        self._store: Any = None
+        self._lock_fd: int | None = None
+        self._draws: dict[str, int] = {}
+        self._draw_keys: dict[str, tuple[np.uint64, np.uint64]] = {}
+        self._marked = False
+        self._closed = False
+        self._start()
+        self._policy: Policy | None = None
+        self._policy_at = -1
+        try:
+            self._open(schema)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        """What a fork needs anew."""
+        self._lock = threading.RLock()
+        self._rows: Ints = np.empty(0, np.int64)
+        _BUFFERS.add(self)
+
+    # -- opening and closing -----------------------------------------------------------------------------------------
+
+    def _open(self, schema: Schema | None) -> None:
+        where, mode = self._where, self._mode
+        if where is not None and mode != "r":
+            with system.storage_errors(f"opening {self.path} for writing"):
+                self._lock_fd = system.lock(where)
+        exists = self._exists()
+        if mode == "x" and exists:
+            raise ExistsError(f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'")
+        if mode in ("r", "r+") and not exists:
+            raise MissingError(f"{self.path} does not exist; create it with mode='x' or 'a'")
+        if exists and mode != "w":
+            self._store = self._open_store()
+            self._adopt(schema)
+            return
+        if self._max_size is None:
+            raise ArgumentError("a new buffer needs max_size")
+        self.max_size = self._max_size
+        self._seed, self._stream = self._seed or 0, self._stream or 0
+        if schema is not None:
+            self._create(schema)
+
+    def _open_store(self) -> Any:
+        assert self._where is not None
+        return Store.open(
+            self._where, writable=self._mode != "r", durable=self._durable, points=self._points, name=self._where
+        )
+
+    def _adopt(self, schema: Schema | None) -> None:
+        """Take parameters from the file, after comparing those that were given."""
+        table: Table = self._store.table
+        given = {"max_size": self._max_size, "seed": self._seed, "stream": self._stream, **self._params_given()}
+        found = {"max_size": self._file_size(table), "seed": table.seed, "stream": table.stream, **table.params}
+        differing = [f"{k}={v!r} (file: {found.get(k)!r})" for k, v in given.items() if v is not None and v != found.get(k)]
+        if table.kind != self.kind:
+            differing.insert(0, f"{self.kind} (file: {table.kind})")
+        if schema is not None and schema != table.schema:
+            differing.append(f"schema={schema} (file: {table.schema})")
+        if differing:
+            raise MismatchError(f"{self.path} was created with other parameters: {', '.join(differing)}; leave them out, or use another path")
+        self.max_size, self._seed, self._stream, self._uuid = found["max_size"], table.seed, table.stream, table.uuid
+
+    def _exists(self) -> bool:
+        """Whether there is something to open."""
+        return self._where is not None and os.path.lexists(self._where)
+
+    def _params_given(self) -> dict[str, Any]:
+        """A subclass's own parameters, None where not given: they stand in the file, and are compared on opening."""
+        return {}
+
+    def _file_size(self, table: Table) -> Any:
+        return table.max_size
+
+    def _create(self, schema: Schema) -> None:
+        seed, stream = self._seed, self._stream
+        assert seed is not None and stream is not None
+        table, pieces = plan_file(self.kind, self._params_given(), self.max_size, seed, stream, schema, self._uuid)
+        if self._where is not None:
+            system.remove_temporaries(self._where)
+        self._store = Store.create(
+            self._where, table, pieces, replace=self._mode == "w", durable=self._durable, points=self._points
+        )
+        if self._marked:
+            self._store.mark()
+
+    def close(self) -> None:
+        """Close the file and release the writer's lock. Closing twice is fine; anything else afterwards is a ModeError."""
+        with self._lock:
+            self._closed = True
+            if self._store is not None:
+                self._store.close()
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+                self._lock_fd = None
+
+    def __enter__(self) -> DataBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Without this a forgotten buffer would hold its lock until the interpreter ends.
+        with contextlib.suppress(Exception):
+            if self._lock_fd is not None:
+                os.close(self._lock_fd)
+
+    def _become_reader(self) -> None:
+        """In a forked child: the parent goes on writing, so this copy reads, and must not hold the parent's lock."""
+        self._start()
+        if self._where is not None or self._store is not None:
+            self._mode = "r"
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __reduce__(self) -> Any:
+        options = {"transform": self.transform, "target_transform": self.target_transform}
+        if self._where is not None:
+            return _reopen, (type(self), self._where, self.path, options, self.max_size, dict(self._draws))
+        if self._store is None:
+            raise ModeError(
+                "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
+            )
+        return _reopen, (type(self), self._store.link, None, options, self.max_size, dict(self._draws))
+
+    def _require(self) -> Any:
+        """The store, its state settled; None while nothing was added to a new buffer."""
+        if self._closed:
+            raise ModeError(f"{self!r} is closed; open it again with leanreplay.open(path)")
+        store = self._store
+        if store is None:
+            if self._mode == "r" and self._exists():
+                self._store = store = self._open_store()
+                self._adopt(None)
+            else:
+                return None
+        if not store.writable:
+            if store.moved():
+                if self._where is None:
+                    raise ModeError("the buffer in memory was resized; send it to this process again")
+                self._store = self._open_store()
+                store.close()
+                store = self._store
+                self.max_size = self._file_size(store.table)
+        store.ready()
+        return store
+
+    def _require_writable(self) -> Any:
+        store = self._require()
+        if self._mode == "r":
+            raise ModeError(
+                f"{self.path or 'this buffer'} is open for reading only (mode 'r', or a forked or unpickled copy); "
+                "open it with mode='r+' in one process to write"
+            )
+        return store
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Samples that the buffer holds now."""
+        with self._lock:
+            store = self._require()
+            return 0 if store is None else int(store.size)
+
+    @property
+    def seen(self) -> int:
+        """Samples offered so far, kept or not: the position in the stream."""
+        with self._lock:
+            store = self._require()
+            return 0 if store is None else int(store.seen)
+
+    @property
+    def seed(self) -> int:
+        """Seed of all random choices."""
+        return self._seed or 0
+
+    @property
+    def stream(self) -> int:
+        """Number of the stream that is fed."""
+        return self._stream or 0
+
+    @property
+    def mode(self) -> str:
+        """The mode; "r" in forked and unpickled copies."""
+        return self._mode
+
+    @property
+    def schema(self) -> Schema | None:
+        """What a sample looks like; None before the first batch."""
+        with self._lock:
+            store = self._require()
+            return None if store is None else store.table.schema
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, or of shared memory."""
+        with self._lock:
+            store = self._require()
+            return 0 if store is None else int(store.table.file_size)
+
+    def __repr__(self) -> str:
+        where = f", {self.path!r}" if self.path is not None else ""
+        if self._closed:
+            return f"{type(self).__name__}({self.max_size}{where}, closed)"
+        try:
+            held, seen, schema = len(self), self.seen, self.schema
+        except LeanReplayError as error:
+            return f"{type(self).__name__}({self.max_size}{where}, {type(error).__name__})"
+        return f"{type(self).__name__}({self.max_size}{where}, seed={self.seed}, len={held}, seen={seen}, mode={self._mode!r}, {schema})"
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        batch: Any,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        group: Any = None,
+        at: int | None = None,
+    ) -> None:
+        """Offer a batch to the buffer, in order.
+
+        batch: the nested structure of a sample, each leaf an array or tensor (any device) of shape (n, ...).
+        metadata: name -> (n, ...) array, the same names with every batch. group: (n,) integers that class-balancing
+        buffers balance over, and that `index/group` holds; by default the second element of a pair, if that is an integer.
+        at: stream position of the first sample; samples that the buffer has already seen are skipped.
+
+        Costs a copy of the samples that stay, and about 3 ns for one that does not. A batch that does not fit the schema
+        is refused as a whole (SchemaError). An empty batch does nothing.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(2)
+        >>> buffer.add((np.zeros((3, 4)), np.array([0, 1, 2])))
+        >>> len(buffer), buffer.seen
+        (2, 3)
+        """
+        with self._lock:
+            store = self._require_writable()
+            schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
+            leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
+            n = _check_batch(leaves, schema)
+            groups = self._groups(leaves, schema, group, n)
+            skip = self._skip(at, n, store)
+            if n == skip:
+                return
+            if store is None:
+                self._create(schema)
+            self._feed(n, skip, groups, _fetcher(leaves, schema, groups))
+
+    def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
+        """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
+
+        Only samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`, for the whole dataset.
+        A buffer that balances takes labels from `group`, or from `dataset.targets`; without either, every item is read once more.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(2)
+        >>> buffer.update([(np.zeros(4), label) for label in range(100)])
+        >>> buffer.seen
+        100
+        """
+        with self._lock:
+            store = self._require_writable()
+            try:
+                n = len(dataset)
+            except TypeError:
+                raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches") from None
+            if n == 0:
+                return
+            if store is None:
+                first = {k: _as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
+                schema = Schema.from_sample(dataset[0], first)
+            else:
+                schema = store.table.schema
+            values = schema.flatten_metadata(metadata)
+            for leaf, field in zip(values, schema.metadata, strict=True):
+                check_leaf(leaf, field, n)
+            skip = self._skip(at, n, store)
+            groups = None
+            if group is None and _length(getattr(dataset, "targets", None)) == n:
+                group = dataset.targets
+            if group is not None:
+                groups = _integers(group, n, "group")
+            elif self.policy_class.needs_groups:
+                groups = np.array([_label(schema, dataset[i], i) for i in range(skip, n)], np.int64)
+                groups = np.concatenate([np.zeros(skip, np.int64), groups])
+            if n == skip:
+                return
+            if store is None:
+                self._create(schema)
+            self._feed(n, skip, groups, _loader(dataset, values, schema, groups))
+
+    def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
+        if group is not None:
+            return _integers(group, n, "group")
+        label = schema.label_field()
+        if label is not None:
+            return _integers(leaves[label], n, schema.fields[label].name)
+        if self.policy_class.needs_groups:
+            raise SchemaError(
+                f"{type(self).__name__} balances over classes: give group=(n,) integers, or samples that are pairs with an integer label"
+            )
+        return np.full(n, -1, np.int64)
+
+    def _skip(self, at: int | None, n: int, store: Any) -> int:
+        seen = 0 if store is None else store.seen
+        if seen + n >= 2**STREAM_BITS:
+            raise ArgumentError(f"a stream holds at most 2**{STREAM_BITS} samples; go on with another stream number")
+        if at is None:
+            return 0
+        position = _integer("at", at, 0, 2**STREAM_BITS - 1) or 0
+        if position > seen:
+            raise ArgumentError(f"at={position}, but the buffer has seen only {seen} samples: {position - seen} between would be missing")
+        return min(n, seen - position)
+
+    def _ready_policy(self, store: Any) -> Policy:
+        """The policy in the state of the store: derived anew from the index after anything unexpected."""
+        policy = self._policy
+        if policy is None or self._policy_at != store.sequence:
+            store.verify_index()
+            policy = self._policy = self.policy_class(self.max_size, self.seed, store.table.params)
+            policy.state = store.policy
+            policy.load(*store.index())
+            self._policy_at = store.sequence
+        return policy
+
+    def _feed(self, n: int, skip: int, groups: Ints | None, fetch: Fetch) -> None:
+        """Plan and commit samples skip to n, in commits of as many as the journal can undo."""
+        store = self._store
+        if self._rows.shape[0] == 0:
+            self._rows, self._samples, self._taken = (np.empty(_CHUNK, np.int64) for _ in range(3))
+        done = skip
+        while done < n:
+            policy = self._ready_policy(store)
+            m = min(n - done, _CHUNK)
+            rows = self._rows[:m]
+            first = store.seen
+            start = (self.stream << STREAM_BITS) + first
+            self._policy_at = -1
+            used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, store.most)
+            count = store.keep_last(rows[:used], self._samples, self._taken) if 0 < used <= m else -1
+            if not 0 <= count <= store.most:
+                raise ArgumentError(
+                    f"{type(policy).__name__}.plan used {used} of {m} samples and took {count} rows: "
+                    f"1 to {m} samples, at most {store.most} rows from 0 to {self.max_size - 1}, or -1, are allowed"
+                )
+            if count:
+                picked = self._samples[:count]
+                sources, picked_groups = fetch(picked + done)
+                store.commit(first + used, policy.state, self._taken[:count], picked + start, picked_groups, sources)
+            else:
+                store.commit(first + used, policy.state)
+            self._policy_at = store.sequence
+            done += used
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def sample(self, n: int, replace: bool = False) -> tuple[Any, dict[str, Any]]:
+        """Draw n samples uniformly: (batch, metadata), copies with a leading dimension of n.
+
+        metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream, int64). Without `replace` the n are
+        distinct, and n at most len(buffer). A draw is a function of (seed, stream, seen, number of draws before); the last
+        is part of `state_dict`. Costs the copy, its checksums included, and a few microseconds.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(100)
+        >>> buffer.add((np.arange(100.0), np.arange(100)), metadata={"logits": np.zeros((100, 10), "float32")})
+        >>> (x, y), meta = buffer.sample(4)
+        >>> x.shape, sorted(meta)
+        ((4,), ['idx', 'logits', 'position'])
+        """
+        with self._lock:
+            store = self._require()
+            n = _integer("n", n, 0, 2**40) or 0
+            for attempt in range(100):
+                try:
+                    rows = self._draw(store, n, replace, "sample", attempt == 0)
+                    return self._emit(store, rows)
+                except RowError:  # a reader met a rollback or resize that freed rows
+                    if store is None or store.writable:
+                        raise
+                    store = self._require()
+            raise RowError(f"{self.path}: rows keep being freed while they are read")
+
+    def _draw(self, store: Any, n: int, replace: bool, consumer: str, advance: bool = True) -> Ints:
+        """Draw n live rows for a consumer, counting its draws."""
+        size = 0 if store is None else store.size
+        if n > size and not (replace and size):
+            raise ArgumentError(
+                f"sample of {n} from a buffer of {size}; add samples first"
+                + ("" if replace or not size else f", draw at most {size}, or use replace=True")
+            )
+        counter = self._draws.get(consumer, 0)
+        if advance:
+            self._draws[consumer] = counter = counter + 1
+        rows = np.empty(n, np.int64)
+        if n:
+            keys = self._draw_keys.get(consumer)
+            if keys is None:
+                keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}", self.seed)
+            reservoir.draw(size, keys[0], keys[1], store.seen, counter, replace, rows)
+            live = store.live_rows()
+            if live is not None:
+                rows = live[rows]
+        return rows
+
+    def _emit(self, store: Any, rows: Ints) -> tuple[Any, dict[str, Any]]:
+        if store is None:
+            raise RowError("the buffer is empty: it has no schema before its first batch")
+        arrays, index = store.read(rows)
+        schema: Schema = store.table.schema
+        split = len(schema.data)
+        batch = schema.unflatten(arrays[:split])
+        if self.transform is not None or self.target_transform is not None:
+            batch = self._transformed(schema, arrays[:split])
+        meta = {f.name[len("metadata/") :]: a for f, a in zip(schema.metadata, arrays[split:], strict=True)}
+        meta["idx"] = rows
+        meta["position"] = index[0]
+        return batch, meta
+
+    def _transform_one(self, sample: Any) -> Any:
+        if isinstance(sample, (tuple, list)) and len(sample) == 2:
+            x, y = sample
+            x = x if self.transform is None else self.transform(x)
+            y = y if self.target_transform is None else self.target_transform(y)
+            return type(sample)((x, y))
+        if self.target_transform is not None:
+            raise ArgumentError("target_transform needs samples that are pairs; use transform, which gets the whole sample")
+        return sample if self.transform is None else self.transform(sample)
+
+    def _transformed(self, schema: Schema, arrays: list[Any]) -> Any:
+        """Transform each sample, and stack the results again."""
+        samples = [self._transform_one(schema.unflatten([a[i] for a in arrays])) for i in range(arrays[0].shape[0])]
+        if not samples:
+            return schema.unflatten(arrays)
+        return _stack(samples)
+
+    def get(self, rows: Any) -> tuple[Any, dict[str, Any]]:
+        """The samples in these rows (as in meta["idx"]), like `sample`. Raises RowError for rows that hold none."""
+        with self._lock:
+            store = self._require()
+            return self._emit(store, self._live(store, rows))
+
+    def _live(self, store: Any, rows: Any) -> Ints:
+        """Rows as an int64 array, each within the rows in use."""
+        array = np.asarray(rows.cpu() if is_tensor(rows) else rows)
+        if array.size == 0:
+            array = array.astype(np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ArgumentError(f"rows are a list or array of integers, got {array.dtype} of shape {array.shape}")
+        array = array.astype(np.int64)
+        high = 0 if store is None else store.high
+        if array.size and (array.min() < 0 or array.max() >= high):
+            raise RowError(f"rows from {array.min()} to {array.max()}, but the rows in use are 0 to {high - 1}")
+        return array
+
+    def _rows_of(self, store: Any, indices: Sequence[int]) -> Ints:
+        """The rows of the i-th live samples, negative i counting from the end."""
+        size = 0 if store is None else store.size
+        try:
+            found = [operator.index(i) for i in indices]
+        except TypeError:
+            raise ArgumentError(f"buffer[i] takes an integer, got {indices!r}; use buffer.get(rows) for several") from None
+        wrong = [i for i in found if not -size <= i < size]
+        if wrong:
+            raise RowError(f"index {wrong[0]} of a buffer of {size}")
+        rows = np.array([i % size for i in found], np.int64) if found else np.zeros(0, np.int64)
+        live = None if store is None else store.live_rows()
+        return rows if live is None else live[rows]
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+        """The index-th sample and its metadata, without a batch dimension; the order is that of the rows."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
+        """Several samples in one read: what torch's DataLoader calls."""
+        with self._lock:
+            store = self._require()
+            rows = self._rows_of(store, indices)
+            if not rows.shape[0]:
+                return []
+            arrays, index = store.read(rows)
+        schema: Schema = store.table.schema
+        split = len(schema.data)
+        names = [f.name[len("metadata/") :] for f in schema.metadata]
+        items = []
+        for i in range(rows.shape[0]):
+            sample = schema.unflatten([a[i] for a in arrays[:split]])
+            meta = {name: a[i] for name, a in zip(names, arrays[split:], strict=True)}
+            meta["idx"], meta["position"] = int(rows[i]), int(index[0, i])
+            items.append((self._transform_one(sample), meta))
+        return items
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def get_metadata(self, name: str, rows: Any = None) -> np.ndarray[Any, Any]:
+        """One metadata field, "idx" or "position" of these rows, by default of all samples in row order: a copy, (n, ...)."""
+        with self._lock:
+            store = self._require()
+            if store is None:
+                raise RowError("the buffer is empty: it has no schema before its first batch")
+            found = self._all_rows(store) if rows is None else self._live(store, rows)
+            if name == "idx":
+                return found
+            field = self._metadata_index(store, name if name != "position" else None)
+            arrays, index = store.read(found, field)
+            return index[0].copy() if name == "position" else arrays[0]
+
+    def _all_rows(self, store: Any) -> Ints:
+        live = store.live_rows()
+        return np.arange(store.size) if live is None else live.copy()
+
+    def _metadata_index(self, store: Any, name: str | None) -> int:
+        """Field number of a metadata name; None: the field that costs least to read."""
+        schema: Schema = store.table.schema
+        if name is None:
+            return int(np.argmin([f.nbytes for f in schema.fields]))
+        names = [f.name[len("metadata/") :] for f in schema.metadata]
+        if name not in names:
+            raise SchemaError(f"no metadata {name!r}; the buffer has {names}, and 'idx' and 'position'")
+        return len(schema.data) + names.index(name)
+
+    def set_metadata(self, name: str, values: Any, rows: Any = None, *, positions: Any = None) -> None:
+        """Overwrite one metadata field of these rows, by default of all samples in row order. values: (n, ...).
+
+        positions: skip rows that no longer hold the sample of that stream position. Rows are written in commits of as many as the
+        journal holds (4 MiB), each whole or not at all. A name that the buffer does not have yet adds a field, which needs
+        values for all samples, rewrites the file and ends all restore points.
+        """
+        with self._lock:
+            store = self._require_writable()
+            if store is None:
+                raise RowError("the buffer is empty: give metadata with its first batch")
+            found = self._all_rows(store) if rows is None else self._live(store, rows)
+            schema: Schema = store.table.schema
+            if f"metadata/{name}" not in [f.name for f in schema.metadata]:
+                self._add_field(store, name, values, found)
+                return
+            field = self._metadata_index(store, name)
+            check_leaf(values, schema.fields[field], found.shape[0])
+            flat = _flat(to_numpy(values, schema.fields[field]))
+            samples = np.arange(found.shape[0])
+            if positions is not None:
+                same = store.index()[0][found] == _integers(positions, found.shape[0], "positions")
+                found, samples = found[same], samples[same]
+            _, last = np.unique(found[::-1], return_index=True)  # of a row given twice the last value counts
+            order = np.sort(found.shape[0] - 1 - last)
+            found, samples = found[order], samples[order]
+            if (store.index()[0][found] < 0).any():
+                raise RowError("set_metadata: some of these rows are free; the live ones are in meta['idx'] of a sample")
+            store.verify_index()
+            for start in range(0, found.shape[0], store.most):
+                these = found[start : start + store.most]
+                index = store.index()
+                store.commit(
+                    store.seen, store.policy, these, index[0][these], index[1][these],
+                    [(flat, samples[start : start + store.most])], field=field,
+                )  # fmt: skip
+            if self._policy_at != -1:
+                self._policy_at = store.sequence  # metadata does not concern the policy
+
+    # -- structure ---------------------------------------------------------------------------------------------------
+
+    def resize(self, max_size: int) -> None:
+        """Change the number of rows: writes a new file and renames it over. Ends all restore points. Costs a copy of the samples.
+
+        Too many samples are dropped as the policy says (a reservoir keeps its largest keys, so stays uniform). A reservoir that has
+        dropped or rejected samples cannot use additional rows (the capacity rule), and says so in a CapacityWarning.
+        """
+        with self._lock:
+            store = self._require_writable()
+            size = _integer("max_size", max_size, 1, 2**40)
+            if size is None:
+                raise ArgumentError("resize needs the new max_size")
+            if store is None:
+                self.max_size = self._max_size = size
+                return
+            if size == self.max_size:
+                return
+            policy = self._ready_policy(store)
+            live = self._all_rows(store)
+            positions, groups = store.index()
+            keep = live[policy.keep(size, positions[live], groups[live])]
+            if policy.room(size) < size:
+                warnings.warn(
+                    f"resize to {size}: this buffer has already dropped samples at {policy.room(size)} rows and will hold no more than "
+                    "that, because a larger sample would no longer be uniform; start a new buffer to use more rows",
+                    CapacityWarning,
+                    stacklevel=2,
+                )
+            self._rewrite(store, size, store.table.schema, keep, np.arange(keep.shape[0]), policy.state)
+
+    def _add_field(self, store: Any, name: str, values: Any, rows: Ints) -> None:
+        dtype, shape, torch = leaf_type(values, f"metadata/{name}")
+        if not shape:
+            raise SchemaError(f"metadata/{name}: values need a leading dimension")
+        field = metadata_field(name, Field(f"metadata/{name}", dtype, tuple(shape[1:]), torch))
+        if field.nbytes == 0:
+            raise SchemaError(f"metadata/{name}: entries of shape {field.shape} have no bytes")
+        everything = self._all_rows(store)
+        if not np.array_equal(np.sort(rows), everything):
+            raise SchemaError(f"metadata/{name} is new: give values for all {store.size} samples (rows=None), not for {rows.shape[0]}")
+        check_leaf(values, field, rows.shape[0])
+        schema = store.table.schema.with_metadata(field)
+        order = np.argsort(rows, kind="stable")
+        extra = to_numpy(values, field)[order]
+        self._rewrite(store, self.max_size, schema, everything, everything, store.policy, (field, extra))
+
+    def _rewrite(
+        self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Sequence[int], extra: Any = None
+    ) -> None:
+        """Replace the file by one of another size or schema: rows[i] becomes new_rows[i]. Whole or not at all."""
+        old: Table = store.table
+        table, pieces = plan_file(self.kind, old.params, size, old.seed, old.stream, schema, old.uuid)
+        fields = schema.fields
+
+        def fill(new: Store) -> None:
+            for start in range(0, rows.shape[0], new.most):
+                these = rows[start : start + new.most]
+                arrays, index = store.read(these)
+                if extra is not None:
+                    arrays.insert(fields.index(extra[0]), np.ascontiguousarray(extra[1][start : start + new.most]))
+                where = np.arange(these.shape[0])
+                sources = [(_flat(a), where) for a in arrays]
+                new.commit(store.seen, state, new_rows[start : start + new.most], index[0], index[1], sources)
+            if new.seen != store.seen or not rows.shape[0]:
+                new.commit(store.seen, state)
+
+        if self._where is not None:
+            system.remove_temporaries(self._where)
+        created = Store.create(
+            self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill
+        )
+        store.mark_gone()
+        self._store, self.max_size, self._max_size = created, size, size
+        self._policy_at = -1
+        store.close()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mark a restore point and describe it: a small dict of plain values, to be kept in a checkpoint.
+
+        From now on the old bytes of rows that change are kept in a file beside the buffer, each once. Costs under a millisecond.
+        """
+        with self._lock:
+            store = self._require_writable()
+            self._marked = True
+            return {
+                "format": 1,
+                "kind": self.kind,
+                "uuid": self._uuid,
+                "max_size": self.max_size or 0,
+                "seen": 0 if store is None else store.seen,
+                "state": empty_state() if store is None else store.mark(),
+                "draws": dict(self._draws),
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Bring the buffer back to the state of `state_dict`: samples, metadata, `seen`, and the draws that follow.
+
+        Raises StateError, and changes nothing, for a state of another buffer, one that the buffer is behind of, or one whose
+        restore point is gone. Costs a copy of the rows that changed since.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(2)
+        >>> buffer.add(np.arange(5.0))
+        >>> state = buffer.state_dict()
+        >>> buffer.add(np.arange(5.0, 100.0))
+        >>> buffer.load_state_dict(state)
+        >>> buffer.seen
+        5
+        """
+        with self._lock:
+            store = self._require_writable()
+            seen, name, draws = self._check_state(state)
+            if store is None:
+                if name != empty_state():
+                    raise StateError(f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+'")
+            else:
+                if store.sequence != -1 and self._policy_at == store.sequence and name == store.mark_name():
+                    pass  # there already: the policy stays loaded
+                else:
+                    self._policy_at = -1
+                store.rollback(name, seen)
+            self._draws = draws
+
+    def _check_state(self, state: Any) -> tuple[int, str, dict[str, int]]:
+        wanted = {"format": int, "kind": str, "uuid": str, "max_size": int, "seen": int, "state": str, "draws": dict}
+        if not isinstance(state, Mapping) or any(type(state.get(k)) is not t for k, t in wanted.items()):
+            raise StateError(f"not a state of a buffer: expected a dict with {sorted(wanted)}, got {state!r:.200}")
+        if state["format"] != 1:
+            raise StateError(f"state of format {state['format']}, but this release reads 1; upgrade leanreplay")
+        if state["kind"] != self.kind:
+            raise StateError(f"the state of a {state['kind']}, but this is a {self.kind}")
+        draws = state["draws"]
+        if not all(isinstance(k, str) and type(v) is int and v >= 0 for k, v in draws.items()) or state["seen"] < 0:
+            raise StateError(f"not a state of a buffer: {state!r:.200}")
+        if len(state["state"].replace(",", "")) % 16 or not set(state["state"]) <= set("0123456789abcdef,"):
+            raise StateError(f"not a state of a buffer: {state['state']!r:.200}")
+        empty = state["seen"] == 0 and self.seen == 0
+        if state["uuid"] != self._uuid and not empty:
+            raise StateError(f"the state of another buffer (uuid {state['uuid']}, this one's is {self._uuid})")
+        if state["max_size"] != (self.max_size or 0):
+            raise StateError(f"the state of this buffer with max_size {state['max_size']}, but it was resized to {self.max_size}")
+        return state["seen"], state["state"], dict(draws)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Copy the whole buffer into a folder, made if missing; shares disk blocks where the file system can.
+
+        A copy that stood there is replaced at once, when the new one is complete.
+        """
+        with self._lock:
+            store = self._require()
+            if store is None:
+                raise ModeError("the buffer is empty: there is nothing to save before its first batch")
+            folder = os.fspath(folder)
+            with system.storage_errors(f"saving to {folder}"):
+                os.makedirs(folder, exist_ok=True)
+                self._copy_to(store, folder)
+                text = json.dumps({"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()})
+                fd, temp = system.temporary(os.path.join(folder, "state.json"))
+                try:
+                    system.write_all(fd, text.encode(), 0)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.replace(temp, os.path.join(folder, "state.json"))
+                system.sync_folder(os.path.join(folder, "state.json"))
+
+    def _copy_to(self, store: Any, folder: str) -> None:
+        _copy_store(store, os.path.join(folder, "buffer.h5"), replace=True)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Replace this buffer's contents by a copy that `save` made, draws included. Ends all restore points.
+
+        Raises MismatchError for a copy of other parameters (parameters of a buffer that is still empty are compared too).
+        """
+        with self._lock:
+            store = self._require_writable()
+            folder = os.fspath(folder)
+            try:
+                with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+                    state = json.load(file)
+                draws = {str(k): int(v) for k, v in state["draws"].items()}
+            except FileNotFoundError:
+                raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
+            except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+                raise FormatError(f"{folder}/state.json: {error}") from None
+            with system.storage_errors(f"loading from {folder}"):
+                self._copy_from(store, folder)
+            self._policy_at = -1
+            self._draws = draws if state.get("state") == self._store.mark_name() else {}
+
+    def _compare(self, table: Table, path: str) -> None:
+        """Raise MismatchError unless a saved file fits this buffer."""
+        mine = {"max_size": self.max_size, "seed": self.seed, "stream": self.stream, "kind": self.kind}
+        found = {"max_size": self._file_size(table), "seed": table.seed, "stream": table.stream, "kind": table.kind}
+        if self._store is not None:
+            mine["schema"], found["schema"] = str(self._store.table.schema), str(table.schema)
+        mine |= {k: v for k, v in self._params_given().items() if v is not None}
+        found |= {k: v for k, v in table.params.items() if k in mine}
+        if mine != found:
+            differing = [f"{k}={found.get(k)!r} (this buffer: {v!r})" for k, v in mine.items() if found.get(k) != v]
+            raise MismatchError(f"{path} is a copy of a buffer with {', '.join(differing)}; load it into one created like that")
+
+    def _copy_from(self, store: Any, folder: str) -> None:
+        path = os.path.join(folder, "buffer.h5")
+        saved = Store.open(path, writable=False, name=path)
+        try:
+            self._compare(saved.table, path)
+            if self._where is None:
+                fd = system.memory_file("leanreplay", saved.table.file_size)
+                system.copy_file(saved.descriptor, fd, saved.table.file_size)
+                created = Store(None, fd, saved.table, True, self._durable, self._points)
+                created.recover()
+            else:
+                _copy_store(saved, self._where, replace=True)
+                created = Store.open(self._where, writable=True, durable=self._durable, points=self._points, name=self._where)
+                created.drop_points()
+        finally:
+            saved.close()
+        if store is not None:
+            store.mark_gone()
+            store.close()
+        self._store, self._uuid = created, created.table.uuid
+
+    def flush(self) -> None:
+        """Make the present state survive a power cut: everything up to here is on the disk when this returns."""
+        with self._lock:
+            store = self._require()
+            if store is not None:
+                store.flush()
+
+    def check(self) -> list[Problem]:
+        """Everything wrong with the file, each `Problem` with the rows it is about; an empty list if nothing is. Reads all of it."""
+        with self._lock:
+            store = self._require()
+            return [] if store is None else store.check()
+
+
+class ReservoirBuffer(DataBuffer):
+    """A uniform sample without replacement of everything seen: at every moment each stream position is held with equal probability.
+
+    >>> import numpy as np
+    >>> from leanreplay import ReservoirBuffer
+    >>> buffer = ReservoirBuffer(100, seed=0)
+    >>> for start in range(0, 10_000, 50):
+    ...     buffer.add((np.random.rand(50, 3), np.arange(start, start + 50)))
+    >>> (x, y), meta = buffer.sample(32)
+    """
+
+    policy_class = ReservoirPolicy
+
+
+class SlidingWindowBuffer(DataBuffer):
+    """The last `max_size` samples of the stream."""
+
+    policy_class = SlidingWindowPolicy
+
+
+class GreedyClassBalancingBuffer(DataBuffer):
+    """Every sample enters; once full, a random member of the largest class is replaced, ties broken at random.
+
+    Classes are the second element of a sample that is a pair, or `group`. This is the greedy sampler of GDumb
+    (Prabhu, Torr and Dokania, ECCV 2020): balanced, but not uniform within a class; early samples are favoured.
+    """
+
+    policy_class = GreedyClassBalancingPolicy
+
+
+def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:
+    """Open an existing buffer with the class that its file names. options: as for `DataBuffer`.
+
+    A class of your own must have been imported before.
+
+    >>> import leanreplay, numpy as np, tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "replay.h5")
+    >>> with leanreplay.ReservoirBuffer(10, path) as buffer:
+    ...     buffer.add(np.arange(5))
+    >>> len(leanreplay.open(path))
+    5
+    """
+    if mode not in MODES:
+        raise ArgumentError(f"mode is one of {MODES}, got {mode!r}")
+    if mode in ("x", "w"):
+        raise ArgumentError(f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})")
+    where = os.fspath(path)
+    if os.path.isdir(where):
+        kind = "InfiniteBuffer"
+    else:
+        store = Store.open(where, writable=False, name=os.path.abspath(where), peek=True)
+        kind = store.table.kind
+        store.close()
+    if kind not in _KINDS:
+        raise MismatchError(f"{where} is a {kind}; import the module that defines this class first. Known here: {sorted(_KINDS)}")
+    return _KINDS[kind](path=path, mode="r+" if mode == "a" else mode, **options)
+
+
+def _reopen(
+    cls: type[DataBuffer], where: str, path: str | None, options: dict[str, Any], max_size: int, draws: dict[str, int]
+) -> DataBuffer:
+    """A reader of the same file or shared memory in another process: what unpickling calls."""
+    buffer = cls.__new__(cls)
+    DataBuffer.__init__(buffer, max_size, None, **options)
+    buffer._mode, buffer._draws = "r", draws
+    if path is not None:
+        buffer.path, buffer._where = path, where
+        buffer._seed = buffer._stream = buffer._max_size = None
+        if buffer._exists():
+            buffer._store = buffer._open_store()
+            buffer._adopt(None)
+    else:
+        try:
+            buffer._store = Store.open(where, writable=False, name=None)
+        except LeanReplayError as error:
+            raise ModeError(f"the process that holds this buffer in memory has ended or closed it ({error})") from None
+        buffer._seed = buffer._stream = buffer._max_size = None
+        buffer._adopt(None)
+    return buffer
+
+
+def _copy_store(store: Any, path: str, replace: bool) -> None:
+    """Copy a store's file so that it appears whole under another name."""
+    for _ in range(100):
+        before = store.sequence
+        fd, temp = system.temporary(path)
+        try:
+            try:
+                system.copy_file(store.descriptor, fd, store.table.file_size)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            store.ready()
+            if store.writable or (store.sequence == before and not store.pending()):
+                system.publish(temp, path, replace)
+                system.sync_folder(path)
+                return
+            os.unlink(temp)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp)
+            raise
+    raise ModeError(f"{store.path} is being written to; save it from the process that writes, or close that first")
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from None
+    if not low <= number <= high:
+        raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
+    return number
+
+
+def _length(value: Any) -> int:
+    try:
+        return len(value)
+    except TypeError:
+        return -1
+
+
+def _as_batch(value: Any, name: str) -> Any:
+    shape = leaf_type(value, f"metadata/{name}")[1]
+    if not shape or shape[0] == 0:
+        raise SchemaError(f"metadata/{name}: one entry per sample is needed, got shape {shape}")
+    return value
+
+
+def _integers(values: Any, n: int, name: str) -> Ints:
+    """n integers as int64. Raises SchemaError for anything else."""
+    if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
+        return values
+    array = values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
+    if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
+        raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
+    if array.dtype == np.uint64 and n and array.max() >= 2**63:
+        raise SchemaError(f"{name}: {array.max()} does not fit into int64")
+    return array.astype(np.int64)
+
+
+def _label(schema: Schema, sample: Any, i: int) -> int:
+    label = schema.label_field()
+    if label is None:
+        raise SchemaError("this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label")
+    leaf = schema.flatten(sample)[label]
+    return int(_integers(np.asarray(entry(leaf, schema.fields[label])).reshape(1), 1, f"item {i}, {schema.fields[label].name}")[0])
+
+
+def _check_batch(leaves: Sequence[Any], schema: Schema) -> int:
+    """The length of a batch. Raises SchemaError unless every leaf fits its field."""
+    fields = schema.fields
+    first = leaves[0]
+    n = first.shape[0] if type(first) is np.ndarray and first.ndim else -1
+    for leaf, field in zip(leaves, fields, strict=True):
+        if type(leaf) is not np.ndarray or leaf.dtype != field.dtype or leaf.shape != (n, *field.shape) or field.torch:
+            n = batch_length(leaves, fields)
+            for other, wanted in zip(leaves, fields, strict=True):
+                check_leaf(other, wanted, n)
+            return n
+    return int(n)
+
+
+def _flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of a C-contiguous array, read-only (kernels then compile once)."""
+    flat = array.reshape(-1).view(np.uint8)
+    flat.flags.writeable = False
+    return flat
+
+
+def _fetcher(leaves: Sequence[Any], schema: Schema, groups: Ints) -> Fetch:
+    """Sources for a batch in memory: leaves that are plain arrays as they are, of others only the samples that stay."""
+    plain: list[npt.NDArray[np.uint8] | None] = []
+    for leaf, field in zip(leaves, schema.fields, strict=True):
+        if is_tensor(leaf):
+            simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
+        else:
+            simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
+        plain.append(_flat(to_numpy(leaf, field)) if simple else None)
+
+    def fetch(picks: Ints) -> tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]:
+        sources = []
+        for leaf, field, flat in zip(leaves, schema.fields, plain, strict=True):
+            if flat is not None:
+                sources.append((flat, picks))
+            else:
+                sources.append((_flat(to_numpy(leaf, field, picks)), np.arange(picks.shape[0])))
+        return sources, groups[picks]
+
+    return fetch
+
+
+def _loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:
+    """Sources for a dataset: loads the samples that stay, in order."""
+
+    def fetch(picks: Ints) -> tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]:
+        k = picks.shape[0]
+        arrays = [np.empty((k, *f.shape), f.dtype) for f in schema.data]
+        for i, pick in enumerate(picks.tolist()):
+            try:
+                for array, leaf, field in zip(arrays, schema.flatten(dataset[pick]), schema.data, strict=True):
+                    array[i] = entry(leaf, field)
+            except SchemaError as error:
+                raise SchemaError(f"item {pick} of the dataset: {error}") from None
+        where = np.arange(k)
+        sources = [(_flat(a), where) for a in arrays]
+        sources += [(_flat(to_numpy(v, f, picks)), where) for v, f in zip(metadata, schema.metadata, strict=True)]
+        if groups is not None:
+            return sources, groups[picks]
+        label = schema.label_field()
+        found = np.full(k, -1, np.int64) if label is None else _integers(arrays[label], k, schema.data[label].name)
+        return sources, found
+
+    return fetch
+
+
+def _stack(samples: list[Any]) -> Any:
+    """A batch from samples of any nesting: arrays and numbers are stacked, anything else stays a list."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {key: _stack([s[key] for s in samples]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_stack([s[i] for s in samples]) for i in range(len(first)))
+    if isinstance(first, (np.ndarray, np.generic, bool, int, float, complex)):
+        return np.stack([np.asarray(s) for s in samples])
+    if is_tensor(first):
+        return first.new_tensor([]) if not samples else _stack_tensors(samples)
+    return samples
+
+
+def _stack_tensors(samples: list[Any]) -> Any:
+    import sys
+
+    return sys.modules["torch"].stack(samples)
+
+
+_BUFFERS = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for buffer in list(_BUFFERS):
+        buffer._become_reader()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

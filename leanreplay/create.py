@@ -1,0 +1,157 @@
+"""Making the bytes of a new file: the HDF5 structure, written by h5py into memory, and the table. Only `check` and this use h5py."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import format as fmt
+from .format import PAGE, Table, round_up
+from .schema import Schema
+
+_JOURNAL_BYTES = 4 << 20
+
+
+class _Sparse(io.RawIOBase):
+    """A file in memory that keeps only the pages written to: the structure of a 28 GB file takes milliseconds."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, bytearray] = {}
+        self.at = 0
+        self.end = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.end)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def truncate(self, size: int | None = None) -> int:
+        self.end = self.at if size is None else size
+        return self.end
+
+    def _spans(self, n: int) -> list[tuple[int, int, int]]:
+        spans, at = [], self.at
+        while at < self.at + n:
+            stop = min(self.at + n, (at // PAGE + 1) * PAGE)
+            spans.append((at // PAGE, at % PAGE, stop - at))
+            at = stop
+        return spans
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = 0
+        for page, start, n in self._spans(len(view)):
+            view[done : done + n] = self.pages.get(page, bytes(PAGE))[start : start + n]
+            done += n
+        self.at += done
+        return done
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        for page, start, n in self._spans(len(view)):
+            self.pages.setdefault(page, bytearray(PAGE))[start : start + n] = view[done : done + n]
+            done += n
+        self.at += done
+        self.end = max(self.end, self.at)
+        return done
+
+
+def plan_file(
+    kind: str, params: dict[str, Any], max_size: int, seed: int, stream: int, schema: Schema, identity: str | None = None
+) -> tuple[Table, list[tuple[int, bytes]]]:
+    """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it."""
+    fields = schema.fields
+    record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)
+    table = Table(
+        kind=kind,
+        params=params,
+        max_size=max_size,
+        seed=seed,
+        stream=stream,
+        uuid=identity or uuid.uuid4().hex,
+        schema=schema,
+        columns=[(0, f.nbytes) for f in fields] + [(0, 8), (0, 8), (0, 8 * len(fields))],
+        journal=0,
+        journal_rows=min(max_size, max(4, _JOURNAL_BYTES // record)),
+        file_size=0,
+        user_block=0,
+        structure=[],
+        structure_hash="",
+    )
+    journal_bytes = table.record_at + table.journal_rows * table.record
+    spare = 8192 + 100 * len(fields)  # for the offsets, which are known only once HDF5 has placed them
+    table.user_block = fmt.user_block_size(len(table.encode()) - fmt.TABLE_AT + spare)
+    memory = _Sparse()
+    offsets = _write_structure(memory, table, journal_bytes)
+    table.columns = [(at, size) for at, (_, size) in zip(offsets, table.columns, strict=False)]
+    table.journal = offsets[-1]
+    table.file_size = round_up(memory.end, PAGE)
+    # HDF5 knows where its file ends; let it reach the end of our last page.
+    pieces: list[tuple[int, bytes]] = []
+    for page in sorted(memory.pages):
+        if page * PAGE >= table.user_block:
+            if pieces and pieces[-1][0] + len(pieces[-1][1]) == page * PAGE:
+                pieces[-1] = (pieces[-1][0], pieces[-1][1] + bytes(memory.pages[page]))
+            else:
+                pieces.append((page * PAGE, bytes(memory.pages[page])))
+    columns = sorted([(at, at + size * max_size) for at, size in table.columns] + [(table.journal, table.journal + journal_bytes)])
+    for at, data in pieces:
+        if any(at < stop and start < at + len(data) for start, stop in columns):
+            raise AssertionError("HDF5 placed its structure inside a page of data")
+    table.structure = [(at, len(data)) for at, data in pieces]
+    table.structure_hash = hash_structure(lambda at, n: dict(pieces)[at], table)
+    # Positions start as -1: those are the only column bytes of a new file that are not zero, see store.create.
+    return table, [*pieces, (0, table.encode())]
+
+
+def hash_structure(read: Callable[[int, int], bytes], table: Table) -> str:
+    """Hash of what HDF5 wrote; `check` compares it before it lets the HDF5 library near the file."""
+    h = hashlib.blake2b(digest_size=16)
+    for at, n in table.structure:
+        h.update(read(at, n))
+    return h.hexdigest()
+
+
+def _write_structure(memory: _Sparse, table: Table, journal_bytes: int) -> list[int]:
+    """Let h5py write the structure into memory; byte offsets of all columns, then of the journal."""
+    import h5py
+
+    n = table.max_size
+    wanted: list[tuple[str, tuple[int, ...], Any]] = [(f.name, (n, *f.shape), f.dtype) for f in table.schema.fields]
+    wanted += [("index/position", (n,), np.int64), ("index/group", (n,), np.int64)]
+    wanted += [("index/checksum", (n, len(table.schema.fields)), np.uint64), ("journal", (journal_bytes,), np.uint8)]
+    with h5py.File(
+        memory, "w", userblock_size=table.user_block, alignment_threshold=1, alignment_interval=PAGE
+    ) as file:
+        offsets = []
+        create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        create.set_layout(h5py.h5d.CONTIGUOUS)
+        create.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        create.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        create.set_obj_track_times(False)
+        links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+        links.set_create_intermediate_group(True)
+        links.set_char_encoding(h5py.h5t.CSET_UTF8)
+        for name, shape, dtype in wanted:
+            space = h5py.h5s.create_simple(shape)
+            kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+            dataset = h5py.h5d.create(file.id, name.encode(), kind, space, create, links)
+            offsets.append(int(dataset.get_offset()))
+    return offsets

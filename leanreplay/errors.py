@@ -1,0 +1,63 @@
+"""The exceptions of leanreplay, all under `LeanReplayError`. Each message says what came, what was expected, the way out."""
+
+from __future__ import annotations
+
+
+class LeanReplayError(Exception):
+    """Base class of every error that leanreplay raises on purpose."""
+
+
+class ArgumentError(LeanReplayError, ValueError):
+    """An argument is out of range or of the wrong kind."""
+
+
+class RowError(LeanReplayError, IndexError):
+    """A row or index that the buffer does not hold."""
+
+
+class SchemaError(LeanReplayError, ValueError):
+    """A sample differs from the buffer's schema in structure, shape, dtype, length or metadata."""
+
+
+class MismatchError(LeanReplayError, ValueError):
+    """A parameter differs from the one in the file."""
+
+
+class ExistsError(LeanReplayError, FileExistsError):
+    """The file exists already and the mode does not allow that."""
+
+
+class MissingError(LeanReplayError, FileNotFoundError):
+    """The file does not exist."""
+
+
+class StorageError(LeanReplayError, OSError):
+    """The system refused: no space, no permission, an input/output error."""
+
+
+class FormatError(LeanReplayError):
+    """Not a leanreplay file, one of another format version, or one that is cut short or inconsistent."""
+
+
+class CorruptionError(LeanReplayError):
+    """Stored bytes do not match their checksums."""
+
+
+class RecoveryError(LeanReplayError):
+    """A writer was killed in the middle of a commit, and only a writer can undo it."""
+
+
+class LockedError(LeanReplayError):
+    """Another writer has the file open."""
+
+
+class ModeError(LeanReplayError):
+    """Writing to a buffer that is open for reading, or using a closed one."""
+
+
+class StateError(LeanReplayError, ValueError):
+    """`load_state_dict` cannot bring the buffer to this state."""
+
+
+class CapacityWarning(UserWarning):
+    """`resize` cannot use the new rows, because samples were already dropped (the capacity rule)."""

@@ -1,0 +1,195 @@
+"""The on-disk format, version 1, declared once. All numbers are little-endian.
+
+    offset 0                  user block of the HDF5 file, `user_block` bytes (a power of two, at least 16 KiB):
+        0                     preamble: magic, version, user block, length and digest of the table
+        4096, 8192            two headers; the valid one with the higher sequence number counts
+        12288                 the table: JSON, see `Table`
+    user_block                HDF5: contiguous datasets, each at a multiple of 4096, fallocated when created
+        data/..., metadata/...   one per field, (max_size, *shape)
+        index/position           int64, -1 where the row is free: stream number << 48 | index in the stream
+        index/group              int64
+        index/checksum           uint64, (max_size, fields)
+        journal                  uint8: a seal, row numbers, undo records
+
+A block (header, seal) is uint64 words, the last of which is the hash of the others, so it is valid as a whole or not.
+A commit of sequence number q writes the journal (old bytes of the rows it changes, sealed with q), the rows, then the
+header q. A valid journal newer than the header is undone when a writer opens the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import FormatError, SchemaError
+from .schema import Schema
+
+MAGIC = b"\x8aLRBUF\r\n"
+FORMAT_VERSION = 1
+PAGE = 4096
+HEADERS = (PAGE, 2 * PAGE)
+TABLE_AT = 3 * PAGE
+_PREAMBLE = struct.Struct("<8sIIQQ32s")  # magic, version, 0, user block, table length, blake2b of these and the table
+
+STREAM_BITS = 48
+MAX_STREAM = 2**15 - 1
+BUCKETS = 256  # digests: one sum of mixed checksums for the rows of each residue modulo this
+
+# Words of a header. From H_SEEN to the checksum it is the state, which H_STATE is the hash of.
+H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_POLICY = range(9)
+POLICY_WORDS = 8
+H_DIGESTS = H_POLICY + POLICY_WORDS
+HEADER_WORDS = H_DIGESTS + BUCKETS + 1
+
+# Words of the journal's seal.
+J_TAG, J_SEQ, J_PREVIOUS, J_LIVE, J_COUNT, J_HASH = range(6)  # live rows have records, the others were free
+SEAL_WORDS = 7
+
+
+def round_up(n: int, to: int) -> int:
+    """The next multiple of `to`."""
+    return -(-n // to) * to
+
+
+@dataclass
+class Table:
+    """What never changes in a file: written once, checked whenever it is opened.
+
+    columns: (fields + 3) pairs of byte offset and bytes per row: the fields, position, group, checksums.
+    journal: byte offset of the seal; row numbers follow it, then the undo records, of `record` bytes each.
+    journal_rows: how many rows it holds, which is the most that one commit may change.
+    structure: pairs of byte offset and length that hold what HDF5 itself wrote; structure_hash: their blake2b.
+    """
+
+    kind: str
+    params: dict[str, Any]
+    max_size: int
+    seed: int
+    stream: int
+    uuid: str
+    schema: Schema
+    columns: list[tuple[int, int]]
+    journal: int
+    journal_rows: int
+    file_size: int
+    user_block: int
+    structure: list[tuple[int, int]]
+    structure_hash: str
+
+    @property
+    def record(self) -> int:
+        """Bytes of one undo record."""
+        return sum(round_up(size, 8) for _, size in self.columns)
+
+    @property
+    def list_at(self) -> int:
+        """Byte offset of the journal's row numbers."""
+        return self.journal + 8 * SEAL_WORDS
+
+    @property
+    def record_at(self) -> int:
+        """Byte offset of the journal's records."""
+        return self.list_at + 8 * self.journal_rows
+
+    @property
+    def tag(self) -> np.uint64:
+        """First word of this file's headers and seals, so that those of another file do not count."""
+        return np.uint64(int(self.uuid[:16], 16))
+
+    def dataset_names(self) -> list[str]:
+        """Names of the datasets of `columns`, in order."""
+        return [f.name for f in self.schema.fields] + ["index/position", "index/group", "index/checksum"]
+
+    def encode(self) -> bytes:
+        """Preamble and table, as the bytes of [0, PAGE) and [TABLE_AT, ...): one string with the headers' pages zero."""
+        value = {**self.__dict__, "schema": self.schema.to_json()}
+        text = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+        preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, 0, self.user_block, len(text), _digest(self.user_block, text))
+        return preamble.ljust(TABLE_AT, b"\0") + text
+
+
+def _digest(user_block: int, text: bytes) -> bytes:
+    return hashlib.blake2b(struct.pack("<IQ", FORMAT_VERSION, user_block) + text, digest_size=32).digest()
+
+
+def user_block_size(table_length: int) -> int:
+    """The user block that holds a table of this many bytes: a power of two, as HDF5 asks."""
+    size = 4 * PAGE
+    while size < TABLE_AT + table_length:
+        size *= 2
+    return size
+
+
+def decode(read: Any, file_size: int, path: str) -> Table:
+    """The table of a file, everything in it checked against the file's real size. `read(offset, length)` gives bytes.
+
+    Raises FormatError: not ours, another version, cut short, or inconsistent.
+    """
+    if sys.byteorder != "little":
+        raise FormatError(f"{path}: leanreplay files are little-endian; this machine is not")
+    head = read(0, _PREAMBLE.size)
+    if head[: len(MAGIC)] != MAGIC:
+        what = "a plain HDF5 file" if head[:8] == b"\x89HDF\r\n\x1a\n" else "no leanreplay file"
+        raise FormatError(f"{path}: {what} ({file_size} bytes); leanreplay opens only buffers that it created")
+    if len(head) < _PREAMBLE.size:
+        raise FormatError(f"{path}: cut short at {file_size} bytes")
+    _, version, _, user_block, length, digest = _PREAMBLE.unpack(head)
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path}: format version {version}, but this release reads {FORMAT_VERSION}; "
+            + ("upgrade leanreplay" if version > FORMAT_VERSION else "the file is damaged")
+        )
+    if length > file_size or TABLE_AT + length > user_block or user_block > file_size:
+        raise FormatError(f"{path}: cut short or damaged: table of {length}, user block of {user_block}, file of {file_size} bytes")
+    text = read(TABLE_AT, length)
+    if _digest(user_block, text) != digest:
+        raise FormatError(f"{path}: the table's checksum does not match; restore the file from a copy")
+    try:
+        value = json.loads(text)
+        table = Table(**{**value, "schema": Schema.from_json(value["schema"])})
+        table.columns = [(c[0], c[1]) for c in table.columns]
+        table.structure = [(c[0], c[1]) for c in table.structure]
+        _validate(table, file_size, user_block)
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError, SchemaError) as error:
+        raise FormatError(f"{path}: inconsistent table: {error}") from None
+    return table
+
+
+def _validate(t: Table, file_size: int, user_block: int) -> None:
+    """Raise ValueError unless every offset and count lies inside the file and nothing overlaps."""
+    numbers = [t.max_size, t.stream, t.journal, t.journal_rows, t.file_size, t.user_block]
+    numbers += [n for pair in t.columns + t.structure for n in pair]
+    if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+        raise ValueError("numbers out of range")
+    if type(t.seed) is not int or not -(2**127) <= t.seed < 2**127 or t.stream > MAX_STREAM:
+        raise ValueError(f"seed {t.seed}, stream {t.stream}")
+    if not isinstance(t.kind, str) or not isinstance(t.params, dict) or not isinstance(t.structure_hash, str):
+        raise ValueError("kind, params or structure hash")
+    if not isinstance(t.uuid, str) or len(t.uuid) != 32 or int(t.uuid, 16) < 0:
+        raise ValueError(f"uuid {t.uuid!r}")
+    if t.file_size > file_size:
+        raise ValueError(f"the file is cut short: {file_size} bytes of {t.file_size}; restore it from a copy")
+    if t.file_size % PAGE or t.user_block != user_block or t.max_size < 1:
+        raise ValueError(f"file size {t.file_size}, user block {t.user_block}, max_size {t.max_size}")
+    sizes = [f.nbytes for f in t.schema.fields]
+    if [size for _, size in t.columns] != [*sizes, 8, 8, 8 * len(sizes)]:
+        raise ValueError("columns do not match the schema")
+    if t.journal_rows < 1:
+        raise ValueError(f"journal of {t.journal_rows} rows")
+    parts = [(at, at + size * t.max_size) for at, size in t.columns]
+    parts.append((t.journal, t.record_at + t.journal_rows * t.record))
+    end = t.user_block
+    for start, stop in sorted(parts):
+        if start < end or start % PAGE:
+            raise ValueError(f"a column at {start} overlaps what ends at {end}")
+        end = stop
+    if end > t.file_size:
+        raise ValueError(f"columns end at {end}, the file at {t.file_size}")
+    if any(at + length > t.file_size for at, length in t.structure):
+        raise ValueError("structure outside the file")

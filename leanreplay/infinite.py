@@ -1,0 +1,374 @@
+"""The buffer without a size: a folder of parts, each a complete buffer file of a fixed number of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import system
+from .buffers import DataBuffer, _copy_store, _integer
+from .create import plan_file
+from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, StateError
+from .format import Table
+from .policies import AppendPolicy
+from .schema import Schema
+from .store import NO_ROWS, Problem, Store, empty_state
+
+Ints = npt.NDArray[np.int64]
+
+
+class Parts:
+    """Several stores end to end, with the interface of one: row r is row r % n of part r // n. Rows are only ever appended."""
+
+    def __init__(self, folder: str | None, stores: list[Store], make: Callable[[int, Table], Store]) -> None:
+        self.folder, self.stores, self._make = folder, stores, make
+        self.rows = stores[0].table.max_size
+
+    # What a part says for all:
+
+    @property
+    def table(self) -> Table:
+        return self.stores[0].table
+
+    @property
+    def writable(self) -> bool:
+        return self.stores[0].writable
+
+    @property
+    def most(self) -> int:
+        return self.stores[0].most
+
+    @property
+    def policy(self) -> list[int]:
+        return self.stores[-1].policy
+
+    @property
+    def seen(self) -> int:
+        return (len(self.stores) - 1) * self.rows + self.stores[-1].seen
+
+    @property
+    def size(self) -> int:
+        return self.seen
+
+    @property
+    def high(self) -> int:
+        return self.seen
+
+    @property
+    def sequence(self) -> int:
+        each = [s.sequence for s in self.stores]
+        return -1 if -1 in each else sum(each) + len(each)
+
+    def live_rows(self) -> None:
+        return None
+
+    def index(self) -> tuple[Ints, Ints]:
+        """Copies, since the parts lie apart."""
+        each = [s.index() for s in self.stores]
+        return np.concatenate([p for p, _ in each]), np.concatenate([g for _, g in each])
+
+    def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
+        """Every sample has a row of its own."""
+        n = rows.shape[0]
+        samples[:n], taken[:n] = np.arange(n), rows
+        return n
+
+    def ready(self) -> None:
+        for store in self.stores:
+            store.ready()
+        if not self.writable and self.folder is not None:
+            while self.stores[-1].seen == self.rows and os.path.exists(part_path(self.folder, len(self.stores))):
+                self.stores.append(Store.open(part_path(self.folder, len(self.stores)), writable=False, name=None))
+            while len(self.stores) > 1 and not os.path.exists(part_path(self.folder, len(self.stores) - 1)):
+                self.stores.pop().close()
+
+    def moved(self) -> bool:
+        return False
+
+    def verify_index(self) -> None:
+        for store in self.stores:
+            store.verify_index()
+
+    def _split(self, rows: Ints) -> list[tuple[Store, Ints, Ints]]:
+        """(part, where in `rows`, rows of the part) of each part that is touched."""
+        part = rows // self.rows
+        found = []
+        for p in np.unique(part):
+            where = np.flatnonzero(part == p)
+            found.append((self.stores[int(p)], where, rows[where] - p * self.rows))
+        return found
+
+    def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+        pieces = self._split(rows)
+        if len(pieces) == 1:
+            return pieces[0][0].read(pieces[0][2], field)
+        fields = self.table.schema.fields if field is None else self.table.schema.fields[field : field + 1]
+        arrays = [np.empty((rows.shape[0], *f.shape), f.dtype) for f in fields]
+        index = np.empty((2, rows.shape[0]), np.int64)
+        for store, where, local in pieces:
+            some, some_index = store.read(local, field)
+            for array, values in zip(arrays, some, strict=True):
+                array[where] = values
+            index[:, where] = some_index
+        return arrays, index
+
+    def commit(
+        self,
+        seen: int,
+        policy: Sequence[int],
+        rows: Ints = NO_ROWS,
+        positions: Ints = NO_ROWS,
+        groups: Ints = NO_ROWS,
+        sources: Sequence[tuple[npt.NDArray[np.uint8], Ints]] = (),
+        freed: Ints = NO_ROWS,
+        field: int | None = None,
+    ) -> None:
+        """As `Store.commit`; new rows lie in one part, which is made when it is needed."""
+        if field is None and rows.shape[0] and rows[0] // self.rows == len(self.stores):
+            self.stores.append(self._make(len(self.stores), self.table))
+        for store, where, local in self._split(rows):
+            local_seen = store.seen if field is not None else seen - (len(self.stores) - 1) * self.rows
+            chosen = [(flat, samples[where]) for flat, samples in sources]
+            store.commit(local_seen, policy, local, positions[where], groups[where], chosen, field=field)
+
+    def flush(self) -> None:
+        for store in self.stores:
+            store.flush()
+
+    def mark_name(self) -> str:
+        return ",".join(s.mark_name() for s in self.stores)
+
+    def mark(self) -> str:
+        return ",".join(s.mark() for s in self.stores)
+
+    def rollback(self, state: str, seen: int) -> None:
+        """Later parts go, the last first, then the others go back: cut off anywhere, it holds the first `seen` samples all the same."""
+        names = state.split(",") if state != empty_state() else [state]
+        if len(names) > len(self.stores):
+            raise StateError(f"the buffer has seen {self.seen} samples, the state {seen}: it is {seen - self.seen} behind it")
+        for i, (store, name) in enumerate(zip(self.stores, names, strict=False)):
+            left = seen - i * self.rows
+            if not store.can_rollback(name):
+                store.rollback(name, max(0, min(self.rows, left)))  # raises, before anything is changed
+        while len(self.stores) > len(names):
+            store = self.stores.pop()
+            store.drop_points()
+            path = store.path
+            store.close()
+            if path is not None:
+                os.unlink(path)
+        for store, name in zip(reversed(self.stores), reversed(names), strict=True):
+            store.rollback(name, 0)
+
+    def drop_points(self) -> None:
+        for store in self.stores:
+            store.drop_points()
+
+    def mark_gone(self) -> None:
+        for store in self.stores:
+            store.mark_gone()
+
+    def check(self) -> list[Problem]:
+        problems = []
+        for i, store in enumerate(self.stores):
+            problems += [Problem(f"part {i}: {p.what}", tuple(i * self.rows + r for r in p.rows)) for p in store.check()]
+            if i + 1 < len(self.stores) and store.seen != self.rows:
+                problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it"))
+        return problems
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+def part_path(folder: str, number: int) -> str:
+    """The file of a part."""
+    return os.path.join(folder, f"part-{number:06d}.h5")
+
+
+class InfiniteBuffer(DataBuffer):
+    """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
+
+    path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no `resize`.
+
+    >>> import numpy as np
+    >>> from leanreplay import InfiniteBuffer
+    >>> buffer = InfiniteBuffer(rows_per_part=4)
+    >>> buffer.add(np.arange(10))
+    >>> len(buffer), buffer.max_size
+    (10, None)
+    """
+
+    policy_class = AppendPolicy
+    _folder = True
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any
+    ) -> None:
+        if "max_size" in options:
+            raise ArgumentError("an InfiniteBuffer has no max_size; rows_per_part is the size of its files")
+        self._rows_per_part = _integer("rows_per_part", rows_per_part, 1, 2**40)
+        super().__init__(None, path, **options)
+
+    def _open(self, schema: Schema | None) -> None:
+        where, mode = self._where, self._mode
+        if where is not None and mode != "r":
+            with system.storage_errors(f"opening {self.path} for writing"):
+                if mode != "r+":
+                    os.makedirs(where, exist_ok=True)
+                if os.path.isdir(where):
+                    self._lock_fd = system.lock(os.path.join(where, "parts"))
+        if where is not None and os.path.lexists(where) and not os.path.isdir(where):
+            raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
+        parts = [] if where is None else glob.glob(os.path.join(glob.escape(where), "part-*.h5"))
+        if mode == "x" and parts:
+            raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")
+        if mode in ("r", "r+") and not parts:
+            raise MissingError(f"{self.path} holds no buffer; create one with mode='x' or 'a'")
+        if mode == "w":
+            for path in sorted(parts, reverse=True):
+                for name in [*glob.glob(glob.escape(path) + ".undo.*"), path]:
+                    os.unlink(name)
+        elif parts:
+            self._store = self._open_store()
+            self._adopt(schema)
+            return
+        self._seed, self._stream = self._seed or 0, self._stream or 0
+        self._rows_per_part = self._rows_per_part or 1 << 16
+        self.max_size = None  # type: ignore[assignment]
+        if schema is not None:
+            self._create(schema)
+
+    def _exists(self) -> bool:
+        return self._where is not None and os.path.exists(part_path(self._where, 0))
+
+    def _params_given(self) -> dict[str, Any]:
+        return {"rows_per_part": self._rows_per_part}
+
+    def _file_size(self, table: Table) -> Any:
+        return None
+
+    def _adopt(self, schema: Schema | None) -> None:
+        super()._adopt(schema)
+        self._rows_per_part = self._store.rows
+
+    def _open_store(self) -> Parts:
+        assert self._where is not None
+        stores: list[Store] = []
+        try:
+            while os.path.exists(path := part_path(self._where, len(stores))):
+                stores.append(
+                    Store.open(path, writable=self._mode != "r", durable=self._durable, points=self._points, name=path)
+                )
+                if stores[-1].table.uuid != stores[0].table.uuid or stores[-1].table.schema != stores[0].table.schema:
+                    raise FormatError(f"{path} belongs to another buffer than the first part")
+            if not stores:
+                raise MissingError(f"{self.path}: the first part is missing; restore the folder from a copy")
+        except BaseException:
+            for store in stores:
+                store.close()
+            raise
+        return Parts(self._where, stores, self._make_part)
+
+    def _make_part(self, number: int, table: Table) -> Store:
+        return self._new_part(number, table.schema)
+
+    def _new_part(self, number: int, schema: Schema) -> Store:
+        rows = self._rows_per_part
+        assert rows is not None
+        params = {"rows_per_part": rows, "first": number * rows}
+        table, pieces = plan_file(self.kind, params, rows, self.seed, self.stream, schema, self._uuid)
+        path = None if self._where is None else part_path(self._where, number)
+        if path is not None:
+            system.remove_temporaries(path)
+        store = Store.create(path, table, pieces, durable=self._durable, points=self._points)
+        if self._marked:
+            store.mark()
+        return store
+
+    def _create(self, schema: Schema) -> None:
+        self._store = Parts(self._where, [self._new_part(0, schema)], self._make_part)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        with self._lock:
+            store = self._require()
+            return 0 if store is None else sum(s.table.file_size for s in store.stores)
+
+    def resize(self, max_size: int) -> None:
+        """Always an error: there is nothing to resize."""
+        raise ArgumentError("an InfiniteBuffer has no max_size; it grows by itself")
+
+    def _ready_policy(self, store: Any) -> Any:
+        if self._policy is None or self._policy_at != store.sequence:
+            store.verify_index()
+            self._policy = AppendPolicy(store.rows, self.seed, {})
+            self._policy.start_at(store.seen)
+            self._policy_at = store.sequence
+        return self._policy
+
+    def _rewrite(self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Any, extra: Any = None) -> None:
+        raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
+
+    def _copy_to(self, store: Any, folder: str) -> None:
+        """Parts are copied in order, then those of an older, longer copy removed."""
+        for i, part in enumerate(store.stores):
+            _copy_store(part, part_path(folder, i), replace=True)
+        i = len(store.stores)
+        while os.path.exists(part_path(folder, i)):
+            os.unlink(part_path(folder, i))
+            i += 1
+
+    def _copy_from(self, store: Any, folder: str) -> None:
+        saved: list[Store] = []
+        try:
+            while os.path.exists(path := part_path(folder, len(saved))):
+                saved.append(Store.open(path, writable=False, name=path))
+                self._compare(saved[-1].table, path)
+            if not saved:
+                raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
+            self._uuid = saved[0].table.uuid
+            if self._where is None:
+                stores = []
+                for part in saved:
+                    fd = system.memory_file("leanreplay", part.table.file_size)
+                    system.copy_file(part.descriptor, fd, part.table.file_size)
+                    stores.append(Store(None, fd, part.table, True, self._durable, self._points))
+                    stores[-1].recover()
+            else:
+                if store is not None:
+                    store.drop_points()
+                    store.close()
+                fresh = self._where + ".loading"
+                shutil.rmtree(fresh, ignore_errors=True)
+                os.makedirs(fresh)
+                for i, part in enumerate(saved):
+                    _copy_store(part, part_path(fresh, i), replace=True)
+                for path in sorted(glob.glob(os.path.join(glob.escape(self._where), "part-*.h5")), reverse=True):
+                    os.unlink(path)
+                for i in range(len(saved)):
+                    os.replace(part_path(fresh, i), part_path(self._where, i))
+                with contextlib.suppress(OSError):
+                    os.rmdir(fresh)
+        finally:
+            for part in saved:
+                part.close()
+        if self._where is None:
+            if store is not None:
+                store.close()
+            self._store = Parts(None, stores, self._make_part)
+        else:
+            self._store = self._open_store()
+
+    def __reduce__(self) -> Any:
+        if self._where is None:
+            raise ModeError("an InfiniteBuffer in memory cannot be sent to another process; give it a path, or fork")
+        return super().__reduce__()

@@ -1,0 +1,1 @@
+"""Numba kernels: plain functions on NumPy arrays, which import nothing else of the library."""

@@ -1,0 +1,133 @@
+"""Kernels of keyed sampling: the key of a stream position, the reservoir of the largest keys, and draws without state."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_G = np.uint64(0x9E3779B97F4A7C15)
+_S0 = np.uint64(0xBF58476D1CE4E5B9)
+_S1 = np.uint64(0x94D049BB133111EB)
+_27 = np.uint64(27)
+_30 = np.uint64(30)
+_31 = np.uint64(31)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fin(x):
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
+    x = (x ^ (x >> _30)) * _S0
+    x = (x ^ (x >> _27)) * _S1
+    return x ^ (x >> _31)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _key(position, k0, k1):
+    """The key of a position: two rounds with a key between them. A bijection, so keys never tie."""
+    return _fin(_fin(np.uint64(position) * _G + k0) + k1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def position_keys(positions, k0, k1, out):
+    """out[i] = key of positions[i]. positions: (n,) int64; out: (n,) uint64."""
+    for i in range(positions.shape[0]):
+        out[i] = _key(positions[i], k0, k1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sift_down(keys, rows, size, i):
+    key, row = keys[i], rows[i]
+    while True:
+        child = 2 * i + 1
+        if child >= size:
+            break
+        if child + 1 < size and keys[child + 1] < keys[child]:
+            child += 1
+        if keys[child] >= key:
+            break
+        keys[i], rows[i] = keys[child], rows[child]
+        i = child
+    keys[i], rows[i] = key, row
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def build_heap(positions, k0, k1, keys, rows):
+    """Make the min-heap (keys, rows) of all live rows (position >= 0); returns its size. O(rows)."""
+    size = 0
+    for r in range(positions.shape[0]):
+        if positions[r] >= 0:
+            keys[size] = _key(positions[r], k0, k1)
+            rows[size] = r
+            size += 1
+    for i in range(size // 2 - 1, -1, -1):
+        _sift_down(keys, rows, size, i)
+    return size
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
+    """Offer positions start, start + 1, ... to the heap; out[i] (int64) becomes the row that sample i takes, or -1.
+
+    Stops after out.shape[0] samples, or after `most` of them took a row. Rows are filled in order up to `limit`,
+    then the row of the smallest key is replaced where the new key is larger. Returns the samples used and the size.
+    """
+    taken = 0
+    for i in range(out.shape[0]):
+        if taken == most:
+            return i, size
+        key = _key(start + i, k0, k1)
+        out[i] = -1
+        if size < limit:
+            j = size
+            while j > 0 and keys[(j - 1) // 2] > key:
+                keys[j], rows[j] = keys[(j - 1) // 2], rows[(j - 1) // 2]
+                j = (j - 1) // 2
+            keys[j], rows[j] = key, size
+            out[i] = size
+            size += 1
+            taken += 1
+        elif size > 0 and key > keys[0]:
+            out[i] = rows[0]
+            keys[0] = key
+            _sift_down(keys, rows, size, 0)
+            taken += 1
+    return out.shape[0], size
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _slot(table, entry):
+    """Where `entry` stands in an open-addressing table, or would."""
+    mask = np.uint64(table.shape[0] - 1)
+    at = _fin(np.uint64(entry)) & mask
+    while table[at] != -1 and table[at] != entry:
+        at = (at + np.uint64(1)) & mask
+    return at
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw(size, k0, k1, seen, counter, replace, out):
+    """Draw out.shape[0] numbers below `size` uniformly, a function of (k0, k1, seen, counter) alone.
+
+    Without replacement by a sparse Fisher-Yates shuffle, its moved entries in an open-addressing table: O(n), not O(size).
+    """
+    n = out.shape[0]
+    base = _fin(_fin(_fin(np.uint64(seen) * _G + k0) + np.uint64(counter)) + k1)
+    if replace:
+        for i in range(n):
+            out[i] = np.int64(_fin(base + np.uint64(i) * _G) % np.uint64(size))
+        return
+    slots = 4
+    while slots < 4 * n:
+        slots *= 2
+    moved = np.empty(slots, np.int64)
+    value = np.empty(slots, np.int64)
+    for i in range(slots):
+        moved[i] = -1
+    for i in range(n):
+        pick = i + np.int64(_fin(base + np.uint64(i) * _G) % np.uint64(size - i))
+        at = _slot(moved, i)
+        mine = value[at] if moved[at] == i else np.int64(i)
+        at = _slot(moved, pick)
+        out[i] = value[at] if moved[at] == pick else pick
+        moved[at] = pick
+        value[at] = mine

@@ -1,0 +1,373 @@
+"""What a sample looks like: a nested structure of arrays <-> flat, named fields of fixed shape and dtype.
+
+A leaf of the sample becomes the field `data/<path>` (`data/0`, `data/1/ids`; a bare array is `data`), a metadata entry
+`metadata/<name>`. Leaves are NumPy arrays, torch tensors (recognised without importing torch) or Python numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import SchemaError
+
+RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
+_KINDS = "biufcS"
+_DEPTH = 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """One stored column: `name` in the file, `dtype` and `shape` of one sample's entry.
+
+    torch: "bfloat16" where the column holds the bits of that torch dtype as uint16, otherwise None.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    torch: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one entry."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.torch or self.dtype.str.lstrip('<|=')}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The fields of a buffer and the nesting of its samples.
+
+    data: fields of the sample, in order; metadata: fields of the metadata, sorted by name; structure: the nesting,
+    as nested lists: ["leaf", i], ["tuple", child, ...], ["list", child, ...] or ["dict", [key, child], ...].
+
+    >>> import numpy as np
+    >>> schema = Schema.from_sample((np.zeros((3, 32, 32), "uint8"), 7), metadata={"logits": np.zeros(10, "float32")})
+    >>> print(schema)
+    Schema(data/0: u1[3, 32, 32], data/1: i8[], metadata/logits: f4[10])
+    """
+
+    data: tuple[Field, ...]
+    metadata: tuple[Field, ...]
+    structure: Any
+
+    @classmethod
+    def from_sample(cls, sample: Any, metadata: Mapping[str, Any] | None = None) -> Schema:
+        """The schema of one sample (no batch dimension)."""
+        return _infer(sample, metadata, batched=False)
+
+    @classmethod
+    def from_batch(cls, batch: Any, metadata: Mapping[str, Any] | None = None) -> Schema:
+        """The schema of the samples of a batch, whose leaves have one more leading dimension."""
+        return _infer(batch, metadata, batched=True)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """All fields in stored order: data, then metadata."""
+        return self.data + self.metadata
+
+    def __str__(self) -> str:
+        return f"Schema({', '.join(map(str, self.fields))})"
+
+    def with_metadata(self, field: Field) -> Schema:
+        """This schema with one more metadata field."""
+        return Schema(self.data, tuple(sorted((*self.metadata, field), key=lambda f: f.name)), self.structure)
+
+    def label_field(self) -> int | None:
+        """Index of the field that is the label: the second of a pair, a single integer. None without one."""
+        s = self.structure
+        if s[0] in ("tuple", "list") and len(s) == 3 and s[2][0] == "leaf":
+            field = self.data[s[2][1]]
+            if field.shape == () and field.dtype.kind in "iu" and field.torch is None:
+                return int(s[2][1])
+        return None
+
+    def flatten(self, sample: Any) -> list[Any]:
+        """The leaves of a sample or batch in field order, as they came. Raises SchemaError for another nesting."""
+        leaves: list[Any] = []
+        _match(self.structure, sample, "data", leaves)
+        return leaves
+
+    def flatten_metadata(self, metadata: Mapping[str, Any] | None) -> list[Any]:
+        """The metadata values in field order. Raises SchemaError for missing or extra names."""
+        if metadata is None:
+            metadata = {}
+        if not isinstance(metadata, Mapping):
+            raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
+        names = [f.name[len("metadata/") :] for f in self.metadata]
+        if len(names) != len(metadata) or any(n not in metadata for n in names):
+            missing = sorted(set(names) - set(metadata))
+            extra = sorted(str(n) for n in set(metadata) - set(names))
+            raise SchemaError(
+                f"metadata must have exactly the names {names}: missing {missing}, unexpected {extra}; "
+                "give all of them with every batch, or add a new one with set_metadata"
+            )
+        return [metadata[n] for n in names]
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The sample or batch with these leaves (the data fields, in order)."""
+        return _build(self.structure, leaves)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+
+        def one(f: Field) -> dict[str, Any]:
+            return {"name": f.name, "dtype": f.dtype.str, "shape": list(f.shape), "torch": f.torch}
+
+        return {"data": [one(f) for f in self.data], "metadata": [one(f) for f in self.metadata], "structure": self.structure}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Schema:
+        """The schema that `to_json` wrote. Raises SchemaError for anything else: the input may come from a hostile file."""
+        try:
+            data = tuple(_field_from_json(f) for f in value["data"])
+            metadata = tuple(_field_from_json(f) for f in value["metadata"])
+            structure = value["structure"]
+            found: list[str] = []
+            _names(structure, "data", found, 0)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise SchemaError(f"damaged schema: {error}") from None
+        if found != [f.name for f in data] or not data:
+            raise SchemaError(f"damaged schema: structure names {found}, fields {[f.name for f in data]}")
+        names = [f.name for f in metadata]
+        if sorted(set(names)) != names or any(not n.startswith("metadata/") for n in names):
+            raise SchemaError(f"damaged schema: metadata names {names}")
+        for name in names:
+            _check_name(name[len("metadata/") :], "metadata")
+        return cls(data, metadata, structure)
+
+
+def _field_from_json(value: Any) -> Field:
+    dtype = np.dtype(str(value["dtype"]))
+    shape = tuple(value["shape"])
+    if any(type(n) is not int or not 0 < n < 2**48 for n in shape) or len(shape) > 31:
+        raise ValueError(f"shape {shape}")
+    if dtype.kind not in _KINDS or dtype.itemsize == 0 or not dtype.isnative or value["torch"] not in (None, "bfloat16"):
+        raise ValueError(f"dtype {value['dtype']}")
+    if value["torch"] and dtype != np.uint16:
+        raise ValueError(f"{value['torch']} as {dtype}")
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    if size >= 2**48:
+        raise ValueError(f"shape {shape}")
+    return Field(str(value["name"]), dtype, shape, value["torch"])
+
+
+def _names(structure: Any, path: str, found: list[str], depth: int) -> None:
+    """Collect the field names of a structure from a file, checking its form."""
+    if depth > _DEPTH or not isinstance(structure, list):
+        raise ValueError("structure")
+    kind = structure[0]
+    if kind == "leaf":
+        if structure != ["leaf", len(found)]:
+            raise ValueError("structure: leaves out of order")
+        found.append(path)
+    elif kind in ("tuple", "list"):
+        for i, child in enumerate(structure[1:]):
+            _names(child, f"{path}/{i}", found, depth + 1)
+    elif kind == "dict":
+        keys = [key for key, _ in structure[1:]]
+        if len(set(keys)) != len(keys):
+            raise ValueError("structure: a key stands twice")
+        for key, child in structure[1:]:
+            _check_name(key, path)
+            _names(child, f"{path}/{key}", found, depth + 1)
+    else:
+        raise ValueError(f"structure: {kind!r}")
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether this is a torch tensor; never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(leaf, torch.Tensor)
+
+
+def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str | None]:
+    """(dtype as stored, whole shape, torch name) of a leaf. Raises SchemaError for what cannot be stored."""
+    if type(leaf) is np.ndarray:
+        dtype, shape = leaf.dtype, leaf.shape
+    elif is_tensor(leaf):
+        name = str(leaf.dtype).removeprefix("torch.")
+        if leaf.layout is not sys.modules["torch"].strided:
+            raise SchemaError(f"{path}: a {leaf.layout} tensor cannot be stored; make it dense with .to_dense()")
+        if name == "bfloat16":
+            return np.dtype(np.uint16), tuple(leaf.shape), name
+        try:
+            dtype = np.dtype({"complex32": ""}.get(name, name))
+        except TypeError:
+            raise SchemaError(f"{path}: torch dtype {name} cannot be stored; convert it, for instance with .float()") from None
+        shape = tuple(leaf.shape)
+    elif isinstance(leaf, (bool, int, float, complex, np.generic)) or hasattr(leaf, "__array__"):
+        try:
+            array = np.asarray(leaf)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SchemaError(f"{path}: {type(leaf).__name__} cannot become an array: {error}") from None
+        dtype, shape = array.dtype, array.shape
+    else:
+        hint = "; encode text as fixed-width bytes, for instance np.array(texts, 'S32')" if isinstance(leaf, (str, bytes)) else ""
+        raise SchemaError(f"{path}: a leaf must be an array, a tensor or a number, not {type(leaf).__name__}{hint}")
+    if dtype.kind not in _KINDS or dtype.hasobject:
+        hint = {
+            "U": "encode it as fixed-width bytes: np.char.encode(a, 'utf-8')",
+            "M": "store it as integers: a.astype('int64')",
+            "m": "store it as integers: a.astype('int64')",
+            "V": "store its fields as separate arrays, for instance in a dict",
+            "O": "convert it to numbers or fixed-width bytes",
+        }.get(dtype.kind, "convert it to numbers")
+        raise SchemaError(f"{path}: dtype {dtype} cannot be stored; {hint}")
+    if dtype == np.longdouble and dtype.itemsize > 8:
+        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use float64")
+    if dtype.kind == "c" and dtype.itemsize > 16:
+        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use complex128")
+    return dtype if dtype.isnative else dtype.newbyteorder("="), shape, None
+
+
+def to_numpy(leaf: Any, field: Field, rows: Any = None) -> np.ndarray[Any, Any]:
+    """A leaf (or the given rows of it) as a C-contiguous, native array; no copy where it is one already."""
+    if is_tensor(leaf):
+        leaf = leaf.detach()
+        if rows is not None:
+            torch = sys.modules["torch"]
+            leaf = leaf.index_select(0, torch.as_tensor(rows, device=leaf.device))
+        leaf = leaf.cpu()
+        if field.torch:
+            leaf = leaf.view(sys.modules["torch"].int16)
+        array = leaf.resolve_conj().resolve_neg().numpy()
+        if field.torch:
+            array = array.view(np.uint16)
+    else:
+        array = np.asarray(leaf)
+        if rows is not None:
+            array = array[rows]
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def check_leaf(leaf: Any, field: Field, n: int | None) -> None:
+    """Raise SchemaError unless this is n entries of the field (n None: one entry)."""
+    dtype, shape, torch = leaf_type(leaf, field.name)
+    wanted = field.shape if n is None else (n, *field.shape)
+    if shape != wanted or dtype != field.dtype or torch != field.torch:
+        raise SchemaError(
+            f"{field.name}: expected {field.torch or field.dtype} of shape {wanted}, got {torch or dtype} of shape {shape}; "
+            "every sample must have the shape and dtype of the first: convert, pad or crop it before storing"
+        )
+
+
+def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
+    """One sample's leaf as an array of the field's dtype. Python numbers take it where the value fits exactly."""
+    if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic) and field.shape == ():
+        kind = "b" if isinstance(leaf, bool) else "iu" if isinstance(leaf, int) else "f" if isinstance(leaf, float) else "c"
+        if field.torch is None and field.dtype.kind in kind:
+            try:
+                return np.array(leaf, field.dtype)
+            except OverflowError:
+                raise SchemaError(f"{field.name}: {leaf} does not fit into {field.dtype}") from None
+    check_leaf(leaf, field, None)
+    return to_numpy(leaf, field)
+
+
+def batch_length(leaves: Sequence[Any], fields: Sequence[Field]) -> int:
+    """The common leading dimension of a batch's leaves. Raises SchemaError where they differ or have none."""
+    lengths = {}
+    for leaf, field in zip(leaves, fields, strict=True):
+        shape = leaf_type(leaf, field.name)[1]
+        if not shape:
+            raise SchemaError(f"{field.name}: a batch needs a leading dimension, got a single {type(leaf).__name__}")
+        lengths[field.name] = shape[0]
+    if len(set(lengths.values())) > 1:
+        raise SchemaError(f"the leaves of a batch differ in length: {lengths}")
+    return int(next(iter(lengths.values())))
+
+
+def _check_name(name: Any, path: str) -> None:
+    if not isinstance(name, str) or not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise SchemaError(f"{path}: the key {name!r} cannot name a dataset; use a non-empty str without '/'")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SchemaError(f"{path}: the key {name!r} is not valid Unicode") from None
+
+
+def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Schema:
+    fields: list[Field] = []
+
+    def one(leaf: Any, path: str) -> Field:
+        dtype, shape, torch = leaf_type(leaf, path)
+        if batched and not shape:
+            raise SchemaError(f"{path}: a batch needs a leading dimension, got a single {type(leaf).__name__}")
+        field = Field(path, dtype, tuple(shape[1:] if batched else shape), torch)
+        if field.nbytes == 0:
+            raise SchemaError(f"{path}: entries of shape {field.shape} and dtype {dtype} have no bytes")
+        return field
+
+    def walk(value: Any, path: str, depth: int) -> Any:
+        if depth > _DEPTH:
+            raise SchemaError(f"{path}: nested deeper than {_DEPTH} levels")
+        if isinstance(value, Mapping):
+            for key in value:
+                _check_name(key, path)
+            children = [[key, walk(v, f"{path}/{key}", depth + 1)] for key, v in value.items()]
+            kind = "dict"
+        elif isinstance(value, (tuple, list)):
+            children = [walk(v, f"{path}/{i}", depth + 1) for i, v in enumerate(value)]
+            kind = "tuple" if isinstance(value, tuple) else "list"
+        else:
+            fields.append(one(value, path))
+            return ["leaf", len(fields) - 1]
+        return [kind, *children]
+
+    structure = walk(sample, "data", 0)
+    if not fields:
+        raise SchemaError("a sample needs at least one array")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
+    meta = [metadata_field(name, one(leaf, f"metadata/{name}")) for name, leaf in (metadata or {}).items()]
+    return Schema(tuple(fields), tuple(sorted(meta, key=lambda f: f.name)), structure)
+
+
+def metadata_field(name: Any, field: Field) -> Field:
+    """The field of a metadata entry, its name checked."""
+    _check_name(name, "metadata")
+    if name in RESERVED:
+        raise SchemaError(f"metadata/{name}: the names {RESERVED} are taken; choose another")
+    return field
+
+
+def _match(structure: Any, value: Any, path: str, leaves: list[Any]) -> None:
+    kind = structure[0]
+    if kind == "leaf":
+        leaves.append(value)
+        return
+    wanted: Any = {"tuple": tuple, "list": list, "dict": Mapping}[kind]
+    n = len(structure) - 1
+    # A tuple and a list of the same length mean the same here: torch's collate turns one into the other.
+    if not isinstance(value, wanted) and not (kind != "dict" and isinstance(value, (tuple, list))):
+        raise SchemaError(f"{path}: expected a {kind} of {n}, got {type(value).__name__}")
+    if len(value) != n:
+        raise SchemaError(f"{path}: expected a {kind} of {n}, got {len(value)} entries")
+    if kind == "dict":
+        for key, child in structure[1:]:
+            if key not in value:
+                raise SchemaError(f"{path}: expected the keys {[k for k, _ in structure[1:]]}, got {list(value)}")
+            _match(child, value[key], f"{path}/{key}", leaves)
+    else:
+        for i, child in enumerate(structure[1:]):
+            _match(child, value[i], f"{path}/{i}", leaves)
+
+
+def _build(structure: Any, leaves: Sequence[Any]) -> Any:
+    kind = structure[0]
+    if kind == "leaf":
+        return leaves[structure[1]]
+    if kind == "dict":
+        return {key: _build(child, leaves) for key, child in structure[1:]}
+    children: Callable[[], Any] = lambda: (_build(child, leaves) for child in structure[1:])  # noqa: E731
+    return tuple(children()) if kind == "tuple" else list(children())

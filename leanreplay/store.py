@@ -1,0 +1,763 @@
+"""One mapped file (or piece of shared memory): create, open, read, commit, roll back, recover, check.
+
+A commit goes journal, seal, rows, index, header, each step a kernel call of its own, because within a kernel the compiler
+reorders and drops stores. Whatever stops it, `recover` brings the rows back to what the newest header says. No view of
+the map leaves this file except read-only ones for policies: callers get copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import os
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import system
+from .create import hash_structure
+from .errors import CorruptionError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
+from .format import (
+    BUCKETS,
+    H_DIGESTS,
+    H_HIGH,
+    H_POLICY,
+    H_PREVIOUS,
+    H_SEEN,
+    H_SEQ,
+    H_SIZE,
+    H_STATE,
+    H_TAG,
+    H_TARGET,
+    HEADER_WORDS,
+    HEADERS,
+    J_COUNT,
+    J_HASH,
+    J_LIVE,
+    J_PREVIOUS,
+    J_SEQ,
+    J_TAG,
+    POLICY_WORDS,
+    SEAL_WORDS,
+    STREAM_BITS,
+    Table,
+    decode,
+)
+from .kernels import rows as kernel
+from .undo import UndoLog
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
+
+_NOBODY: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+NO_ROWS: Ints = np.zeros(0, np.int64)
+_AHEAD = 4 << 20  # bytes to fault in ahead of the rows being filled
+_PATIENCE = 1.0  # seconds that a reader waits for a commit to end
+_SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
+_GONE = 2**63  # target word of shared memory that resize has replaced
+
+_STORES: weakref.WeakSet[Store]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something `check` found. rows: the rows it is about, all of them."""
+
+    what: str
+    rows: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
+        return f"{self.what}: rows {shown}" if self.rows else self.what
+
+
+class Store:
+    """A mapped buffer file. Made by `Store.create` and `Store.open`; not part of the public interface."""
+
+    def __init__(self, path: str | None, fd: int, table: Table, writable: bool, durable: bool, points: int) -> None:
+        self.path, self.table, self.writable, self.durable = path, table, writable, durable
+        self._fd = fd
+        self._inode = os.fstat(fd).st_ino
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        self._map: mmap.mmap | None = mmap.mmap(fd, table.file_size, access=access)
+        self._mem: Bytes = np.frombuffer(self._map, np.uint8)
+        self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
+        self._view.flags.writeable = False
+        self._cols = np.array(table.columns, np.int64)
+        self._fields = len(table.schema.fields)
+        self.head: Words = np.zeros(HEADER_WORDS, np.uint64)  # the state in force
+        self._work: Words = np.zeros(HEADER_WORDS, np.uint64)
+        self._seal: Words = np.zeros(SEAL_WORDS, np.uint64)
+        self._counts: Ints = np.zeros(3, np.int64)
+        self._settled = False
+        self._checked = False
+        self._slots: npt.NDArray[np.int32] = _NOBODY
+        self._stamps: npt.NDArray[np.int32] = _NOBODY
+        self._stamp = 1
+        self._faulted = 0
+        self._live_rows: tuple[int, Ints] | None = None
+        self._log = UndoLog(path, table, points)
+        self._attached = False
+        self._places: Ints = NO_ROWS
+        self._places_for = (-1, 0, 0)
+        self.most = max(1, min(table.journal_rows, _SURVIVOR_BYTES // sum(size for _, size in table.columns)))
+        _STORES.add(self)
+
+    # -- making and opening ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def create(
+        path: str | None,
+        table: Table,
+        pieces: Sequence[tuple[int, bytes]],
+        *,
+        replace: bool = False,
+        durable: bool = False,
+        points: int = 2,
+        fill: Any = None,
+    ) -> Store:
+        """Make a file, complete before it appears under its name, and open it for writing.
+
+        fill: called with the store before it appears; the rows that it commits are there from the beginning.
+        """
+        with system.storage_errors(f"creating {path or 'a buffer in memory'} of {table.file_size} bytes"):
+            fd, temp = (system.memory_file("leanreplay", table.file_size), "") if path is None else system.temporary(path)
+            store = None
+            try:
+                if path is not None:
+                    system.allocate(fd, table.file_size)
+                at, size = table.columns[-3]
+                free = np.full(min(table.max_size, 1 << 17), -1, np.int64)
+                for start in range(0, table.max_size, free.shape[0]):
+                    system.write_all(fd, free[: table.max_size - start], at + start * size)
+                for at, data in pieces:
+                    system.write_all(fd, data, at)
+                head = np.zeros(HEADER_WORDS, np.uint64)
+                head[H_TAG] = table.tag
+                first = np.zeros(8 * HEADER_WORDS, np.uint8)
+                kernel.seal_block(first, 0, head, H_STATE)
+                system.write_all(fd, first, HEADERS[0])
+                store = Store(path, fd, table, True, durable, points)
+                store.recover()
+                store._attached = True  # undo files under this name belong to the file that is being replaced
+                if fill is not None:
+                    fill(store)
+                if path is not None:
+                    os.fsync(fd)
+                    system.publish(temp, path, replace)
+                    system.sync_folder(path)
+                    store._log.clear()
+                return store
+            except BaseException:
+                if store is not None:
+                    store.close()
+                else:
+                    os.close(fd)
+                if temp:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temp)
+                raise
+
+    @staticmethod
+    def open(
+        path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, peek: bool = False
+    ) -> Store:
+        """Map an existing file. For writing, what a killed writer left is undone. peek: only to look at its table.
+
+        name: the path that the store goes by; None where `path` is a descriptor of shared memory.
+        """
+        try:
+            fd = os.open(path, system.OPEN_WRITE if writable else system.OPEN_READ)
+        except FileNotFoundError:
+            raise MissingError(f"{path} does not exist; create it with mode='x' or 'a'") from None
+        except IsADirectoryError:
+            raise FormatError(f"{path}: a folder; InfiniteBuffer keeps its parts in one") from None
+        except OSError as error:
+            with system.storage_errors(f"opening {path}"):
+                raise error
+        store = None
+        try:
+            size = os.fstat(fd).st_size
+            table = decode(lambda at, n: system.read_at(fd, n, at), size, path)
+            if writable:
+                with system.storage_errors(f"opening {path} for writing"):
+                    system.allocate(fd, table.file_size)  # a copy may have left holes
+            store = Store(name, fd, table, writable, durable, points)
+            if writable:
+                store.recover()
+            elif not peek:
+                store.refresh()
+            return store
+        except BaseException:
+            if store is not None:
+                store.close()
+            else:
+                os.close(fd)
+            raise
+
+    def close(self, *, forget: bool = True) -> None:
+        """Unmap and close. Restore points in memory are lost."""
+        if self._map is None:
+            return
+        self._log.forget()
+        view, self._map = self._map, None
+        self._mem = self._view = np.zeros(0, np.uint8)
+        with contextlib.suppress(BufferError):  # a policy kept a view: the map lives until that is gone
+            view.close()
+        os.close(self._fd)
+        _STORES.discard(self)
+
+    def become_reader(self) -> None:
+        """In a forked child: never write, and do not keep the parent's descriptors of undo files."""
+        self.writable = False
+        self._log.forget()
+
+    @property
+    def link(self) -> str:
+        """A path by which another process on this machine can open shared memory, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    @property
+    def descriptor(self) -> int:
+        """The open file, for copies."""
+        return self._fd
+
+    def moved(self) -> bool:
+        """Whether another file stands under the name by now."""
+        if self.path is None:
+            return int(self.head[H_TARGET]) == _GONE
+        try:
+            return os.stat(self.path).st_ino != self._inode
+        except OSError:
+            return False
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _require_map(self) -> mmap.mmap:
+        if self._map is None:
+            raise ModeError("the buffer is closed; open it again with leanreplay.open(path)")
+        return self._map
+
+    def _newest(self, into: Words) -> None:
+        """Copy the newest valid header of the map."""
+        self._require_map()
+        found = False
+        other = np.zeros(HEADER_WORDS, np.uint64)
+        for at in HEADERS:
+            if not kernel.read_block(self._view, at, other) or other[H_TAG] != self.table.tag:
+                continue
+            if not found or other[H_SEQ] > into[H_SEQ]:
+                into[:] = other
+                found = True
+        if not found:
+            raise FormatError(f"{self.path}: neither header is valid; restore the file from a copy")
+        size, high = int(into[H_SIZE]), int(into[H_HIGH])
+        if not size <= high <= self.table.max_size or int(into[H_SEEN]) >= 2**STREAM_BITS:
+            raise FormatError(f"{self.path}: the header counts {size} of {self.table.max_size} rows; restore the file from a copy")
+
+    def refresh(self) -> None:
+        """For readers: take the newest header, waiting for a rollback under way."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self._newest(self.head)
+            except FormatError:
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if self.head[H_TARGET] in (0, _GONE):
+                    return
+                if time.monotonic() > deadline:
+                    raise RecoveryError(f"{self.path}: a rollback was cut off; open it for writing once, to finish it")
+            time.sleep(0.001)
+
+    def ready(self) -> None:
+        """Make the state in memory that of the file: for a writer after an interrupted commit, for a reader always."""
+        if not self.writable:
+            self._require_map()
+            self.refresh()
+        elif not self._settled:
+            self.recover()
+        elif self._map is None:
+            self._require_map()
+
+    @property
+    def sequence(self) -> int:
+        """Number of the last commit; what other in-memory state belongs to."""
+        return int(self.head[H_SEQ]) if self._settled or not self.writable else -1
+
+    @property
+    def seen(self) -> int:
+        return int(self.head[H_SEEN])
+
+    @property
+    def size(self) -> int:
+        return int(self.head[H_SIZE])
+
+    @property
+    def high(self) -> int:
+        """One past the highest row ever in use; the rows below are all live if it equals `size`."""
+        return int(self.head[H_HIGH])
+
+    @property
+    def policy(self) -> list[int]:
+        """The policy's words of the state."""
+        return [int(w) for w in self.head[H_POLICY : H_POLICY + POLICY_WORDS]]
+
+    def recover(self) -> None:
+        """Undo a commit that did not end, finish a rollback that did not. Interrupted, it can simply run again."""
+        self._settled = False
+        self._newest(self.head)
+        if self.head[H_TARGET] != 0:
+            self._finish_rollback()
+        elif self._read_seal():
+            live, count = int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
+            use = np.ones(count, np.uint8)
+            t = self.table
+            kernel.restore_rows(self._view, self._cols, t.list_at, t.record_at, t.record, live, use, self._mem)
+        self._mem[self.table.journal : self.table.journal + 8 * SEAL_WORDS] = 0
+        self._stamp += 1  # rows may have been stamped for a commit that never kept their records
+        self._live_rows = None
+        self._settled = True
+
+    def _read_seal(self) -> bool:
+        """Whether the journal holds a commit on top of the present header, whole and within bounds."""
+        t = self.table
+        if not kernel.read_block(self._view, t.journal, self._seal):
+            return False
+        s = self._seal
+        live, count = int(s[J_LIVE]), int(s[J_COUNT])
+        if s[J_TAG] != t.tag or s[J_SEQ] != self.head[H_SEQ] + np.uint64(1) or s[J_PREVIOUS] != self.head[H_STATE]:
+            return False
+        if live > count or count > t.journal_rows:
+            return False
+        rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
+        if count and (rows.min() < 0 or rows.max() >= t.max_size):
+            return False
+        found = kernel.hash_records(self._view, self._cols, t.list_at, t.record_at, t.record, live, count)
+        return bool(found == s[J_HASH])
+
+    def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
+        """Which samples survive their batch, see the kernel."""
+        if self._slots.shape[0] == 0:
+            self._slots = np.zeros(self.table.max_size, np.int32)
+        return int(kernel.keep_last(rows, self._slots, samples, taken))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def index(self) -> tuple[Ints, Ints]:
+        """Read-only views of position and group of all rows up to `high`: for the time of one call only."""
+        high = self.high
+        (p, _), (g, _) = self.table.columns[-3:-1]
+        return self._view[p : p + 8 * high].view(np.int64), self._view[g : g + 8 * high].view(np.int64)
+
+    def live_rows(self) -> Ints | None:
+        """The live rows in order; None where they are simply 0 to size - 1."""
+        if self.size == self.high:
+            return None
+        sequence = int(self.head[H_SEQ])
+        if self._live_rows is None or self._live_rows[0] != sequence:
+            self._live_rows = (sequence, np.flatnonzero(self.index()[0] >= 0))
+        return self._live_rows[1]
+
+    def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+        """Copies of these rows: an array per field (or of one field), and (2, n) positions and groups, every checksum verified.
+
+        Raises RowError for free rows, CorruptionError, and for readers RecoveryError.
+        """
+        n = rows.shape[0]
+        first, last = (0, self._fields) if field is None else (field, field + 1)
+        fields = self.table.schema.fields[first:last]
+        if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
+            sizes = [0] + [-(-n * f.nbytes // 64) * 64 for f in fields]
+            self._places, self._places_for = np.cumsum(sizes), (n, first, last)
+        places = self._places
+        out = np.empty(places[-1], np.uint8)
+        index = np.empty((2, n), np.int64)
+        bad = np.empty(n, np.uint8)
+        if kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad):
+            self._reread(rows, first, last, out, places, index, bad)
+        arrays = []
+        for i, f in enumerate(fields):
+            start = places[i]
+            arrays.append(out[start : start + n * f.nbytes].view(f.dtype).reshape(n, *f.shape))
+        return arrays, index
+
+    def _reread(self, rows: Ints, first: int, last: int, out: Bytes, places: Ints, index: Ints, bad: Bytes) -> None:
+        """Bad rows: an error for the writer; a reader may have met a commit under way, so it tries again for a while."""
+        deadline = time.monotonic() + (0.0 if self.writable else _PATIENCE)
+        wait = 0.0001
+        while True:
+            wrong = np.flatnonzero(bad)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(wait)
+            wait = min(2 * wait, 0.01)
+            self.refresh()
+            for i in wrong:
+                bad[i] = not self._reread_one(rows, int(i), first, last, out, places, index, wait > 0.002)
+            if not bad.any():
+                return
+        free = [int(rows[i]) for i in wrong if index[0, i] < 0]
+        if free:
+            raise RowError(f"rows {free[:10]} of {self.path or 'this buffer'} are free; the live ones are in meta['idx'] of a sample")
+        names = [int(rows[i]) for i in wrong]
+        if not self.writable and self.pending():
+            raise RecoveryError(f"{self.path}: rows {names[:10]} are in the middle of a commit; open it for writing once, to undo it")
+        raise CorruptionError(
+            f"{self.path or 'this buffer'}: rows {names[:10]} do not match their checksums; "
+            "buffer.check() lists all wrong rows; restore the file from a copy made with save()"
+        )
+
+    def _reread_one(
+        self, rows: Ints, i: int, first: int, last: int, out: Bytes, places: Ints, index: Ints, from_journal: bool
+    ) -> bool:
+        """Read one row again, from the journal if a dead writer left its old bytes there; whether it is right now."""
+        row = rows[i : i + 1]
+        fields = self.table.schema.fields
+        sizes = [f.nbytes for f in fields[first:last]]
+        found, flag = np.empty((2, 1), np.int64), np.empty(1, np.uint8)
+        mine = np.cumsum([0, *[-(-f.nbytes // 8) * 8 for f in fields]])
+        block = np.empty(mine[-1], np.uint8)
+        wrong = kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, flag)
+        if wrong and from_journal and self.pending():
+            wrong = not self._read_journal(int(row[0]), block, mine, found)
+        for f, size in enumerate(sizes):
+            out[places[f] + i * size :][:size] = block[mine[first + f] :][:size]
+        index[:, i] = found[:, 0]
+        return not wrong
+
+    def pending(self) -> bool:
+        """Whether the file has a commit that has not ended."""
+        return int(self.head[H_TARGET]) not in (0, _GONE) or self._read_seal()
+
+    def _read_journal(self, row: int, out: Bytes, mine: Ints, index: Ints) -> bool:
+        """Take the old bytes of a row from the journal: undo them into a file of one row, and read that."""
+        t = self.table
+        live, count = int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
+        listed = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
+        at = np.flatnonzero(listed[:live] == row)
+        if at.shape[0] == 0:
+            return False
+        start = t.record_at + int(at[0]) * t.record
+        record = self._view[start : start + t.record].copy()
+        # The record's columns stand one after the other, so they are columns of one row, shifted to row number `row`.
+        cols, place = self._cols.copy(), 0
+        for c in range(cols.shape[0]):
+            cols[c, 0] = place
+            place += -(-int(cols[c, 1]) // 8) * 8
+        return bool(kernel.read_record(record, cols, row, out, mine, index))
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def require_writable(self) -> None:
+        """Raise ModeError in a reader."""
+        self._require_map()
+        if not self.writable:
+            raise ModeError(
+                f"{self.path or 'this buffer'} is open for reading only (mode 'r', or a forked or unpickled copy); "
+                "open it with mode='r+' in one process to write"
+            )
+
+    def verify_index(self) -> None:
+        """Before the first write: the index must add up to the header, or pages were lost. Raises CorruptionError."""
+        if self._checked:
+            return
+        digests = np.zeros(BUCKETS, np.uint64)
+        live, high = kernel.scan_index(self._view, self._cols, self.table.max_size, digests)
+        if live != self.size or high > self.high or not np.array_equal(digests, self.head[H_DIGESTS : H_DIGESTS + BUCKETS]):
+            raise CorruptionError(
+                f"{self.path}: the rows do not add up to the header (a power cut since the last flush?); "
+                "buffer.check() lists the wrong rows; restore the file from a copy, or read it with mode='r'"
+            )
+        self._checked = True
+
+    def commit(
+        self,
+        seen: int,
+        policy: Sequence[int],
+        rows: Ints = NO_ROWS,
+        positions: Ints = NO_ROWS,
+        groups: Ints = NO_ROWS,
+        sources: Sequence[tuple[Bytes, Ints]] = (),
+        freed: Ints = NO_ROWS,
+        field: int | None = None,
+    ) -> None:
+        """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
+
+        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64. field: only this one changes (then position and group
+        stay); sources holds it alone. rows and freed are distinct, and no more than `most`.
+        """
+        self._settled = False
+        mem, cols, table = self._mem, self._cols, self.table
+        head, work = self.head, self._work
+        np.copyto(work, head)
+        sequence = int(head[H_SEQ]) + 1
+        size, high = self.size, self.high
+        if rows.shape[0] or freed.shape[0]:
+            first, last = (0, self._fields) if field is None else (field, field + 1)
+            digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
+            touched = np.concatenate([rows, freed]) if freed.shape[0] else rows
+            logging = self._logging()
+            counts = self._counts
+            found = kernel.save_rows(
+                mem, cols, first, last, touched, self._stamps if logging else _NOBODY, self._stamp,
+                table.list_at, table.record_at, table.record, digests, counts,
+            )  # fmt: skip
+            new, live, count = int(counts[0]), int(counts[1]), int(counts[2])
+            if logging:
+                self._log.append(mem, head, sequence, new, live, count)
+                if self.durable:
+                    self._log.sync()
+            seal = self._seal
+            seal[: SEAL_WORDS - 1] = (table.tag, sequence, head[H_STATE], live, count, found)
+            kernel.seal_block(mem, table.journal, seal, 0)
+            if self.durable:
+                system.sync(self._fd, self._map)
+            if rows.shape[0]:
+                top = int(rows.max()) + 1
+                if top > self._faulted:
+                    self._fault_in(top)
+                high = max(high, top)
+            for f in range(first, last):
+                source, samples = sources[f - first]
+                kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
+            if field is None:
+                kernel.write_index(mem, cols, rows, positions, groups, freed)
+            size += count - live - freed.shape[0]
+            if self.durable:
+                system.sync(self._fd, self._map)
+        elif self._logging():
+            self._log.append(mem, head, sequence, 0, 0, 0)
+        work[H_SEQ] = sequence
+        work[H_PREVIOUS] = head[H_STATE]
+        work[H_TARGET] = 0
+        work[H_SEEN], work[H_SIZE], work[H_HIGH] = seen, size, high
+        work[H_POLICY:H_DIGESTS] = policy
+        self._write_header(work)
+        self.head, self._work = work, head
+        self._settled = True
+
+    def _write_header(self, words: Words) -> None:
+        kernel.seal_block(self._mem, HEADERS[int(words[H_SEQ]) % 2], words, H_STATE)
+        if self.durable:
+            system.sync(self._fd, self._map)
+
+    def _fault_in(self, top: int) -> None:
+        per_row = sum(size for _, size in self.table.columns)
+        stop = min(self.table.max_size, top + max(1, _AHEAD // per_row))
+        view = self._require_map()
+        for at, size in self.table.columns:
+            system.populate(view, at + self._faulted * size, at + stop * size)
+        self._faulted = stop
+
+    def flush(self) -> None:
+        """Make the present state durable."""
+        self._require_map()
+        if self.writable:
+            with system.storage_errors(f"flushing {self.path or 'a buffer in memory'}"):
+                self._log.sync()
+                system.sync(self._fd, self._map)
+
+    # -- restore points ----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        if not self._attached:
+            self._log.attach(self.head)
+            self._attached = True
+
+    def _logging(self) -> bool:
+        """Whether commits must keep what they overwrite for a restore point."""
+        if not self._attached:
+            self._attach()
+        if not self._log.segments:
+            return False
+        if self._stamps.shape[0] == 0:
+            self._stamps = np.zeros(self.table.max_size, np.int32)
+        return True
+
+    def mark(self) -> str:
+        """Make a restore point of the present state; its name."""
+        self._attach()
+        if self._log.mark(self.head):
+            self._stamp += 1
+            if self.durable:
+                self._log.sync()
+        return self.mark_name()
+
+    def mark_name(self) -> str:
+        """The name that `mark` would give the present state."""
+        return f"{int(self.head[H_STATE]):016x}"
+
+    def can_rollback(self, state: str) -> bool:
+        """Whether there is a restore point of this state."""
+        self._attach()
+        return state == self.mark_name() or self._log.find(int(state, 16)) is not None
+
+    def rollback(self, state: str, seen: int) -> None:
+        """Go back to a state that `mark` named. Raises StateError, the buffer unchanged, where that is impossible."""
+        if state == self.mark_name():
+            return
+        self._attach()
+        target = self._log.find(int(state, 16))
+        where = self.path or "this buffer"
+        if target is None and seen > self.seen:
+            raise StateError(
+                f"{where} has seen {self.seen} samples, the state {seen}: the buffer is {seen - self.seen} behind it; "
+                "load a copy of that age, or an older state"
+            )
+        if target is None:
+            ahead = self.seen - seen
+            raise StateError(
+                f"{where} is ahead of the state by {ahead} samples (seen {self.seen}, state {seen}), and no restore point of it is left; "
+                f"raise restore_points, or go on from here: add(batch, at=position) skips the {ahead} samples it already holds"
+                if ahead
+                else f"{where} has seen {seen} samples like the state, but holds others or other metadata, and no restore point of it is left"
+            )
+        frames = self._log.frames(target)
+        self._log.verify(target, frames, self._view, self.head)
+        self._settled = False
+        self._log.close_tail(int(self.head[H_STATE]))
+        if self.durable:
+            self._log.sync()
+        self._write_target(target, target.number + 1)
+        self._apply_rollback(target, frames)
+        self._log.rewind(target)
+        self._settled = True
+
+    def _write_target(self, target: Any, number: int) -> None:
+        """Header of the target's state; number > 0: going there, PREVIOUS being where from; 0: arrived."""
+        work = self._work
+        sequence, start = self.head[H_SEQ] + np.uint64(1), self.head[H_STATE]
+        np.copyto(work, target.head)
+        work[H_TAG], work[H_SEQ], work[H_TARGET], work[H_PREVIOUS] = self.table.tag, sequence, number, start
+        self._write_header(work)
+        self.head, self._work = work, self.head
+
+    def _apply_rollback(self, target: Any, frames: list[Any]) -> None:
+        for f in frames:
+            kernel.restore_rows(
+                f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, self._mem
+            )
+        if self.durable:
+            system.sync(self._fd, self._map)
+        self._write_target(target, 0)
+        self._stamp += 1
+        self._live_rows = None
+
+    def _finish_rollback(self) -> None:
+        """After a kill within `rollback`: the records are still there, so do it again."""
+        if not self._log.segments:
+            self._log.attach_for_rollback(self.head)
+        target = self._log.find(int(self.head[H_STATE]))
+        if target is None:
+            raise RecoveryError(
+                f"{self.path}: a rollback was cut off, and the undo files it needs ({self.path}.undo.*) are not those beside it; "
+                "put them back, or restore the file from a copy"
+            )
+        self._apply_rollback(target, self._log.frames(target))
+        self._log.rewind(target)
+        self._attached = True
+
+    def drop_points(self) -> None:
+        """End all restore points."""
+        self._log.clear()
+        self._attached = True
+
+    def mark_gone(self) -> None:
+        """Tell readers of this shared memory that another piece has replaced it."""
+        if self.path is None:
+            work = self.head.copy()
+            work[H_SEQ] += np.uint64(1)
+            work[H_TARGET] = _GONE
+            self._write_header(work)
+
+    # -- auditing ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> list[Problem]:
+        """Everything wrong with this file; an empty list if nothing is. Reads all of it."""
+        self.ready()
+        t = self.table
+        problems = []
+        if not self.writable and self.pending():
+            problems.append(Problem("a commit was cut off: open the file for writing once, to undo it"))
+        digests = np.zeros(BUCKETS, np.uint64)
+        live, high = kernel.scan_index(self._view, self._cols, t.max_size, digests)
+        step = max(1, (16 << 20) // sum(size for _, size in t.columns))
+        bad = np.zeros(step, np.uint8)
+        wrong: list[int] = []
+        for start in range(0, t.max_size, step):
+            stop = min(t.max_size, start + step)
+            kernel.verify_rows(self._view, self._cols, start, stop, bad)
+            wrong += [start + int(i) for i in np.flatnonzero(bad[: stop - start])]
+        if wrong:
+            problems.append(Problem("bytes do not match their checksums", tuple(wrong)))
+        at, _ = t.columns[-3]
+        positions = self._view[at : at + 8 * t.max_size].view(np.int64)
+        held = np.flatnonzero(positions >= 0)
+        mine = held[positions[held] >> STREAM_BITS == t.stream]
+        late = mine[(positions[mine] & (2**STREAM_BITS - 1)) >= self.seen + t.params.get("first", 0)]
+        if late.shape[0]:
+            problems.append(Problem(f"positions beyond seen={self.seen}", tuple(map(int, late))))
+        _, where, times = np.unique(positions[held], return_inverse=True, return_counts=True)
+        twice = held[times[where] > 1]
+        if twice.shape[0]:
+            problems.append(Problem("positions held twice", tuple(map(int, twice))))
+        off = np.flatnonzero(digests != self.head[H_DIGESTS : H_DIGESTS + BUCKETS])
+        if off.shape[0]:
+            suspects = np.flatnonzero(np.isin(np.arange(t.max_size) % BUCKETS, off))
+            problems.append(
+                Problem("rows that do not add up to the header's digests: among these are stale ones", tuple(map(int, suspects)))
+            )
+        if live != self.size:
+            problems.append(Problem(f"{live} live rows, but the header counts {self.size}"))
+        if high > self.high:
+            problems.append(Problem(f"row {high - 1} is live, but the header's highest is {self.high - 1}"))
+        problems += self._check_structure()
+        return problems
+
+    def _check_structure(self) -> list[Problem]:
+        """Compare HDF5's view with the table. Its own bytes are compared first: damaged ones can crash the HDF5 library."""
+        t = self.table
+        if hash_structure(lambda at, n: self._view[at : at + n].tobytes(), t) != t.structure_hash:
+            return [Problem("the HDF5 structure was changed or damaged (leanreplay itself does not need it)")]
+        import h5py
+
+        problems = []
+        name = self.path or self.link
+        try:
+            with open(os.dup(self._fd), "rb") as raw, h5py.File(raw, "r") as file:
+                for (at, _), column in zip(t.columns, t.dataset_names(), strict=True):
+                    dataset = file[column]
+                    if dataset.id.get_offset() != at or dataset.shape[0] != t.max_size:
+                        problems.append(Problem(f"HDF5 sees {column} elsewhere than the table"))
+        except (OSError, KeyError, ValueError) as error:
+            problems.append(Problem(f"HDF5 cannot read {name}: {error}"))
+        return problems
+
+
+@functools.cache
+def empty_state() -> str:
+    """Name of the state of every buffer that has seen nothing."""
+    head = np.zeros(HEADER_WORDS, np.uint64)
+    kernel.seal_block(np.zeros(8 * HEADER_WORDS, np.uint8), 0, head, H_STATE)
+    return f"{int(head[H_STATE]):016x}"
+
+
+_STORES = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_STORES):
+        store.become_reader()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,212 @@
+"""The system calls behind a store: shared memory, allocation, copies, durable syncs and the writer's lock.
+
+Where a platform lacks one, the nearest that keeps the guarantees stands in for it; each function says which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import mmap
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import ExistsError, LockedError, StorageError
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
+_FICLONE = 0x40049409
+_CHUNK = 64 << 20
+_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
+OPEN_WRITE = os.O_RDWR | _COMMON
+OPEN_READ = os.O_RDONLY | _COMMON
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done."""
+    try:
+        yield
+    except (StorageError, ExistsError, LockedError):
+        raise
+    except OSError as error:
+        hint = {
+            errno.ENOSPC: "free some space on that disk and try again",
+            errno.EDQUOT: "raise the quota or free some space",
+            errno.EROFS: "choose a writable folder, or open with mode='r'",
+            errno.EACCES: "check the permissions, or open with mode='r'",
+            errno.ENOENT: "create the folder first",
+        }.get(error.errno or 0, "see the system's message")
+        raise StorageError(error.errno, f"{what}: {os.strerror(error.errno or 0)}; {hint}") from error
+
+
+def memory_file(name: str, size: int) -> int:
+    """A descriptor of `size` bytes of zeros in shared memory; an unlinked temporary file where memfd_create is missing."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    else:  # macOS, Windows
+        fd, path = tempfile.mkstemp(prefix="leanreplay-")
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    os.ftruncate(fd, size)
+    return fd
+
+
+def allocate(fd: int, size: int) -> None:
+    """Reserve the file's blocks: a full disk is then an OSError now, not a SIGBUS later. Without fallocate, only extend."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    if os.fstat(fd).st_size < size:
+        os.ftruncate(fd, size)
+
+
+def write_all(fd: int, data: Any, at: int) -> None:
+    """Write all of `data` (bytes-like) at an offset."""
+    view = memoryview(data).cast("B")
+    while view:
+        if hasattr(os, "pwrite"):
+            n = os.pwrite(fd, view[:_CHUNK], at)
+        else:
+            os.lseek(fd, at, os.SEEK_SET)
+            n = os.write(fd, view[:_CHUNK])
+        view, at = view[n:], at + n
+
+
+def read_at(fd: int, n: int, at: int) -> bytes:
+    """Up to n bytes from an offset."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, n, at)
+    os.lseek(fd, at, os.SEEK_SET)
+    return os.read(fd, n)
+
+
+def copy_file(source: int, target: int, size: int) -> str:
+    """Copy `size` bytes between descriptors: shared blocks where the file system can, else in the kernel, else by hand.
+
+    Returns which: "reflink", "copy_file_range" or "copy".
+    """
+    if sys.platform == "linux":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(target, _FICLONE, source)
+            return "reflink"
+    if hasattr(os, "copy_file_range"):
+        done = 0
+        with contextlib.suppress(OSError):
+            while done < size:
+                n = os.copy_file_range(source, target, min(_CHUNK, size - done), done, done)
+                if n == 0:
+                    break
+                done += n
+        if done == size:
+            return "copy_file_range"
+    done = 0
+    while done < size:
+        data = read_at(source, min(4 << 20, size - done), done)
+        if not data:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write_all(target, data, done)
+        done += len(data)
+    return "copy"
+
+
+def sync(fd: int, view: mmap.mmap | None) -> None:
+    """Make the file's bytes durable. On Linux fdatasync covers mapped pages too; elsewhere the map is flushed first."""
+    if sys.platform == "linux":
+        os.fdatasync(fd)
+        return
+    if view is not None:
+        view.flush()
+    os.fsync(fd)
+
+
+def sync_folder(path: str) -> None:
+    """Make a new or renamed name durable, where a folder can be opened."""
+    with contextlib.suppress(OSError):
+        fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def populate(view: mmap.mmap, start: int, stop: int) -> None:
+    """Fault in pages for writing, all at once: half the cost of one fault a page. Does nothing where there is no such advice."""
+    start -= start % mmap.PAGESIZE
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ValueError):
+            view.madvise(_MADV_POPULATE_WRITE, start, stop - start)
+
+
+def temporary(path: str) -> tuple[int, str]:
+    """A new file beside `path`, which is to take its name once complete."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temp = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return os.open(temp, OPEN_NEW, 0o666), temp
+
+
+def remove_temporaries(path: str) -> None:
+    """Remove what killed creators of `path` left. Call it with the lock held."""
+    folder, name = os.path.split(os.path.abspath(path))
+    for temp in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*-*.tmp")):
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+
+
+def publish(temp: str, path: str, replace: bool) -> None:
+    """Give a complete file its name. Without `replace` an existing one is refused, atomically: of two creators one wins."""
+    if replace:
+        os.replace(temp, path)
+    else:
+        try:
+            os.link(temp, path)
+        except FileExistsError:
+            raise ExistsError(f"{path} exists; open it with mode='r+' or 'a', or replace it with mode='w'") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            # A file system without hard links: claim the name with an empty file, then rename over it.
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                raise ExistsError(f"{path} exists; open it with mode='r+' or 'a', or replace it with mode='w'") from None
+            os.replace(temp, path)
+            return
+        os.unlink(temp)
+
+
+def lock(path: str) -> int:
+    """Take the writer's lock: a descriptor of `path`.lock, a file that is never removed. Raises LockedError if taken."""
+    name = path + ".lock"
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | _COMMON, 0o666)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            raise LockedError(
+                f"{path} is open for writing elsewhere (lock file {name}); close that writer, or read with mode='r'"
+            ) from None
+        raise
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

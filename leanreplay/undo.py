@@ -1,0 +1,328 @@
+"""Restore points: what the rows held when `state_dict` was called, kept beside the buffer until it is needed.
+
+Each restore point is one segment (`replay.h5.undo.<n>`; shared memory for a buffer in RAM): the header's state at that
+moment, then a frame per commit with the old bytes of the rows that this segment has not seen before. Going back to a point applies
+the frames of its segment and of all later ones, the oldest record of each row last. A segment says in its tail, rewritten
+before every commit, up to which state it is complete; it is believed only if the file's header is in that state, or one
+commit further. Before anything is changed, the rows to restore must add up to the digests of the point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import mmap
+import os
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from . import system
+from .errors import StateError
+from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table
+from .kernels import rows as kernel
+
+_MAGIC = np.uint64(0x4F444E55524C8A01)
+_FRAME = np.uint64(0x454D4152464C8A01)
+_CONTROL_WORDS = 3 + HEADER_WORDS  # magic, tag, header, seal
+_TAIL_WORDS = 6  # magic, tag, count, state that the segment is complete up to, length of the frames, seal
+_TAILS = (2 * PAGE, 2 * PAGE + 512)
+_FRAMES = 3 * PAGE
+_FRAME_WORDS = 7  # magic, sequence, state before, live, rows, hash, seal
+
+Words = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass
+class Segment:
+    """One restore point. head: the header at that point. before, length, count: its tail."""
+
+    fd: int
+    number: int
+    path: str | None
+    head: Words
+    before: int = 0
+    length: int = 0
+    count: int = 0
+
+    @property
+    def state(self) -> int:
+        """Hash of the state at this point."""
+        return int(self.head[H_STATE])
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass
+class Frame:
+    """One commit's records in a mapped segment: where the row numbers and the records lie, and which of them to use."""
+
+    source: Bytes
+    list_at: int
+    record_at: int
+    live: int
+    count: int
+    use: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        return self.source[self.list_at : self.list_at + 8 * self.count].view(np.int64)
+
+
+class UndoLog:
+    """The restore points of one store, oldest first. `path` None: in shared memory."""
+
+    def __init__(self, path: str | None, table: Table, limit: int) -> None:
+        self.path, self.table, self.limit = path, table, limit
+        self.segments: list[Segment] = []
+        self._cols = np.array(table.columns, np.int64)
+        self._words = np.zeros(_TAIL_WORDS, np.uint64)
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+
+    def _paths(self) -> list[tuple[int, str]]:
+        if self.path is None:
+            return []
+        found = []
+        for name in glob.glob(glob.escape(self.path) + ".undo.*"):
+            match = re.fullmatch(r"\d{1,15}", name[len(self.path) + 6 :])
+            if match:
+                found.append((int(match[0]), name))
+        return sorted(found)
+
+    def attach(self, head: Words) -> None:
+        """Take over the segments of an earlier writer, as far as they lead up to this header; the others are removed."""
+        segments: list[Segment] = []
+        for number, name in self._paths():
+            segment = self._load(number, name)
+            if segment is None:
+                self._unlink(name)
+            else:
+                segments.append(segment)
+        here = (int(head[H_STATE]), int(head[H_PREVIOUS]))
+        chain: list[Segment] = []
+        for segment in reversed(segments):
+            if not chain:
+                if segment.state == here[0]:
+                    segment.length = 0  # the buffer is at this point itself: whatever came after does not matter
+                    chain.append(segment)
+                elif segment is segments[-1] and segment.before in here:
+                    chain.append(segment)
+            elif segment.before == chain[-1].state:
+                chain.append(segment)
+            else:
+                break
+        self.segments = chain[::-1]
+        for segment in segments:
+            if not any(segment is s for s in chain):
+                self._remove(segment)
+        if self.segments and self.segments[-1].state == here[0]:
+            self._write_tail(self.segments[-1], here[0], 0)
+
+    def attach_for_rollback(self, head: Words) -> None:
+        """Take over the segments for finishing a rollback that was cut off. Changes nothing on disk."""
+        self.segments = []
+        for number, name in self._paths():
+            segment = self._load(number, name)
+            if segment is not None:
+                self.segments.append(segment)
+        for older, newer in zip(self.segments[:-1], self.segments[1:], strict=True):
+            if older.before != newer.state:
+                self.segments = self.segments[self.segments.index(newer) :]
+        if not self.segments or self.segments[-1].before != int(head[H_PREVIOUS]):
+            self.forget()
+
+    def _load(self, number: int, name: str) -> Segment | None:
+        try:
+            fd = os.open(name, system.OPEN_WRITE)
+        except OSError:
+            return None
+        block = np.frombuffer(system.read_at(fd, _FRAMES, 0).ljust(_FRAMES, b"\0"), np.uint8)
+        control = np.zeros(_CONTROL_WORDS, np.uint64)
+        segment = None
+        if kernel.read_block(block, 0, control) and control[0] == _MAGIC and control[1] == self.table.tag:
+            segment = Segment(fd, number, name, control[2:-1].copy())
+            best = -1
+            for at in _TAILS:
+                words = np.zeros(_TAIL_WORDS, np.uint64)
+                if kernel.read_block(block, at, words) and words[1] == self.table.tag and int(words[2]) > best:
+                    best = segment.count = int(words[2])
+                    segment.before, segment.length = int(words[3]), int(words[4])
+            if best < 0 or _FRAMES + segment.length > os.fstat(fd).st_size:
+                segment = None
+        if segment is None:
+            os.close(fd)
+        return segment
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def mark(self, head: Words) -> bool:
+        """Make a restore point of this header's state. False where the newest point is that state already."""
+        state = int(head[H_STATE])
+        if self.segments and self.segments[-1].state == state:
+            return False
+        if self.segments:
+            self._write_tail(self.segments[-1], state, self.segments[-1].length)
+        number = self.segments[-1].number + 1 if self.segments else 0
+        name = None if self.path is None else f"{self.path}.undo.{number}"
+        with system.storage_errors(f"making a restore point of {self.path or 'a buffer in memory'}"):
+            if name is None:
+                fd = system.memory_file("leanreplay-undo", _FRAMES)
+            else:
+                self._unlink(name)
+                fd = os.open(name, system.OPEN_NEW, 0o666)
+            segment = Segment(fd, number, name, head.copy())
+            try:
+                control = np.zeros(_CONTROL_WORDS, np.uint64)
+                control[0], control[1], control[2:-1] = _MAGIC, self.table.tag, head
+                block = np.zeros(_FRAMES, np.uint8)
+                kernel.seal_block(block, 0, control, 0)
+                self._tail_words(segment, state, 0)
+                kernel.seal_block(block, _TAILS[segment.count % 2], self._words, 0)
+                system.write_all(fd, block, 0)
+            except BaseException:
+                os.close(fd)
+                if name is not None:
+                    self._unlink(name)
+                raise
+        self.segments.append(segment)
+        while len(self.segments) > self.limit:
+            self._remove(self.segments.pop(0))
+        return True
+
+    def append(self, mem: Bytes, head: Words, sequence: int, new: int, live: int, count: int) -> None:
+        """Keep the first `new` records of the journal in mem, and its free rows, before a commit on top of `head`."""
+        t, segment = self.table, self.segments[-1]
+        rows = new + count - live
+        length = segment.length
+        state = int(head[H_STATE])
+        if rows:
+            listed = 8 * _FRAME_WORDS
+            recorded = listed + 8 * rows
+            frame = np.empty(recorded + new * t.record, np.uint8)
+            frame[listed : listed + 8 * new] = mem[t.list_at : t.list_at + 8 * new]
+            frame[listed + 8 * new : recorded] = mem[t.list_at + 8 * live : t.list_at + 8 * count]
+            frame[recorded:] = mem[t.record_at : t.record_at + new * t.record]
+            words = np.zeros(_FRAME_WORDS, np.uint64)
+            words[:5] = (_FRAME, sequence, state, new, rows)
+            frozen = frame.view()
+            frozen.flags.writeable = False
+            words[5] = kernel.hash_records(frozen, self._cols, listed, recorded, t.record, new, rows)
+            kernel.seal_block(frame, 0, words, 0)
+            with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
+                system.write_all(segment.fd, frame, _FRAMES + length)
+            length += frame.shape[0]
+        if length != segment.length or state != segment.before:
+            self._write_tail(segment, state, length)
+
+    def _tail_words(self, segment: Segment, before: int, length: int) -> None:
+        segment.count += 1
+        self._words[:5] = (_MAGIC, self.table.tag, segment.count, before, length)
+
+    def _write_tail(self, segment: Segment, before: int, length: int) -> None:
+        self._tail_words(segment, before, length)
+        block = np.zeros(8 * _TAIL_WORDS, np.uint8)
+        kernel.seal_block(block, 0, self._words, 0)
+        with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
+            system.write_all(segment.fd, block, _TAILS[segment.count % 2])
+        segment.before, segment.length = before, length
+
+    def sync(self) -> None:
+        """Make the newest segment durable."""
+        if self.segments:
+            system.sync(self.segments[-1].fd, None)
+
+    # -- going back --------------------------------------------------------------------------------------------------
+
+    def find(self, state: int) -> Segment | None:
+        """The newest restore point of this state."""
+        return next((s for s in reversed(self.segments) if s.state == state), None)
+
+    def frames(self, target: Segment) -> list[Frame]:
+        """All frames since a point, oldest first, each using only rows that no older one has. Raises StateError if damaged."""
+        frames: list[Frame] = []
+        for segment in self.segments[self.segments.index(target) :]:
+            if segment.length == 0:
+                continue
+            view = mmap.mmap(segment.fd, _FRAMES + segment.length, access=mmap.ACCESS_READ)
+            source = np.frombuffer(view, np.uint8)
+            at = _FRAMES
+            words = np.zeros(_FRAME_WORDS, np.uint64)
+            while at < _FRAMES + segment.length:
+                ok = at + 8 * _FRAME_WORDS <= source.shape[0] and kernel.read_block(source, at, words) and words[0] == _FRAME
+                live, count = (int(words[3]), int(words[4])) if ok else (0, 0)
+                listed = at + 8 * _FRAME_WORDS
+                recorded = listed + 8 * count
+                end = recorded + live * self.table.record
+                frame = Frame(source, listed, recorded, live, count)
+                if not ok or live > count or count > self.table.max_size or end > source.shape[0]:
+                    raise StateError(f"{segment.path}: this undo file is damaged at byte {at}; load a saved copy instead")
+                if count and not (0 <= int(frame.rows.min()) and int(frame.rows.max()) < self.table.max_size):
+                    raise StateError(f"{segment.path}: this undo file names rows outside the buffer; load a saved copy instead")
+                found = kernel.hash_records(source, self._cols, listed, recorded, self.table.record, live, count)
+                if found != words[5]:
+                    raise StateError(f"{segment.path}: the undo record at byte {at} fails its checksum; load a saved copy instead")
+                frames.append(frame)
+                at = end
+        if frames:
+            rows = np.concatenate([f.rows for f in frames])
+            first = np.zeros(rows.shape[0], np.uint8)
+            first[np.unique(rows, return_index=True)[1]] = 1
+            at = 0
+            for frame in frames:
+                frame.use = first[at : at + frame.count]
+                at += frame.count
+        return frames
+
+    def verify(self, target: Segment, frames: list[Frame], mem: Bytes, head: Words) -> None:
+        """Raise StateError unless restoring these rows gives exactly the point's digests."""
+        digests = head[H_DIGESTS : H_DIGESTS + BUCKETS].copy()
+        for f in frames:
+            kernel.exchange_digests(
+                f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, mem, digests
+            )
+        if not np.array_equal(digests, target.head[H_DIGESTS : H_DIGESTS + BUCKETS]):
+            raise StateError(
+                f"the restore point at seen={int(target.head[H_SEEN])} does not lead back from this file "
+                "(file and undo files come from different copies); load a saved copy instead"
+            )
+
+    def close_tail(self, state: int) -> None:
+        """Say that the log is complete up to this state, with no commit pending."""
+        self._write_tail(self.segments[-1], state, self.segments[-1].length)
+
+    def rewind(self, target: Segment) -> None:
+        """After the rows went back to a point: drop the newer ones, and start this one's frames anew."""
+        while self.segments[-1] is not target:
+            self._remove(self.segments.pop())
+        self._write_tail(target, target.state, 0)
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Remove all restore points, those of other files under this name too."""
+        for segment in self.segments:
+            self._remove(segment)
+        self.segments = []
+        for _, name in self._paths():
+            self._unlink(name)
+
+    def forget(self) -> None:
+        """Close all descriptors; the files stay."""
+        for segment in self.segments:
+            segment.close()
+        self.segments = []
+
+    def _remove(self, segment: Segment) -> None:
+        segment.close()
+        if segment.path is not None:
+            self._unlink(segment.path)
+
+    def _unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
