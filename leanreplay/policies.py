@@ -83,6 +83,9 @@ class ReservoirPolicy(Policy):
     def load(self, positions: Ints, groups: Ints) -> None:
         if not self._keys.shape[0]:
             self._keys, self._rows = np.empty(self.capacity, np.uint64), np.empty(self.capacity, np.int64)
+        if not positions.shape[0]:
+            self._size = 0
+            return
         self._size = reservoir.build_heap(positions, self._k0, self._k1, self._keys, self._rows)
 
     def room(self, capacity: int) -> int:

@@ -48,6 +48,7 @@ from .format import (
     STREAM_BITS,
     Table,
     decode,
+    round_up,
 )
 from .kernels import rows as kernel
 from .undo import UndoLog
@@ -90,7 +91,10 @@ class Store:
         self._mem: Bytes = np.frombuffer(self._map, np.uint8)
         self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
         self._view.flags.writeable = False
-        self._cols = np.array(table.columns, np.int64)
+        self._cols = np.array(table.columns, np.uint64)
+        (p, _), (g, _) = table.columns[-3:-1]
+        self._positions = self._mem[p : p + 8 * table.max_size].view(np.int64)
+        self._groups = self._mem[g : g + 8 * table.max_size].view(np.int64)
         self._fields = len(table.schema.fields)
         self.head: Words = np.zeros(HEADER_WORDS, np.uint64)  # the state in force
         self._work: Words = np.zeros(HEADER_WORDS, np.uint64)
@@ -145,7 +149,7 @@ class Store:
                 kernel.seal_block(first, 0, head, H_STATE)
                 system.write_all(fd, first, HEADERS[0])
                 store = Store(path, fd, table, True, durable, points)
-                store.recover()
+                store._begin(head)
                 store._attached = True  # undo files under this name belong to the file that is being replaced
                 if fill is not None:
                     fill(store)
@@ -164,6 +168,11 @@ class Store:
                     with contextlib.suppress(OSError):
                         os.unlink(temp)
                 raise
+
+    def _begin(self, head: Words) -> None:
+        """A file that was just made holds nothing: there is nothing to recover or to verify."""
+        self.head[:] = head
+        self._settled = self._checked = True
 
     @staticmethod
     def open(
@@ -209,6 +218,7 @@ class Store:
         self._log.forget()
         view, self._map = self._map, None
         self._mem = self._view = np.zeros(0, np.uint8)
+        self._positions = self._groups = NO_ROWS
         with contextlib.suppress(BufferError):  # a policy kept a view: the map lives until that is gone
             view.close()
         os.close(self._fd)
@@ -376,7 +386,7 @@ class Store:
         first, last = (0, self._fields) if field is None else (field, field + 1)
         fields = self.table.schema.fields[first:last]
         if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
-            sizes = [0] + [-(-n * f.nbytes // 64) * 64 for f in fields]
+            sizes = [0] + [round_up(n * f.nbytes, 64) for f in fields]
             self._places, self._places_for = np.cumsum(sizes), (n, first, last)
         places = self._places
         out = np.empty(places[-1], np.uint8)
@@ -424,7 +434,7 @@ class Store:
         fields = self.table.schema.fields
         sizes = [f.nbytes for f in fields[first:last]]
         found, flag = np.empty((2, 1), np.int64), np.empty(1, np.uint8)
-        mine = np.cumsum([0, *[-(-f.nbytes // 8) * 8 for f in fields]])
+        mine = np.cumsum([0, *[round_up(f.nbytes, 8) for f in fields]])
         block = np.empty(mine[-1], np.uint8)
         wrong = kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, flag)
         if wrong and from_journal and self.pending():
@@ -449,11 +459,10 @@ class Store:
         start = t.record_at + int(at[0]) * t.record
         record = self._view[start : start + t.record].copy()
         # The record's columns stand one after the other, so they are columns of one row, shifted to row number `row`.
-        cols, place = self._cols.copy(), 0
-        for c in range(cols.shape[0]):
-            cols[c, 0] = place
-            place += -(-int(cols[c, 1]) // 8) * 8
-        return bool(kernel.read_record(record, cols, row, out, mine, index))
+        cols = self._cols.copy()
+        cols[:, 0] = np.cumsum([0, *[round_up(size, 8) for _, size in t.columns[:-1]]])
+        index[:, 0] = record[int(cols[-3, 0]) :][:16].view(np.int64)
+        return bool(kernel.read_record(record, cols, row, out, mine))
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -530,7 +539,9 @@ class Store:
                 source, samples = sources[f - first]
                 kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
             if field is None:
-                kernel.write_index(mem, cols, rows, positions, groups, freed)
+                self._positions[rows], self._groups[rows] = positions, groups
+                if freed.shape[0]:
+                    self._positions[freed] = -1
             size += count - live - freed.shape[0]
             if self.durable:
                 system.sync(self._fd, self._map)

@@ -79,7 +79,7 @@ class UndoLog:
     def __init__(self, path: str | None, table: Table, limit: int) -> None:
         self.path, self.table, self.limit = path, table, limit
         self.segments: list[Segment] = []
-        self._cols = np.array(table.columns, np.int64)
+        self._cols = np.array(table.columns, np.uint64)
         self._words = np.zeros(_TAIL_WORDS, np.uint64)
 
     # -- opening -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Kernels on the bytes of a mapped file: copy and checksum rows, keep and restore old rows, seal blocks.
 
-A mapped file is one flat uint8 array `mem`; `cols`, (fields + 3, 2) int64, says where its columns lie: (byte offset,
+A mapped file is one flat uint8 array `mem`; `cols`, (fields + 3, 2) uint64, says where its columns lie: (byte offset,
 bytes per row) of each field, then of position (int64), group (int64) and checksums (uint64 per field). So every kernel
 compiles once, whatever the dtypes. An undo record of a row is its bytes in all columns, each padded to 8.
 Helpers stand in the file that calls them because Numba's cache does not notice changes in another one.
@@ -16,9 +16,12 @@ from numba import config, njit
 _G = np.uint64(0x9E3779B97F4A7C15)
 _M0 = np.uint64(0xFF51AFD7ED558CCD)
 _M1 = np.uint64(0xC4CEB9FE1A85EC53)
+_FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # position -1
 _LOW = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+_0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
+_16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
 _33 = np.uint64(33)
+_NEAR = 4  # rows ahead that small entries are fetched
 
 if config.DISABLE_JIT:
 
@@ -58,47 +61,89 @@ def _mix(x):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _term(word, i):
     """What word i adds to a hash: itself plus the product of its halves, which no change of a single byte leaves the same."""
-    y = word + np.uint64(i + 1) * _G
+    y = word + (np.uint64(i) + _1) * _G
     return y + (y & _LOW) * (y >> _32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _hash(src, s, n):
-    """Hash src[s : s + n]: a sum over its 8-byte words, then the bytes left over, so that it runs in vector registers."""
-    words = src[s : s + n - n % 8].view(np.uint64)
-    total = np.uint64(n)
-    for i in range(words.shape[0]):
-        total += _term(words[i], i)
-    for j in range(n - n % 8, n):
-        total += _term(np.uint64(src[s + j]), j)
+def _load(src, at):
+    """The 8 bytes at src[at:] as a word, at any alignment. A slice and view would cost reference counts in inner loops."""
+    low = np.uint64(src[at]) | np.uint64(src[at + _1]) << _8
+    low |= np.uint64(src[at + _2]) << _16 | np.uint64(src[at + _3]) << _24
+    high = np.uint64(src[at + _4]) | np.uint64(src[at + _5]) << _8
+    high |= np.uint64(src[at + _6]) << _16 | np.uint64(src[at + _7]) << _24
+    return low | high << _32
+
+
+# The hash of n bytes is a sum over its 8-byte words, then over the bytes left, so that it runs in vector registers. It comes in
+# two forms: for sizes that are multiples of 8, and for others. Which one is decided outside the loop over rows, and indices
+# are unsigned (a test for negative ones stays in the loop): together that is worth 40 ns a row.
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _copy_words(words, s, out, d, n):
+    """Copy n bytes, a multiple of 8, from byte s of `words` to byte d of `out` (uint64 arrays); their hash."""
+    total = n
+    first, target = s >> _3, d >> _3
+    for i in range(n >> _3):
+        word = words[first + i]
+        out[target + i] = word
+        total += _term(word, i)
     return _mix(total)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _copy_hash(src, s, dst, d, n):
-    """Copy src[s : s + n] to dst[d:] and return its `_hash`, in one pass.
+def _copy_bytes(src, s, dst, d, n):
+    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); their hash."""
+    for i in range(n):
+        dst[d + i] = src[s + i]
+    return _hash_bytes(src, s, n)
 
-    Rows that are no multiple of 8 bytes are loaded unaligned, which x86-64 and arm64 allow.
-    """
-    words = src[s : s + n - n % 8].view(np.uint64)
-    out = dst[d : d + n - n % 8].view(np.uint64)
-    total = np.uint64(n)
-    for i in range(words.shape[0]):
-        out[i] = words[i]
-        total += _term(words[i], i)
-    for j in range(n - n % 8, n):
-        dst[d + j] = src[s + j]
-        total += _term(np.uint64(src[s + j]), j)
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _hash_words(words, s, n):
+    """`_copy_words` without the copy."""
+    total = n
+    first = s >> _3
+    for i in range(n >> _3):
+        total += _term(words[first + i], i)
     return _mix(total)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _checksum(row_hash, field, row, position, group):
-    """Checksum of a row's field: its bytes, which field it is, and which row, position and group it belongs to."""
-    h = _mix(row_hash + np.uint64(field + 1) * _G)
-    h = _mix(h ^ (np.uint64(row) * _G))
-    h = _mix(h + np.uint64(position))
-    return _mix(h ^ np.uint64(group))
+def _hash_bytes(src, s, n):
+    """`_copy_bytes` without the copy."""
+    total = n
+    whole = n >> _3
+    for i in range(whole):
+        total += _term(_load(src, s + i * _8), i)
+    for i in range(whole << _3, n):
+        total += _term(np.uint64(src[s + i]), i)
+    return _mix(total)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _words(mem):
+    """A byte array as uint64 words, bytes left over at the end not counted."""
+    return mem[: mem.shape[0] - mem.shape[0] % 8].view(np.uint64)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _tag(row, position, group):
+    """One word for what a row is: its number, position and group (all uint64)."""
+    return _mix(_mix(row * _G ^ group) + position)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _checksum(data, tag, field):
+    """Checksum of a row's field: the hash of its bytes, the row's tag, and which field it is."""
+    return _mix((data + np.uint64(field)) ^ tag)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _share(checksum):
+    """What a checksum adds to the digest of its bucket."""
+    return _mix(checksum ^ _G)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -107,23 +152,23 @@ def seal_block(mem, at, words, state):
 
     state > 0: words[state] is replaced by the hash of the words between it and the last.
     """
-    n = words.shape[0] - 1
+    last = words.shape[0] - 1
     if state > 0:
-        words[state] = _hash(words.view(np.uint8), 8 * (state + 1), 8 * (n - state - 1))
-    words[n] = _hash(words.view(np.uint8), 0, 8 * n)
-    target = mem[at : at + 8 * (n + 1)].view(np.uint64)
-    for i in range(n + 1):  # a slice assignment would take 2 s to compile
-        target[i] = words[i]
+        words[state] = _hash_words(words, np.uint64(8 * (state + 1)), np.uint64(8 * (last - state - 1)))
+    words[last] = _hash_words(words, np.uint64(0), np.uint64(8 * last))
+    target = _words(mem)
+    for i in range(last + 1):  # a slice assignment would take 2 s to compile
+        target[(at >> 3) + i] = words[i]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def read_block(mem, at, words):
     """Copy a sealed block from mem[at:] into `words` (uint64); whether its seal holds."""
-    n = words.shape[0] - 1
-    source = mem[at : at + 8 * (n + 1)].view(np.uint64)
-    for i in range(n + 1):
-        words[i] = source[i]
-    return words[n] == _hash(words.view(np.uint8), 0, 8 * n)
+    last = words.shape[0] - 1
+    source = _words(mem)
+    for i in range(last + 1):
+        words[i] = source[(at >> 3) + i]
+    return words[last] == _hash_words(words, np.uint64(0), np.uint64(8 * last))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -136,23 +181,35 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     """
     fields = cols.shape[0] - 3
     n = rows.shape[0]
-    words = mem.view(np.int64)
-    position, group, checksum = cols[fields, 0] // 8, cols[fields + 1, 0] // 8, cols[fields + 2, 0] // 8
+    words, target = _words(mem), _words(out)
+    position, group, checksum = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3
+    width = np.uint64(fields)
+    tags = np.empty(n, np.uint64)
     for i in range(n):
-        index[0, i] = words[position + rows[i]]
-        index[1, i] = words[group + rows[i]]
+        if i + _NEAR < n:  # ask for the cache lines of the rows to come: random rows come twice as fast so
+            r = np.uint64(rows[i + _NEAR])
+            _prefetch(mem, (position + r) << _3)
+            _prefetch(mem, (group + r) << _3)
+            _prefetch(mem, (checksum + r * width) << _3)
+        r = np.uint64(rows[i])
+        index[0, i], index[1, i] = np.int64(words[position + r]), np.int64(words[group + r])
+        tags[i] = _tag(r, words[position + r], words[group + r])
         bad[i] = index[0, i] < 0
     for f in range(first, last):
-        offset, size = cols[f, 0], cols[f, 1]
-        for i in range(n):
-            if i + 1 < n:
-                ahead = offset + rows[i + 1] * size
-                for j in range(0, size, 64):
-                    _prefetch(mem, ahead + j)
-            r = rows[i]
-            h = _copy_hash(mem, offset + r * size, out, places[f - first] + i * size, size)
-            if np.uint64(words[checksum + r * fields + f]) != _checksum(h, f, r, index[0, i], index[1, i]):
-                bad[i] = 1
+        offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
+        check = checksum + np.uint64(f)
+        if size & _7 == _0:
+            for i in range(n):
+                _ask(mem, offset, size, rows, i)
+                r = np.uint64(rows[i])
+                h = _copy_words(words, offset + r * size, target, place + np.uint64(i) * size, size)
+                bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
+        else:
+            for i in range(n):
+                _ask(mem, offset, size, rows, i)
+                r = np.uint64(rows[i])
+                h = _copy_bytes(mem, offset + r * size, out, place + np.uint64(i) * size, size)
+                bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
     count = 0
     for i in range(n):
         count += bad[i]
@@ -160,19 +217,34 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def read_record(record, cols, row, out, places, index):
+def _ask(mem, offset, size, rows, i):
+    """Prefetch the entries of the rows after the i-th: their beginning early, the rest of a large one just before."""
+    if i + _NEAR < rows.shape[0]:
+        _prefetch(mem, offset + np.uint64(rows[i + _NEAR]) * size)
+    if i + 1 < rows.shape[0]:
+        at = offset + np.uint64(rows[i + 1]) * size
+        for j in range(1, size >> _6):
+            _prefetch(mem, at + (np.uint64(j) << _6))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def read_record(record, cols, row, out, places):
     """Copy the fields of one undo record out as `read_rows` does for row `row`; whether all its checksums hold.
 
-    cols: byte offsets within the record. index: (2, 1) int64, receives position and group.
+    cols: byte offsets within the record.
     """
     fields = cols.shape[0] - 3
-    words = record.view(np.int64)
-    index[0, 0], index[1, 0] = words[cols[fields, 0] // 8], words[cols[fields + 1, 0] // 8]
+    words, target = _words(record), _words(out)
+    tag = _tag(np.uint64(row), words[cols[fields, 0] >> _3], words[cols[fields + 1, 0] >> _3])
     for f in range(fields):
-        h = _copy_hash(record, cols[f, 0], out, places[f], cols[f, 1])
-        if np.uint64(words[cols[fields + 2, 0] // 8 + f]) != _checksum(h, f, row, index[0, 0], index[1, 0]):
+        size, place = cols[f, 1], np.uint64(places[f])
+        if size & _7 == _0:
+            h = _copy_words(words, cols[f, 0], target, place, size)
+        else:
+            h = _copy_bytes(record, cols[f, 0], out, place, size)
+        if words[(cols[fields + 2, 0] >> _3) + np.uint64(f)] != _checksum(h, tag, f):
             return False
-    return index[0, 0] >= 0
+    return words[cols[fields, 0] >> _3] != _FREE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -213,87 +285,95 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
     how many are new, how many live, how many in all. Returns a hash over list and records.
     """
     fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    position, checksum = cols[fields, 0] // 8, cols[fields + 2, 0] // 8
-    buckets = digests.shape[0]
-    total = np.uint64(0)
+    words = _words(mem)
+    position, checksum = cols[fields, 0] >> _3, cols[fields + 2, 0] >> _3
+    listed, width, buckets = list_at >> 3, np.uint64(fields), np.uint64(digests.shape[0])
     done = 0
     for kind in range(3):
         for i in range(rows.shape[0]):
             r = rows[i]
-            if words[position + r] < 0:
+            if words[position + np.uint64(r)] == _FREE:
                 found = 2
             else:
                 found = 1 if stamps.shape[0] > 0 and stamps[r] == stamp else 0
-            if found != kind:
-                continue
-            words[list_at // 8 + done] = r
-            if kind < 2:
-                at = record_at + done * record
-                for c in range(cols.shape[0]):
-                    size = cols[c, 1]
-                    total = _mix(total + _copy_hash(mem, cols[c, 0] + r * size, mem, at, size))
-                    at += size + (-size) % 8
-                for f in range(first, last):
-                    digests[r % buckets] -= _mix(np.uint64(words[checksum + r * fields + f]) ^ _G)
-            done += 1
+            if found == kind:
+                words[listed + done] = np.uint64(r)
+                done += 1
         counts[kind] = done
+    at = np.uint64(record_at)
+    total = _0
+    for c in range(cols.shape[0]):
+        offset, size = cols[c, 0], cols[c, 1]
+        for i in range(counts[1]):
+            s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
+            if size & _7 == _0:
+                total = _mix(total + _copy_words(words, s, words, d, size))
+            else:
+                total = _mix(total + _copy_bytes(mem, s, mem, d, size))
+        at += (size + _7) >> _3 << _3
+    for i in range(counts[1]):
+        r = words[listed + i]
+        for f in range(first, last):
+            digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
     if stamps.shape[0] > 0:
         for i in range(rows.shape[0]):
             stamps[rows[i]] = stamp
-    return _mix(total + _hash(mem, list_at, 8 * done))
+    return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * done)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def hash_records(src, cols, list_at, record_at, record, live, count):
     """The hash that `save_rows` returned for these records (src: uint8, the map itself or a copy of the records)."""
-    total = np.uint64(0)
-    for i in range(live):
-        at = record_at + i * record
-        for c in range(cols.shape[0]):
-            size = cols[c, 1]
-            total = _mix(total + _hash(src, at, size))
-            at += size + (-size) % 8
-    return _mix(total + _hash(src, list_at, 8 * count))
+    words = _words(src)
+    at = np.uint64(record_at)
+    total = _0
+    for c in range(cols.shape[0]):
+        size = cols[c, 1]
+        for i in range(live):
+            s = at + np.uint64(i) * np.uint64(record)
+            total = _mix(total + (_hash_words(words, s, size) if size & _7 == _0 else _hash_bytes(src, s, size)))
+        at += (size + _7) >> _3 << _3
+    return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * count)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
     """Write undo records back to the columns of mem where use (uint8) is 1: the first `live` with bytes, others become free."""
     fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    listed = src[list_at : list_at + 8 * use.shape[0]].view(np.int64)
-    for i in range(use.shape[0]):
-        if use[i] == 0:
-            continue
-        r = listed[i]
-        if i < live:
-            at = record_at + i * record
-            for c in range(cols.shape[0]):
-                size = cols[c, 1]
-                _copy_hash(src, at, mem, cols[c, 0] + r * size, size)
-                at += size + (-size) % 8
-        else:
-            words[cols[fields, 0] // 8 + r] = -1
+    words, source = _words(mem), _words(src)
+    at = np.uint64(record_at)
+    for c in range(cols.shape[0]):
+        offset, size = cols[c, 0], cols[c, 1]
+        for i in range(live):
+            if use[i] == 1:
+                s, d = at + np.uint64(i) * np.uint64(record), offset + source[(list_at >> 3) + i] * size
+                if size & _7 == _0:
+                    _copy_words(source, s, words, d, size)
+                else:
+                    _copy_bytes(src, s, mem, d, size)
+        at += (size + _7) >> _3 << _3
+    for i in range(live, use.shape[0]):
+        if use[i] == 1:
+            words[(cols[fields, 0] >> _3) + source[(list_at >> 3) + i]] = _FREE
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, digests):
     """What `restore_rows` would do to the digests: the rows' present checksums go, the recorded ones come."""
     fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    position, checksum = cols[fields, 0] // 8, cols[fields + 2, 0] // 8
-    listed = src[list_at : list_at + 8 * use.shape[0]].view(np.int64)
-    recorded = src[record_at : record_at + live * record].view(np.uint64)
+    words, source = _words(mem), _words(src)
+    position, checksum = cols[fields, 0] >> _3, cols[fields + 2, 0] >> _3
+    width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(use.shape[0]):
         if use[i] == 0:
             continue
-        r = listed[i]
+        r = source[(list_at >> 3) + i]
+        b = np.int64(r % buckets)
         for f in range(fields):
-            if words[position + r] >= 0:
-                digests[r % digests.shape[0]] -= _mix(np.uint64(words[checksum + r * fields + f]) ^ _G)
+            if words[position + r] != _FREE:
+                digests[b] -= _share(words[checksum + r * width + np.uint64(f)])
             if i < live:  # the checksums end a record
-                digests[r % digests.shape[0]] += _mix(recorded[((i + 1) * record) // 8 - fields + f] ^ _G)
+                digests[b] += _share(source[((record_at + (i + 1) * record) >> 3) - fields + f])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -304,59 +384,51 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
     """
     fields = cols.shape[0] - 3
     offset, size = cols[field, 0], cols[field, 1]
-    words = mem.view(np.uint64)
-    checksum = cols[fields + 2, 0] // 8
-    buckets = digests.shape[0]
+    words, source = _words(mem), _words(src)
+    check = (cols[fields + 2, 0] >> _3) + np.uint64(field)
+    width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):
-        r = rows[i]
-        h = _copy_hash(src, samples[i] * size, mem, offset + r * size, size)
-        h = _checksum(h, field, r, positions[i], groups[i])
-        words[checksum + r * fields + field] = h
-        digests[r % buckets] += _mix(h ^ _G)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def write_index(mem, cols, rows, positions, groups, freed):
-    """Write position and group of `rows`, and set the rows in `freed` free. All (n,) int64."""
-    fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    for i in range(rows.shape[0]):
-        words[cols[fields, 0] // 8 + rows[i]] = positions[i]
-        words[cols[fields + 1, 0] // 8 + rows[i]] = groups[i]
-    for i in range(freed.shape[0]):
-        words[cols[fields, 0] // 8 + freed[i]] = -1
+        r, s = np.uint64(rows[i]), np.uint64(samples[i]) * size
+        if size & _7 == _0:
+            h = _copy_words(source, s, words, offset + r * size, size)
+        else:
+            h = _copy_bytes(src, s, mem, offset + r * size, size)
+        h = _checksum(h, _tag(r, np.uint64(positions[i]), np.uint64(groups[i])), field)
+        words[check + r * width] = h
+        digests[np.int64(r % buckets)] += _share(h)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def scan_index(mem, cols, capacity, digests):
     """Add the digests of all live rows to `digests`; returns the number of live rows, and one past the highest."""
     fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    position, checksum = cols[fields, 0] // 8, cols[fields + 2, 0] // 8
+    words = _words(mem)
+    position, checksum = cols[fields, 0] >> _3, cols[fields + 2, 0] >> _3
     live = 0
     high = 0
     for r in range(capacity):
-        if words[position + r] >= 0:
+        if np.int64(words[position + np.uint64(r)]) >= 0:
             live += 1
             high = r + 1
             for f in range(fields):
-                digests[r % digests.shape[0]] += _mix(np.uint64(words[checksum + r * fields + f]) ^ _G)
+                digests[r % digests.shape[0]] += _share(words[checksum + np.uint64(r * fields + f)])
     return live, high
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def verify_rows(mem, cols, start, stop, bad):
-    """Check the stored checksums of rows start to stop: bad[r - start] (uint8) becomes 1 + the first wrong field."""
+    """Check the stored checksums of rows start to stop: bad[r - start] (uint8) becomes 1 for a row that fails any."""
     fields = cols.shape[0] - 3
-    words = mem.view(np.int64)
-    position, group, checksum = cols[fields, 0] // 8, cols[fields + 1, 0] // 8, cols[fields + 2, 0] // 8
-    for r in range(start, stop):
-        bad[r - start] = 0
-        if words[position + r] < 0:
+    words = _words(mem)
+    position, group, checksum = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3
+    for i in range(start, stop):
+        r = np.uint64(i)
+        bad[i - start] = 0
+        if words[position + r] == _FREE:
             continue
+        tag = _tag(r, words[position + r], words[group + r])
         for f in range(fields):
-            h = _hash(mem, cols[f, 0] + r * cols[f, 1], cols[f, 1])
-            h = _checksum(h, f, r, words[position + r], words[group + r])
-            if np.uint64(words[checksum + r * fields + f]) != h:
-                bad[r - start] = f + 1
-                break
+            s, size = cols[f, 0] + r * cols[f, 1], cols[f, 1]
+            h = _hash_words(words, s, size) if size & _7 == _0 else _hash_bytes(mem, s, size)
+            if words[checksum + r * np.uint64(fields) + np.uint64(f)] != _checksum(h, tag, f):
+                bad[i - start] = 1
