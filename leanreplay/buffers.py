@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
+from .batches import Fetch, as_batch, check_batch, fetcher, flat, integer, integers, label, length, loader, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -32,14 +33,13 @@ from .errors import (
     StateError,
 )
 from .format import MAX_STREAM, STREAM_BITS, Table
-from .keys import key_pair
 from .kernels import reservoir
+from .keys import key_pair
 from .policies import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
-from .schema import Field, Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, metadata_field, to_numpy
+from .schema import Field, Schema, check_leaf, is_tensor, leaf_type, metadata_field, to_numpy
 from .store import Problem, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
-Fetch = Callable[[Ints], tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]]
 
 MODES = ("x", "a", "r+", "r", "w")
 _CHUNK = 1 << 16
@@ -116,12 +116,12 @@ class DataBuffer:
         if schema is not None and not isinstance(schema, Schema):
             raise ArgumentError(f"schema is a leanreplay.Schema, for instance Schema.from_sample(sample), got {type(schema).__name__}")
         self.max_size: int = 0
-        self._seed = _integer("seed", seed, -(2**127), 2**127 - 1)
-        self._stream = _integer("stream", stream, 0, MAX_STREAM)
-        self._max_size = _integer("max_size", max_size, 1, 2**40)
+        self._seed = integer("seed", seed, -(2**127), 2**127 - 1)
+        self._stream = integer("stream", stream, 0, MAX_STREAM)
+        self._max_size = integer("max_size", max_size, 1, 2**40)
         self.transform, self.target_transform = transform, target_transform
         self._durable = bool(durable)
-        self._points = _integer("restore_points", restore_points, 2, 2**20) or 2
+        self._points = integer("restore_points", restore_points, 2, 2**20) or 2
         self.path = None if path is None else os.fspath(path)
         self._where = None if self.path is None else os.path.abspath(self.path)
         self._mode = mode
@@ -172,9 +172,7 @@ class DataBuffer:
 
     def _open_store(self) -> Any:
         assert self._where is not None
-        return Store.open(
-            self._where, writable=self._mode != "r", durable=self._durable, points=self._points, name=self._where
-        )
+        return Store.open(self._where, writable=self._mode != "r", durable=self._durable, points=self._points, name=self._where)
 
     def _adopt(self, schema: Schema | None) -> None:
         """Take parameters from the file, after comparing those that were given."""
@@ -187,7 +185,9 @@ class DataBuffer:
         if schema is not None and schema != table.schema:
             differing.append(f"schema={schema} (file: {table.schema})")
         if differing:
-            raise MismatchError(f"{self.path} was created with other parameters: {', '.join(differing)}; leave them out, or use another path")
+            raise MismatchError(
+                f"{self.path} was created with other parameters: {', '.join(differing)}; leave them out, or use another path"
+            )
         self.max_size, self._seed, self._stream, self._uuid = found["max_size"], table.seed, table.stream, table.uuid
 
     def _exists(self) -> bool:
@@ -207,9 +207,7 @@ class DataBuffer:
         table, pieces = plan_file(self.kind, self._params_given(), self.max_size, seed, stream, schema, self._uuid)
         if self._where is not None:
             system.remove_temporaries(self._where)
-        self._store = Store.create(
-            self._where, table, pieces, replace=self._mode == "w", durable=self._durable, points=self._points
-        )
+        self._store = Store.create(self._where, table, pieces, replace=self._mode == "w", durable=self._durable, points=self._points)
         if self._marked:
             self._store.mark()
 
@@ -265,14 +263,13 @@ class DataBuffer:
                 self._adopt(None)
             else:
                 return None
-        if not store.writable:
-            if store.moved():
-                if self._where is None:
-                    raise ModeError("the buffer in memory was resized; send it to this process again")
-                self._store = self._open_store()
-                store.close()
-                store = self._store
-                self.max_size = self._file_size(store.table)
+        if not store.writable and store.moved():
+            if self._where is None:
+                raise ModeError("the buffer in memory was resized; send it to this process again")
+            self._store = self._open_store()
+            store.close()
+            store = self._store
+            self.max_size = self._file_size(store.table)
         store.ready()
         return store
 
@@ -370,14 +367,14 @@ class DataBuffer:
             store = self._require_writable()
             schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
             leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
-            n = _check_batch(leaves, schema)
+            n = check_batch(leaves, schema)
             groups = self._groups(leaves, schema, group, n)
             skip = self._skip(at, n, store)
             if n == skip:
                 return
             if store is None:
                 self._create(schema)
-            self._feed(n, skip, groups, _fetcher(leaves, schema, groups))
+            self._feed(n, skip, groups, fetcher(leaves, schema, groups))
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
@@ -397,11 +394,13 @@ class DataBuffer:
             try:
                 n = len(dataset)
             except TypeError:
-                raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches") from None
+                raise ArgumentError(
+                    f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches"
+                ) from None
             if n == 0:
                 return
             if store is None:
-                first = {k: _as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
+                first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
                 schema = Schema.from_sample(dataset[0], first)
             else:
                 schema = store.table.schema
@@ -410,25 +409,25 @@ class DataBuffer:
                 check_leaf(leaf, field, n)
             skip = self._skip(at, n, store)
             groups = None
-            if group is None and _length(getattr(dataset, "targets", None)) == n:
+            if group is None and length(getattr(dataset, "targets", None)) == n:
                 group = dataset.targets
             if group is not None:
-                groups = _integers(group, n, "group")
+                groups = integers(group, n, "group")
             elif self.policy_class.needs_groups:
-                groups = np.array([_label(schema, dataset[i], i) for i in range(skip, n)], np.int64)
+                groups = np.array([label(schema, dataset[i], i) for i in range(skip, n)], np.int64)
                 groups = np.concatenate([np.zeros(skip, np.int64), groups])
             if n == skip:
                 return
             if store is None:
                 self._create(schema)
-            self._feed(n, skip, groups, _loader(dataset, values, schema, groups))
+            self._feed(n, skip, groups, loader(dataset, values, schema, groups))
 
     def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
         if group is not None:
-            return _integers(group, n, "group")
-        label = schema.label_field()
-        if label is not None:
-            return _integers(leaves[label], n, schema.fields[label].name)
+            return integers(group, n, "group")
+        field = schema.label_field()
+        if field is not None:
+            return integers(leaves[field], n, schema.fields[field].name)
         if self.policy_class.needs_groups:
             raise SchemaError(
                 f"{type(self).__name__} balances over classes: give group=(n,) integers, or samples that are pairs with an integer label"
@@ -441,7 +440,7 @@ class DataBuffer:
             raise ArgumentError(f"a stream holds at most 2**{STREAM_BITS} samples; go on with another stream number")
         if at is None:
             return 0
-        position = _integer("at", at, 0, 2**STREAM_BITS - 1) or 0
+        position = integer("at", at, 0, 2**STREAM_BITS - 1) or 0
         if position > seen:
             raise ArgumentError(f"at={position}, but the buffer has seen only {seen} samples: {position - seen} between would be missing")
         return min(n, seen - position)
@@ -505,7 +504,7 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require()
-            n = _integer("n", n, 0, 2**40) or 0
+            n = integer("n", n, 0, 2**40) or 0
             for attempt in range(100):
                 try:
                     rows = self._draw(store, n, replace, "sample", attempt == 0)
@@ -557,7 +556,7 @@ class DataBuffer:
             x, y = sample
             x = x if self.transform is None else self.transform(x)
             y = y if self.target_transform is None else self.target_transform(y)
-            return type(sample)((x, y))
+            return (x, y) if isinstance(sample, tuple) else [x, y]
         if self.target_transform is not None:
             raise ArgumentError("target_transform needs samples that are pairs; use transform, which gets the whole sample")
         return sample if self.transform is None else self.transform(sample)
@@ -567,7 +566,7 @@ class DataBuffer:
         samples = [self._transform_one(schema.unflatten([a[i] for a in arrays])) for i in range(arrays[0].shape[0])]
         if not samples:
             return schema.unflatten(arrays)
-        return _stack(samples)
+        return stack(samples)
 
     def get(self, rows: Any) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (as in meta["idx"]), like `sample`. Raises RowError for rows that hold none."""
@@ -674,10 +673,10 @@ class DataBuffer:
                 return
             field = self._metadata_index(store, name)
             check_leaf(values, schema.fields[field], found.shape[0])
-            flat = _flat(to_numpy(values, schema.fields[field]))
+            data = flat(to_numpy(values, schema.fields[field]))
             samples = np.arange(found.shape[0])
             if positions is not None:
-                same = store.index()[0][found] == _integers(positions, found.shape[0], "positions")
+                same = store.index()[0][found] == integers(positions, found.shape[0], "positions")
                 found, samples = found[same], samples[same]
             _, last = np.unique(found[::-1], return_index=True)  # of a row given twice the last value counts
             order = np.sort(found.shape[0] - 1 - last)
@@ -690,7 +689,7 @@ class DataBuffer:
                 index = store.index()
                 store.commit(
                     store.seen, store.policy, these, index[0][these], index[1][these],
-                    [(flat, samples[start : start + store.most])], field=field,
+                    [(data, samples[start : start + store.most])], field=field,
                 )  # fmt: skip
             if self._policy_at != -1:
                 self._policy_at = store.sequence  # metadata does not concern the policy
@@ -705,7 +704,7 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            size = _integer("max_size", max_size, 1, 2**40)
+            size = integer("max_size", max_size, 1, 2**40)
             if size is None:
                 raise ArgumentError("resize needs the new max_size")
             if store is None:
@@ -742,9 +741,7 @@ class DataBuffer:
         extra = to_numpy(values, field)[order]
         self._rewrite(store, self.max_size, schema, everything, everything, store.policy, (field, extra))
 
-    def _rewrite(
-        self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Sequence[int], extra: Any = None
-    ) -> None:
+    def _rewrite(self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Sequence[int], extra: Any = None) -> None:
         """Replace the file by one of another size or schema: rows[i] becomes new_rows[i]. Whole or not at all."""
         old: Table = store.table
         table, pieces = plan_file(self.kind, old.params, size, old.seed, old.stream, schema, old.uuid)
@@ -757,16 +754,14 @@ class DataBuffer:
                 if extra is not None:
                     arrays.insert(fields.index(extra[0]), np.ascontiguousarray(extra[1][start : start + new.most]))
                 where = np.arange(these.shape[0])
-                sources = [(_flat(a), where) for a in arrays]
+                sources = [(flat(a), where) for a in arrays]
                 new.commit(store.seen, state, new_rows[start : start + new.most], index[0], index[1], sources)
             if new.seen != store.seen or not rows.shape[0]:
                 new.commit(store.seen, state)
 
         if self._where is not None:
             system.remove_temporaries(self._where)
-        created = Store.create(
-            self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill
-        )
+        created = Store.create(self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill)
         store.mark_gone()
         self._store, self.max_size, self._max_size = created, size, size
         self._policy_at = -1
@@ -981,7 +976,9 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
     if mode not in MODES:
         raise ArgumentError(f"mode is one of {MODES}, got {mode!r}")
     if mode in ("x", "w"):
-        raise ArgumentError(f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})")
+        raise ArgumentError(
+            f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})"
+        )
     where = os.fspath(path)
     if os.path.isdir(where):
         kind = "InfiniteBuffer"
@@ -1039,141 +1036,6 @@ def _copy_store(store: Any, path: str, replace: bool) -> None:
                 os.unlink(temp)
             raise
     raise ModeError(f"{store.path} is being written to; save it from the process that writes, or close that first")
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> int | None:
-    if value is None:
-        return None
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from None
-    if not low <= number <= high:
-        raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
-    return number
-
-
-def _length(value: Any) -> int:
-    try:
-        return len(value)
-    except TypeError:
-        return -1
-
-
-def _as_batch(value: Any, name: str) -> Any:
-    shape = leaf_type(value, f"metadata/{name}")[1]
-    if not shape or shape[0] == 0:
-        raise SchemaError(f"metadata/{name}: one entry per sample is needed, got shape {shape}")
-    return value
-
-
-def _integers(values: Any, n: int, name: str) -> Ints:
-    """n integers as int64. Raises SchemaError for anything else."""
-    if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
-        return values
-    array = values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
-    if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
-        raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
-    if array.dtype == np.uint64 and n and array.max() >= 2**63:
-        raise SchemaError(f"{name}: {array.max()} does not fit into int64")
-    return array.astype(np.int64)
-
-
-def _label(schema: Schema, sample: Any, i: int) -> int:
-    label = schema.label_field()
-    if label is None:
-        raise SchemaError("this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label")
-    leaf = schema.flatten(sample)[label]
-    return int(_integers(np.asarray(entry(leaf, schema.fields[label])).reshape(1), 1, f"item {i}, {schema.fields[label].name}")[0])
-
-
-def _check_batch(leaves: Sequence[Any], schema: Schema) -> int:
-    """The length of a batch. Raises SchemaError unless every leaf fits its field."""
-    fields = schema.fields
-    first = leaves[0]
-    n = first.shape[0] if type(first) is np.ndarray and first.ndim else -1
-    for leaf, field in zip(leaves, fields, strict=True):
-        if type(leaf) is not np.ndarray or leaf.dtype != field.dtype or leaf.shape != (n, *field.shape) or field.torch:
-            n = batch_length(leaves, fields)
-            for other, wanted in zip(leaves, fields, strict=True):
-                check_leaf(other, wanted, n)
-            return n
-    return int(n)
-
-
-def _flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
-    """The bytes of a C-contiguous array, read-only (kernels then compile once)."""
-    flat = array.reshape(-1).view(np.uint8)
-    flat.flags.writeable = False
-    return flat
-
-
-def _fetcher(leaves: Sequence[Any], schema: Schema, groups: Ints) -> Fetch:
-    """Sources for a batch in memory: leaves that are plain arrays as they are, of others only the samples that stay."""
-    plain: list[npt.NDArray[np.uint8] | None] = []
-    for leaf, field in zip(leaves, schema.fields, strict=True):
-        if is_tensor(leaf):
-            simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
-        else:
-            simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
-        plain.append(_flat(to_numpy(leaf, field)) if simple else None)
-
-    def fetch(picks: Ints) -> tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]:
-        sources = []
-        for leaf, field, flat in zip(leaves, schema.fields, plain, strict=True):
-            if flat is not None:
-                sources.append((flat, picks))
-            else:
-                sources.append((_flat(to_numpy(leaf, field, picks)), np.arange(picks.shape[0])))
-        return sources, groups[picks]
-
-    return fetch
-
-
-def _loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:
-    """Sources for a dataset: loads the samples that stay, in order."""
-
-    def fetch(picks: Ints) -> tuple[list[tuple[npt.NDArray[np.uint8], Ints]], Ints]:
-        k = picks.shape[0]
-        arrays = [np.empty((k, *f.shape), f.dtype) for f in schema.data]
-        for i, pick in enumerate(picks.tolist()):
-            try:
-                for array, leaf, field in zip(arrays, schema.flatten(dataset[pick]), schema.data, strict=True):
-                    array[i] = entry(leaf, field)
-            except SchemaError as error:
-                raise SchemaError(f"item {pick} of the dataset: {error}") from None
-        where = np.arange(k)
-        sources = [(_flat(a), where) for a in arrays]
-        sources += [(_flat(to_numpy(v, f, picks)), where) for v, f in zip(metadata, schema.metadata, strict=True)]
-        if groups is not None:
-            return sources, groups[picks]
-        label = schema.label_field()
-        found = np.full(k, -1, np.int64) if label is None else _integers(arrays[label], k, schema.data[label].name)
-        return sources, found
-
-    return fetch
-
-
-def _stack(samples: list[Any]) -> Any:
-    """A batch from samples of any nesting: arrays and numbers are stacked, anything else stays a list."""
-    first = samples[0]
-    if isinstance(first, Mapping):
-        return {key: _stack([s[key] for s in samples]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_stack([s[i] for s in samples]) for i in range(len(first)))
-    if isinstance(first, (np.ndarray, np.generic, bool, int, float, complex)):
-        return np.stack([np.asarray(s) for s in samples])
-    if is_tensor(first):
-        return first.new_tensor([]) if not samples else _stack_tensors(samples)
-    return samples
-
-
-def _stack_tensors(samples: list[Any]) -> Any:
-    import sys
-
-    return sys.modules["torch"].stack(samples)
 
 
 _BUFFERS = weakref.WeakSet()

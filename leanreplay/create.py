@@ -137,9 +137,7 @@ def _write_structure(memory: _Sparse, table: Table, journal_bytes: int) -> list[
     wanted: list[tuple[str, tuple[int, ...], Any]] = [(f.name, (n, *f.shape), f.dtype) for f in table.schema.fields]
     wanted += [("index/position", (n,), np.int64), ("index/group", (n,), np.int64)]
     wanted += [("index/checksum", (n, len(table.schema.fields)), np.uint64), ("journal", (journal_bytes,), np.uint8)]
-    with h5py.File(
-        memory, "w", userblock_size=table.user_block, alignment_threshold=1, alignment_interval=PAGE
-    ) as file:
+    with h5py.File(memory, "w", userblock_size=table.user_block, alignment_threshold=1, alignment_interval=PAGE) as file:
         offsets = []
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         create.set_layout(h5py.h5d.CONTIGUOUS)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .buffers import DataBuffer, _copy_store, _integer
+from .batches import integer
+from .buffers import DataBuffer, _copy_store
 from .create import plan_file
 from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, StateError
 from .format import Table
@@ -209,12 +210,10 @@ class InfiniteBuffer(DataBuffer):
     policy_class = AppendPolicy
     _folder = True
 
-    def __init__(
-        self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
         if "max_size" in options:
             raise ArgumentError("an InfiniteBuffer has no max_size; rows_per_part is the size of its files")
-        self._rows_per_part = _integer("rows_per_part", rows_per_part, 1, 2**40)
+        self._rows_per_part = integer("rows_per_part", rows_per_part, 1, 2**40)
         super().__init__(None, path, **options)
 
     def _open(self, schema: Schema | None) -> None:
@@ -264,9 +263,7 @@ class InfiniteBuffer(DataBuffer):
         stores: list[Store] = []
         try:
             while os.path.exists(path := part_path(self._where, len(stores))):
-                stores.append(
-                    Store.open(path, writable=self._mode != "r", durable=self._durable, points=self._points, name=path)
-                )
+                stores.append(Store.open(path, writable=self._mode != "r", durable=self._durable, points=self._points, name=path))
                 if stores[-1].table.uuid != stores[0].table.uuid or stores[-1].table.schema != stores[0].table.schema:
                     raise FormatError(f"{path} belongs to another buffer than the first part")
             if not stores:

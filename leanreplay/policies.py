@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .format import POLICY_WORDS
-from .keys import key_pair
 from .kernels import balance, reservoir
+from .keys import key_pair
 
 Ints = npt.NDArray[np.int64]
 
@@ -94,9 +94,7 @@ class ReservoirPolicy(Policy):
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
         limit = self.room(self.capacity)
         full_from = limit - self._size
-        used, self._size = reservoir.plan_reservoir(
-            self._keys, self._rows, self._size, limit, self._k0, self._k1, start, most, rows
-        )
+        used, self._size = reservoir.plan_reservoir(self._keys, self._rows, self._size, limit, self._k0, self._k1, start, most, rows)
         if used > full_from:
             self.state[0] = limit
         return int(used)

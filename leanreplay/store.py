@@ -175,9 +175,7 @@ class Store:
         self._settled = self._checked = True
 
     @staticmethod
-    def open(
-        path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, peek: bool = False
-    ) -> Store:
+    def open(path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, peek: bool = False) -> Store:
         """Map an existing file. For writing, what a killed writer left is undone. peek: only to look at its table.
 
         name: the path that the store goes by; None where `path` is a descriptor of shared memory.
@@ -426,9 +424,7 @@ class Store:
             "buffer.check() lists all wrong rows; restore the file from a copy made with save()"
         )
 
-    def _reread_one(
-        self, rows: Ints, i: int, first: int, last: int, out: Bytes, places: Ints, index: Ints, from_journal: bool
-    ) -> bool:
+    def _reread_one(self, rows: Ints, i: int, first: int, last: int, out: Bytes, places: Ints, index: Ints, from_journal: bool) -> bool:
         """Read one row again, from the journal if a dead writer left its old bytes there; whether it is right now."""
         row = rows[i : i + 1]
         fields = self.table.schema.fields
@@ -501,8 +497,8 @@ class Store:
     ) -> None:
         """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
 
-        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64. field: only this one changes (then position and group
-        stay); sources holds it alone. rows and freed are distinct, and no more than `most`.
+        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64. field: only this one
+        changes (then position and group stay); sources holds it alone. rows and freed are distinct, no more than `most`.
         """
         self._settled = False
         mem, cols, table = self._mem, self._cols, self.table
@@ -630,7 +626,7 @@ class Store:
                 f"{where} is ahead of the state by {ahead} samples (seen {self.seen}, state {seen}), and no restore point of it is left; "
                 f"raise restore_points, or go on from here: add(batch, at=position) skips the {ahead} samples it already holds"
                 if ahead
-                else f"{where} has seen {seen} samples like the state, but holds others or other metadata, and no restore point of it is left"
+                else f"{where} has seen {seen} samples like the state, but holds others or other metadata; no restore point is left"
             )
         frames = self._log.frames(target)
         self._log.verify(target, frames, self._view, self.head)
@@ -654,9 +650,7 @@ class Store:
 
     def _apply_rollback(self, target: Any, frames: list[Any]) -> None:
         for f in frames:
-            kernel.restore_rows(
-                f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, self._mem
-            )
+            kernel.restore_rows(f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, self._mem)
         if self.durable:
             system.sync(self._fd, self._map)
         self._write_target(target, 0)

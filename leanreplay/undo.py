@@ -261,7 +261,7 @@ class UndoLog:
                 frame = Frame(source, listed, recorded, live, count)
                 if not ok or live > count or count > self.table.max_size or end > source.shape[0]:
                     raise StateError(f"{segment.path}: this undo file is damaged at byte {at}; load a saved copy instead")
-                if count and not (0 <= int(frame.rows.min()) and int(frame.rows.max()) < self.table.max_size):
+                if count and not (int(frame.rows.min()) >= 0 and int(frame.rows.max()) < self.table.max_size):
                     raise StateError(f"{segment.path}: this undo file names rows outside the buffer; load a saved copy instead")
                 found = kernel.hash_records(source, self._cols, listed, recorded, self.table.record, live, count)
                 if found != words[5]:
@@ -282,9 +282,7 @@ class UndoLog:
         """Raise StateError unless restoring these rows gives exactly the point's digests."""
         digests = head[H_DIGESTS : H_DIGESTS + BUCKETS].copy()
         for f in frames:
-            kernel.exchange_digests(
-                f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, mem, digests
-            )
+            kernel.exchange_digests(f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, mem, digests)
         if not np.array_equal(digests, target.head[H_DIGESTS : H_DIGESTS + BUCKETS]):
             raise StateError(
                 f"the restore point at seen={int(target.head[H_SEEN])} does not lead back from this file "
@@ -325,4 +323,3 @@ class UndoLog:
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
-

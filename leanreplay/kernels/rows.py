@@ -23,7 +23,7 @@ _16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
 _33 = np.uint64(33)
 _NEAR = 4  # rows ahead that small entries are fetched
 
-if config.DISABLE_JIT:
+if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
     def _prefetch(mem: Any, at: Any) -> None:
         """Nothing to hint at when Python itself runs the kernel."""

@@ -1,0 +1,148 @@
+"""Samples on their way in and out: batches and datasets to the bytes of rows, lists of samples to batches."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ArgumentError, SchemaError
+from .schema import Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, to_numpy
+
+Ints = npt.NDArray[np.int64]
+Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
+Fetch = Callable[[Ints], tuple[Sources, Ints]]
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name} must be an integer, got {value!r}") from None
+    if not low <= number <= high:
+        raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
+    return number
+
+
+def length(value: Any) -> int:
+    try:
+        return len(value)
+    except TypeError:
+        return -1
+
+
+def as_batch(value: Any, name: str) -> Any:
+    shape = leaf_type(value, f"metadata/{name}")[1]
+    if not shape or shape[0] == 0:
+        raise SchemaError(f"metadata/{name}: one entry per sample is needed, got shape {shape}")
+    return value
+
+
+def integers(values: Any, n: int, name: str) -> Ints:
+    """n integers as int64. Raises SchemaError for anything else."""
+    if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
+        return values
+    array = values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
+    if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
+        raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
+    if array.dtype == np.uint64 and n and array.max() >= 2**63:
+        raise SchemaError(f"{name}: {array.max()} does not fit into int64")
+    return array.astype(np.int64)
+
+
+def label(schema: Schema, sample: Any, i: int) -> int:
+    field = schema.label_field()
+    if field is None:
+        raise SchemaError("this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label")
+    leaf = schema.flatten(sample)[field]
+    return int(integers(entry(leaf, schema.fields[field]).reshape(1), 1, f"item {i}, {schema.fields[field].name}")[0])
+
+
+def check_batch(leaves: Sequence[Any], schema: Schema) -> int:
+    """The length of a batch. Raises SchemaError unless every leaf fits its field."""
+    fields = schema.fields
+    first = leaves[0]
+    n = first.shape[0] if type(first) is np.ndarray and first.ndim else -1
+    for leaf, field in zip(leaves, fields, strict=True):
+        if type(leaf) is not np.ndarray or leaf.dtype != field.dtype or leaf.shape != (n, *field.shape) or field.torch:
+            n = batch_length(leaves, fields)
+            for other, wanted in zip(leaves, fields, strict=True):
+                check_leaf(other, wanted, n)
+            return n
+    return int(n)
+
+
+def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of a C-contiguous array, read-only (kernels then compile once)."""
+    flat = array.reshape(-1).view(np.uint8)
+    flat.flags.writeable = False
+    return flat
+
+
+def fetcher(leaves: Sequence[Any], schema: Schema, groups: Ints) -> Fetch:
+    """Sources for a batch in memory: leaves that are plain arrays as they are, of others only the samples that stay."""
+    plain: list[npt.NDArray[np.uint8] | None] = []
+    for leaf, field in zip(leaves, schema.fields, strict=True):
+        if is_tensor(leaf):
+            simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
+        else:
+            simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
+        plain.append(flat(to_numpy(leaf, field)) if simple else None)
+
+    def fetch(picks: Ints) -> tuple[Sources, Ints]:
+        sources = []
+        for leaf, field, ready in zip(leaves, schema.fields, plain, strict=True):
+            if ready is not None:
+                sources.append((ready, picks))
+            else:
+                sources.append((flat(to_numpy(leaf, field, picks)), np.arange(picks.shape[0])))
+        return sources, groups[picks]
+
+    return fetch
+
+
+def loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:
+    """Sources for a dataset: loads the samples that stay, in order."""
+
+    def fetch(picks: Ints) -> tuple[Sources, Ints]:
+        k = picks.shape[0]
+        arrays = [np.empty((k, *f.shape), f.dtype) for f in schema.data]
+        for i, pick in enumerate(picks.tolist()):
+            try:
+                for array, leaf, field in zip(arrays, schema.flatten(dataset[pick]), schema.data, strict=True):
+                    array[i] = entry(leaf, field)
+            except SchemaError as error:
+                raise SchemaError(f"item {pick} of the dataset: {error}") from None
+        where = np.arange(k)
+        sources = [(flat(a), where) for a in arrays]
+        sources += [(flat(to_numpy(v, f, picks)), where) for v, f in zip(metadata, schema.metadata, strict=True)]
+        if groups is not None:
+            return sources, groups[picks]
+        labels = schema.label_field()
+        found = np.full(k, -1, np.int64) if labels is None else integers(arrays[labels], k, schema.data[labels].name)
+        return sources, found
+
+    return fetch
+
+
+def stack(samples: list[Any]) -> Any:
+    """A batch from samples of any nesting: arrays and numbers are stacked, anything else stays a list."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {key: stack([s[key] for s in samples]) for key in first}
+    if isinstance(first, (tuple, list)):
+        children = [stack([s[i] for s in samples]) for i in range(len(first))]
+        return tuple(children) if isinstance(first, tuple) else children
+    if isinstance(first, (np.ndarray, np.generic, bool, int, float, complex)):
+        return np.stack([np.asarray(s) for s in samples])
+    if is_tensor(first):
+        return sys.modules["torch"].stack(samples)
+    return samples
