@@ -59,7 +59,7 @@ def integers(values: Any, n: int, name: str) -> Ints:
 
 
 def label(schema: Schema, sample: Any, i: int) -> int:
-    field = schema.label_field()
+    field = schema.label_field
     if field is None:
         raise SchemaError("this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label")
     leaf = schema.flatten(sample)[field]
@@ -91,11 +91,12 @@ def fetcher(leaves: Sequence[Any], schema: Schema, groups: Ints) -> Fetch:
     """Sources for a batch in memory: leaves that are plain arrays as they are, of others only the samples that stay."""
     plain: list[npt.NDArray[np.uint8] | None] = []
     for leaf, field in zip(leaves, schema.fields, strict=True):
-        if is_tensor(leaf):
-            simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
+        if type(leaf) is np.ndarray:
+            plain.append(flat(leaf) if leaf.flags.c_contiguous and leaf.dtype.isnative else None)
+        elif is_tensor(leaf) and leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg():
+            plain.append(flat(to_numpy(leaf, field)))
         else:
-            simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
-        plain.append(flat(to_numpy(leaf, field)) if simple else None)
+            plain.append(None)
 
     def fetch(picks: Ints) -> tuple[Sources, Ints]:
         sources = []
@@ -126,7 +127,7 @@ def loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints |
         sources += [(flat(to_numpy(v, f, picks)), where) for v, f in zip(metadata, schema.metadata, strict=True)]
         if groups is not None:
             return sources, groups[picks]
-        labels = schema.label_field()
+        labels = schema.label_field
         found = np.full(k, -1, np.int64) if labels is None else integers(arrays[labels], k, schema.data[labels].name)
         return sources, found
 

@@ -425,7 +425,7 @@ class DataBuffer:
     def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
         if group is not None:
             return integers(group, n, "group")
-        field = schema.label_field()
+        field = schema.label_field
         if field is not None:
             return integers(leaves[field], n, schema.fields[field].name)
         if self.policy_class.needs_groups:
@@ -546,7 +546,7 @@ class DataBuffer:
         batch = schema.unflatten(arrays[:split])
         if self.transform is not None or self.target_transform is not None:
             batch = self._transformed(schema, arrays[:split])
-        meta = {f.name[len("metadata/") :]: a for f, a in zip(schema.metadata, arrays[split:], strict=True)}
+        meta = dict(zip(schema.metadata_names, arrays[split:], strict=True))
         meta["idx"] = rows
         meta["position"] = index[0]
         return batch, meta
@@ -615,7 +615,7 @@ class DataBuffer:
             arrays, index = store.read(rows)
         schema: Schema = store.table.schema
         split = len(schema.data)
-        names = [f.name[len("metadata/") :] for f in schema.metadata]
+        names = schema.metadata_names
         items = []
         for i in range(rows.shape[0]):
             sample = schema.unflatten([a[i] for a in arrays[:split]])
@@ -650,7 +650,7 @@ class DataBuffer:
         schema: Schema = store.table.schema
         if name is None:
             return int(np.argmin([f.nbytes for f in schema.fields]))
-        names = [f.name[len("metadata/") :] for f in schema.metadata]
+        names = schema.metadata_names
         if name not in names:
             raise SchemaError(f"no metadata {name!r}; the buffer has {names}, and 'idx' and 'position'")
         return len(schema.data) + names.index(name)

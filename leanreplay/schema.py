@@ -6,6 +6,7 @@ A leaf of the sample becomes the field `data/<path>` (`data/0`, `data/1/ids`; a 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,18 +69,17 @@ class Schema:
         """The schema of the samples of a batch, whose leaves have one more leading dimension."""
         return _infer(batch, metadata, batched=True)
 
-    @property
+    @functools.cached_property
     def fields(self) -> tuple[Field, ...]:
         """All fields in stored order: data, then metadata."""
         return self.data + self.metadata
 
-    def __str__(self) -> str:
-        return f"Schema({', '.join(map(str, self.fields))})"
+    @functools.cached_property
+    def metadata_names(self) -> list[str]:
+        """Names of the metadata, in stored order."""
+        return [f.name[len("metadata/") :] for f in self.metadata]
 
-    def with_metadata(self, field: Field) -> Schema:
-        """This schema with one more metadata field."""
-        return Schema(self.data, tuple(sorted((*self.metadata, field), key=lambda f: f.name)), self.structure)
-
+    @functools.cached_property
     def label_field(self) -> int | None:
         """Index of the field that is the label: the second of a pair, a single integer. None without one."""
         s = self.structure
@@ -89,8 +89,23 @@ class Schema:
                 return int(s[2][1])
         return None
 
+    @functools.cached_property
+    def _plain_tuple(self) -> int:
+        """Length of a sample that is a tuple of arrays, the usual case; 0 for any other nesting."""
+        s = self.structure
+        return len(s) - 1 if s[0] == "tuple" and all(child[0] == "leaf" for child in s[1:]) else 0
+
+    def __str__(self) -> str:
+        return f"Schema({', '.join(map(str, self.fields))})"
+
+    def with_metadata(self, field: Field) -> Schema:
+        """This schema with one more metadata field."""
+        return Schema(self.data, tuple(sorted((*self.metadata, field), key=lambda f: f.name)), self.structure)
+
     def flatten(self, sample: Any) -> list[Any]:
         """The leaves of a sample or batch in field order, as they came. Raises SchemaError for another nesting."""
+        if type(sample) is tuple and len(sample) == self._plain_tuple:
+            return list(sample)
         leaves: list[Any] = []
         _match(self.structure, sample, "data", leaves)
         return leaves
@@ -101,7 +116,7 @@ class Schema:
             metadata = {}
         if not isinstance(metadata, Mapping):
             raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
-        names = [f.name[len("metadata/") :] for f in self.metadata]
+        names = self.metadata_names
         if len(names) != len(metadata) or any(n not in metadata for n in names):
             missing = sorted(set(names) - set(metadata))
             extra = sorted(str(n) for n in set(metadata) - set(names))
@@ -113,6 +128,8 @@ class Schema:
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """The sample or batch with these leaves (the data fields, in order)."""
+        if self._plain_tuple:
+            return tuple(leaves)
         return _build(self.structure, leaves)
 
     def to_json(self) -> dict[str, Any]:

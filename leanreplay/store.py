@@ -99,7 +99,11 @@ class Store:
         self.head: Words = np.zeros(HEADER_WORDS, np.uint64)  # the state in force
         self._work: Words = np.zeros(HEADER_WORDS, np.uint64)
         self._seal: Words = np.zeros(SEAL_WORDS, np.uint64)
-        self._counts: Ints = np.zeros(3, np.int64)
+        self._tag = table.tag
+        self._journal = (table.list_at, table.record_at, table.record)
+        self._row_bytes = sum(size for _, size in table.columns)
+        self._counts: Ints = np.zeros(4, np.int64)
+        self._policy: list[int] = [-1]  # the policy's words in self.head
         self._settled = False
         self._checked = False
         self._slots: npt.NDArray[np.int32] = _NOBODY
@@ -322,6 +326,7 @@ class Store:
     def recover(self) -> None:
         """Undo a commit that did not end, finish a rollback that did not. Interrupted, it can simply run again."""
         self._settled = False
+        self._policy = [-1]
         self._newest(self.head)
         if self.head[H_TARGET] != 0:
             self._finish_rollback()
@@ -513,24 +518,23 @@ class Store:
             logging = self._logging()
             counts = self._counts
             found = kernel.save_rows(
-                mem, cols, first, last, touched, self._stamps if logging else _NOBODY, self._stamp,
-                table.list_at, table.record_at, table.record, digests, counts,
-            )  # fmt: skip
-            new, live, count = int(counts[0]), int(counts[1]), int(counts[2])
+                mem, cols, first, last, touched, self._stamps if logging else _NOBODY, self._stamp, *self._journal, digests, counts
+            )
+            new, live, count, top = counts.tolist()
             if logging:
                 self._log.append(mem, head, sequence, new, live, count)
                 if self.durable:
                     self._log.sync()
             seal = self._seal
-            seal[: SEAL_WORDS - 1] = (table.tag, sequence, head[H_STATE], live, count, found)
+            seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS] = self._tag, sequence, head[H_STATE]
+            seal[J_LIVE], seal[J_COUNT], seal[J_HASH] = live, count, found
             kernel.seal_block(mem, table.journal, seal, 0)
             if self.durable:
                 system.sync(self._fd, self._map)
-            if rows.shape[0]:
-                top = int(rows.max()) + 1
+            if top > high:
+                high = top
                 if top > self._faulted:
                     self._fault_in(top)
-                high = max(high, top)
             for f in range(first, last):
                 source, samples = sources[f - first]
                 kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
@@ -547,7 +551,9 @@ class Store:
         work[H_PREVIOUS] = head[H_STATE]
         work[H_TARGET] = 0
         work[H_SEEN], work[H_SIZE], work[H_HIGH] = seen, size, high
-        work[H_POLICY:H_DIGESTS] = policy
+        if policy != self._policy:
+            work[H_POLICY:H_DIGESTS] = policy
+            self._policy = list(policy)
         self._write_header(work)
         self.head, self._work = work, head
         self._settled = True
@@ -558,11 +564,17 @@ class Store:
             system.sync(self._fd, self._map)
 
     def _fault_in(self, top: int) -> None:
-        per_row = sum(size for _, size in self.table.columns)
-        stop = min(self.table.max_size, top + max(1, _AHEAD // per_row))
+        """Get the pages of the rows up to `top`, and some ahead, for writing: one by one they would cost more than the copies.
+
+        Writing zeros first lets the file system allocate them in large pieces, at a quarter of the cost; these rows are free.
+        """
+        start = max(self._faulted, self.high)
+        stop = min(self.table.max_size, top + max(1, _AHEAD // self._row_bytes))
         view = self._require_map()
-        for at, size in self.table.columns:
-            system.populate(view, at + self._faulted * size, at + stop * size)
+        for c, (at, size) in enumerate(self.table.columns):
+            if c < self._fields and self.path is not None:
+                system.write_zeros(self._fd, at + start * size, at + stop * size)
+            system.populate(view, at + start * size, at + stop * size)
         self._faulted = stop
 
     def flush(self) -> None:
@@ -645,6 +657,7 @@ class Store:
         sequence, start = self.head[H_SEQ] + np.uint64(1), self.head[H_STATE]
         np.copyto(work, target.head)
         work[H_TAG], work[H_SEQ], work[H_TARGET], work[H_PREVIOUS] = self.table.tag, sequence, number, start
+        self._policy = [-1]
         self._write_header(work)
         self.head, self._work = work, self.head
 

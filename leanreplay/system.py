@@ -21,6 +21,7 @@ from .errors import ExistsError, LockedError, StorageError
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
+_ZEROS = bytes(1 << 20)
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 OPEN_WRITE = os.O_RDWR | _COMMON
@@ -139,6 +140,12 @@ def sync_folder(path: str) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def write_zeros(fd: int, start: int, stop: int) -> None:
+    """Write zeros to a part of a file."""
+    for at in range(start, stop, len(_ZEROS)):
+        write_all(fd, memoryview(_ZEROS)[: stop - at], at)
 
 
 def populate(view: mmap.mmap, start: int, stop: int) -> None:

@@ -281,8 +281,8 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
 
     first, last: the range of fields about to change. stamps: int32 per row of the buffer, or empty: a live row whose
     stamp differs from `stamp` is new and comes first; all are stamped. list_at: where the row numbers go; record_at:
-    the records of live rows, `record` bytes each; free rows come last and have none. counts: (3,) int64, receives
-    how many are new, how many live, how many in all. Returns a hash over list and records.
+    the records of live rows, `record` bytes each; free rows come last and have none. counts: (4,) int64, receives
+    how many are new, how many live, how many in all, and one past the highest. Returns a hash over list and records.
     """
     fields = cols.shape[0] - 3
     words = _words(mem)
@@ -300,11 +300,18 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
                 words[listed + done] = np.uint64(r)
                 done += 1
         counts[kind] = done
+    counts[3] = 0
+    for i in range(rows.shape[0]):
+        counts[3] = max(counts[3], rows[i] + 1)
     at = np.uint64(record_at)
     total = _0
     for c in range(cols.shape[0]):
         offset, size = cols[c, 0], cols[c, 1]
         for i in range(counts[1]):
+            if i + 1 < counts[1]:
+                s = offset + words[listed + i + 1] * size
+                for j in range(np.uint64(0), size, np.uint64(64)):
+                    _prefetch(mem, s + j)
             s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
             if size & _7 == _0:
                 total = _mix(total + _copy_words(words, s, words, d, size))
