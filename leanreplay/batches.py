@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, SchemaError
-from .schema import Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, to_numpy
+from .schema import Field, Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, to_numpy
 
 Ints = npt.NDArray[np.int64]
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
@@ -66,48 +66,51 @@ def label(schema: Schema, sample: Any, i: int) -> int:
     return int(integers(entry(leaf, schema.fields[field]).reshape(1), 1, f"item {i}, {schema.fields[field].name}")[0])
 
 
-def check_batch(leaves: Sequence[Any], schema: Schema) -> int:
-    """The length of a batch. Raises SchemaError unless every leaf fits its field."""
-    fields = schema.fields
-    first = leaves[0]
-    n = first.shape[0] if type(first) is np.ndarray and first.ndim else -1
-    for leaf, field in zip(leaves, fields, strict=True):
-        if type(leaf) is not np.ndarray or leaf.dtype != field.dtype or leaf.shape != (n, *field.shape) or field.torch:
-            n = batch_length(leaves, fields)
-            for other, wanted in zip(leaves, fields, strict=True):
-                check_leaf(other, wanted, n)
-            return n
-    return int(n)
-
-
 def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
     """The bytes of a C-contiguous array, read-only (kernels then compile once)."""
-    flat = array.reshape(-1).view(np.uint8)
-    flat.flags.writeable = False
-    return flat
+    data = array.ravel().view(np.uint8)
+    data.setflags(write=False)
+    return data
 
 
-def fetcher(leaves: Sequence[Any], schema: Schema, groups: Ints) -> Fetch:
-    """Sources for a batch in memory: leaves that are plain arrays as they are, of others only the samples that stay."""
-    plain: list[npt.NDArray[np.uint8] | None] = []
-    for leaf, field in zip(leaves, schema.fields, strict=True):
-        if type(leaf) is np.ndarray:
+class Batch:
+    """The leaves of a batch in memory, which fit the schema: SchemaError otherwise. n: their length."""
+
+    def __init__(self, leaves: Sequence[Any], fields: Sequence[Field]) -> None:
+        self.leaves, self.fields = leaves, fields
+        self.groups: Ints = np.zeros(0, np.int64)
+        self.n = -1
+        plain: list[npt.NDArray[np.uint8] | None] = []
+        for leaf, field in zip(leaves, fields, strict=True):
+            shape = leaf.shape if type(leaf) is np.ndarray else ()
+            if not shape or shape[1:] != field.shape or leaf.dtype != field.dtype or field.torch or self.n not in (-1, shape[0]):
+                self._look_closer()
+                return
+            self.n = shape[0]
             plain.append(flat(leaf) if leaf.flags.c_contiguous and leaf.dtype.isnative else None)
-        elif is_tensor(leaf) and leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg():
-            plain.append(flat(to_numpy(leaf, field)))
-        else:
-            plain.append(None)
+        self.plain = plain
 
-    def fetch(picks: Ints) -> tuple[Sources, Ints]:
+    def _look_closer(self) -> None:
+        """Anything but plain arrays of the right type: tensors, other array types, errors."""
+        self.n = batch_length(self.leaves, self.fields)
+        self.plain = []
+        for leaf, field in zip(self.leaves, self.fields, strict=True):
+            check_leaf(leaf, field, self.n)
+            if is_tensor(leaf):
+                simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
+            else:
+                simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
+            self.plain.append(flat(to_numpy(leaf, field)) if simple else None)
+
+    def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
+        """Sources of these samples, and their groups: plain leaves as they are, of others only the samples that stay."""
         sources = []
-        for leaf, field, ready in zip(leaves, schema.fields, plain, strict=True):
+        for i, ready in enumerate(self.plain):
             if ready is not None:
                 sources.append((ready, picks))
             else:
-                sources.append((flat(to_numpy(leaf, field, picks)), np.arange(picks.shape[0])))
-        return sources, groups[picks]
-
-    return fetch
+                sources.append((flat(to_numpy(self.leaves[i], self.fields[i], picks)), np.arange(picks.shape[0])))
+        return sources, self.groups[picks]
 
 
 def loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Fetch, as_batch, check_batch, fetcher, flat, integer, integers, label, length, loader, stack
+from .batches import Batch, Fetch, as_batch, flat, integer, integers, label, length, loader, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -367,14 +367,15 @@ class DataBuffer:
             store = self._require_writable()
             schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
             leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
-            n = check_batch(leaves, schema)
-            groups = self._groups(leaves, schema, group, n)
+            checked = Batch(leaves, schema.fields)
+            n = checked.n
+            checked.groups = groups = self._groups(leaves, schema, group, n)
             skip = self._skip(at, n, store)
             if n == skip:
                 return
             if store is None:
                 self._create(schema)
-            self._feed(n, skip, groups, fetcher(leaves, schema, groups))
+            self._feed(n, skip, groups, checked.fetch)
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.

@@ -20,7 +20,7 @@ _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # position -1
 _LOW = np.uint64(0xFFFFFFFF)
 _0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
 _16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
-_33 = np.uint64(33)
+_33, _63 = np.uint64(33), np.uint64(63)
 _NEAR = 4  # rows ahead that small entries are fetched
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -310,8 +310,8 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
         for i in range(counts[1]):
             if i + 1 < counts[1]:
                 s = offset + words[listed + i + 1] * size
-                for j in range(np.uint64(0), size, np.uint64(64)):
-                    _prefetch(mem, s + j)
+                for j in range((size + _63) >> _6):
+                    _prefetch(mem, s + (np.uint64(j) << _6))
             s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
             if size & _7 == _0:
                 total = _mix(total + _copy_words(words, s, words, d, size))
@@ -395,6 +395,8 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
     check = (cols[fields + 2, 0] >> _3) + np.uint64(field)
     width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):
+        _ask(src, _0, size, samples, i)
+        _ask(mem, offset, size, rows, i)
         r, s = np.uint64(rows[i]), np.uint64(samples[i]) * size
         if size & _7 == _0:
             h = _copy_words(source, s, words, offset + r * size, size)
