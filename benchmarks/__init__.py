@@ -1,0 +1,1 @@
+"""Benchmarks: what the library costs beside a physical limit, in one interleaved run. Never part of the tests."""

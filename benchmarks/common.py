@@ -1,0 +1,83 @@
+"""What all benchmarks share: samples, interleaved repetitions, the machine, a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import leanreplay
+
+SAMPLE_BYTES = 3 * 32 * 32 + 8 + 40  # uint8 image, int64 label, float32 logits
+
+
+def samples(n: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """n CIFAR-shaped samples: images, labels, logits."""
+    rng = np.random.default_rng([seed, n])
+    return (
+        rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8),
+        rng.integers(0, 10, n),
+        rng.random((n, 10), dtype=np.float32),
+    )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def interleaved(calls: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Measure in turn: ours, theirs, ours, theirs. Each call returns its seconds; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(repetitions + 1):
+        for name, call in calls.items():
+            taken = call()
+            if round_number:
+                found[name].append(taken)
+    return found
+
+
+def median(values: list[float]) -> float:
+    """The median."""
+    return float(np.median(values))
+
+
+def quartiles(values: list[float], scale: float) -> str:
+    """'lower-upper' quartile of the scaled values."""
+    low, high = np.percentile(values, [25, 75]) * scale
+    return f"{low:.3g}-{high:.3g}"
+
+
+def machine() -> str:
+    """Machine, versions and commit, in one line."""
+    cpu = platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    versions = [f"Python {platform.python_version()}", f"leanreplay {leanreplay.__version__} ({commit or 'no commit'})"]
+    for name in ("numpy", "numba", "h5py"):
+        versions.append(f"{name} {__import__(name).__version__}")
+    return f"{cpu}, {os.cpu_count()} cores, {platform.system()} {platform.release()}; {', '.join(versions)}"
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    return run.stdout.strip()
