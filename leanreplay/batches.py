@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, SchemaError
+from .errors import ArgumentError, LeanReplayError, SchemaError
 from .schema import Field, Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, to_numpy
 
 Ints = npt.NDArray[np.int64]
@@ -46,11 +46,19 @@ def as_batch(value: Any, name: str) -> Any:
     return value
 
 
+def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaError) -> np.ndarray[Any, Any]:
+    """Numbers of any kind (list, array, tensor on any device) as an array. Raises `wrong` for what cannot become one."""
+    try:
+        return values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise wrong(f"{name}: {type(values).__name__} cannot become an array of integers: {error}") from None
+
+
 def integers(values: Any, n: int, name: str) -> Ints:
     """n integers as int64. Raises SchemaError for anything else."""
     if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
         return values
-    array = values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
+    array = plain_array(values, name)
     if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
         raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
     if array.dtype == np.uint64 and n and array.max() >= 2**63:
@@ -146,7 +154,18 @@ def stack(samples: list[Any]) -> Any:
         children = [stack([s[i] for s in samples]) for i in range(len(first))]
         return tuple(children) if isinstance(first, tuple) else children
     if isinstance(first, (np.ndarray, np.generic, bool, int, float, complex)):
-        return np.stack([np.asarray(s) for s in samples])
+        return _stacked(np.stack, [np.asarray(s) for s in samples])
     if is_tensor(first):
-        return sys.modules["torch"].stack(samples)
+        return _stacked(sys.modules["torch"].stack, samples)
     return samples
+
+
+def _stacked(join: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    try:
+        return join(samples)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shapes = sorted({str(tuple(getattr(s, "shape", ()))) for s in samples})
+        raise ArgumentError(
+            f"the transformed samples cannot be stacked ({error}; shapes {', '.join(shapes[:4])}); "
+            "a transform must return the same shape and type for every sample, or read them one by one with buffer[i]"
+        ) from None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import operator
 import os
+import re
 import threading
 import uuid
 import warnings
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, as_batch, flat, integer, integers, label, length, loader, stack
+from .batches import Batch, Fetch, as_batch, flat, integer, integers, label, length, loader, plain_array, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -36,7 +37,7 @@ from .format import MAX_STREAM, STREAM_BITS, Table
 from .kernels import reservoir
 from .keys import key_pair
 from .policies import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
-from .schema import Field, Schema, check_leaf, is_tensor, leaf_type, metadata_field, to_numpy
+from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_numpy
 from .store import Problem, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
@@ -115,6 +116,9 @@ class DataBuffer:
             raise ArgumentError(f"mode {mode!r} opens a file, but path is None; a buffer in memory is new: leave mode out")
         if schema is not None and not isinstance(schema, Schema):
             raise ArgumentError(f"schema is a leanreplay.Schema, for instance Schema.from_sample(sample), got {type(schema).__name__}")
+        for name, function in (("transform", transform), ("target_transform", target_transform)):
+            if function is not None and not callable(function):
+                raise ArgumentError(f"{name} must be a function of a sample's element, got {function!r:.200}")
         self.max_size: int = 0
         self._seed = integer("seed", seed, -(2**127), 2**127 - 1)
         self._stream = integer("stream", stream, 0, MAX_STREAM)
@@ -122,7 +126,7 @@ class DataBuffer:
         self.transform, self.target_transform = transform, target_transform
         self._durable = bool(durable)
         self._points = integer("restore_points", restore_points, 2, 2**20) or 2
-        self.path = None if path is None else os.fspath(path)
+        self.path = None if path is None else system.checked_path(path)
         self._where = None if self.path is None else os.path.abspath(self.path)
         self._mode = mode
         self._uuid = uuid.uuid4().hex
@@ -243,6 +247,8 @@ class DataBuffer:
             self._lock_fd = None
 
     def __reduce__(self) -> Any:
+        if self._closed:
+            raise ModeError(f"{self!r} is closed; open it again with leanreplay.open(path)")
         options = {"transform": self.transform, "target_transform": self.target_transform}
         if self._where is not None:
             return _reopen, (type(self), self._where, self.path, options, self.max_size, dict(self._draws))
@@ -505,6 +511,8 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require()
+            if n is None:
+                raise ArgumentError("n must be an integer, got None")
             n = integer("n", n, 0, 2**40) or 0
             for attempt in range(100):
                 try:
@@ -577,7 +585,7 @@ class DataBuffer:
 
     def _live(self, store: Any, rows: Any) -> Ints:
         """Rows as an int64 array, each within the rows in use."""
-        array = np.asarray(rows.cpu() if is_tensor(rows) else rows)
+        array = plain_array(rows, "rows", ArgumentError)
         if array.size == 0:
             array = array.astype(np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -714,6 +722,7 @@ class DataBuffer:
             if size == self.max_size:
                 return
             policy = self._ready_policy(store)
+            self._policy_at = -1  # `keep` changes its state: should anything fail from here on, it is derived anew
             live = self._all_rows(store)
             positions, groups = store.index()
             keep = live[policy.keep(size, positions[live], groups[live])]
@@ -827,9 +836,9 @@ class DataBuffer:
         if state["kind"] != self.kind:
             raise StateError(f"the state of a {state['kind']}, but this is a {self.kind}")
         draws = state["draws"]
-        if not all(isinstance(k, str) and type(v) is int and v >= 0 for k, v in draws.items()) or state["seen"] < 0:
+        if not all(isinstance(k, str) and type(v) is int and 0 <= v < 2**62 for k, v in draws.items()) or state["seen"] < 0:
             raise StateError(f"not a state of a buffer: {state!r:.200}")
-        if len(state["state"].replace(",", "")) % 16 or not set(state["state"]) <= set("0123456789abcdef,"):
+        if not re.fullmatch("[0-9a-f]{16}(,[0-9a-f]{16})*" if self._folder else "[0-9a-f]{16}", state["state"]):
             raise StateError(f"not a state of a buffer: {state['state']!r:.200}")
         empty = state["seen"] == 0 and self.seen == 0
         if state["uuid"] != self._uuid and not empty:
@@ -847,7 +856,7 @@ class DataBuffer:
             store = self._require()
             if store is None:
                 raise ModeError("the buffer is empty: there is nothing to save before its first batch")
-            folder = os.fspath(folder)
+            folder = system.checked_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"):
                 os.makedirs(folder, exist_ok=True)
                 self._copy_to(store, folder)
@@ -871,14 +880,19 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            folder = os.fspath(folder)
+            folder = system.checked_path(folder, "folder")
             try:
                 with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
                     state = json.load(file)
                 draws = {str(k): int(v) for k, v in state["draws"].items()}
+                if not all(0 <= v < 2**62 for v in draws.values()):
+                    raise ValueError(f"draws {draws}")
             except FileNotFoundError:
                 raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
-            except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            except OSError as error:
+                with system.storage_errors(f"loading from {folder}"):
+                    raise error
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise FormatError(f"{folder}/state.json: {error}") from None
             with system.storage_errors(f"loading from {folder}"):
                 self._copy_from(store, folder)
@@ -980,7 +994,7 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
         raise ArgumentError(
             f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})"
         )
-    where = os.fspath(path)
+    where = system.checked_path(path)
     if os.path.isdir(where):
         kind = "InfiniteBuffer"
     else:

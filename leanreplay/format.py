@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 import sys
 from dataclasses import dataclass
@@ -171,7 +172,9 @@ def _validate(t: Table, file_size: int, user_block: int) -> None:
         raise ValueError(f"seed {t.seed}, stream {t.stream}")
     if not isinstance(t.kind, str) or not isinstance(t.params, dict) or not isinstance(t.structure_hash, str):
         raise ValueError("kind, params or structure hash")
-    if not isinstance(t.uuid, str) or len(t.uuid) != 32 or int(t.uuid, 16) < 0:
+    if type(t.params.get("first", 0)) is not int:
+        raise ValueError(f"first position {t.params['first']!r}")
+    if not isinstance(t.uuid, str) or not re.fullmatch("[0-9a-f]{32}", t.uuid):
         raise ValueError(f"uuid {t.uuid!r}")
     if t.file_size > file_size:
         raise ValueError(f"the file is cut short: {file_size} bytes of {t.file_size}; restore it from a copy")

@@ -7,6 +7,7 @@ A leaf of the sample becomes the field `data/<path>` (`data/0`, `data/1/ids`; a 
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .errors import SchemaError
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
 _KINDS = "biufcS"
 _DEPTH = 16
+_RANK = 31  # dimensions of an entry: HDF5 has 32, one of them the rows
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,11 @@ class Schema:
 
 
 def _field_from_json(value: Any) -> Field:
+    if not re.fullmatch(r"[<|][a-zA-Z][0-9]{1,9}", str(value["dtype"])):  # NumPy would parse, and partly evaluate, much more
+        raise ValueError(f"dtype {value['dtype']}")
     dtype = np.dtype(str(value["dtype"]))
     shape = tuple(value["shape"])
-    if any(type(n) is not int or not 0 < n < 2**48 for n in shape) or len(shape) > 31:
+    if any(type(n) is not int or not 0 < n < 2**48 for n in shape) or len(shape) > _RANK:
         raise ValueError(f"shape {shape}")
     if dtype.kind not in _KINDS or dtype.itemsize == 0 or not dtype.isnative or value["torch"] not in (None, "bfloat16"):
         raise ValueError(f"dtype {value['dtype']}")
@@ -215,6 +219,8 @@ def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str
         name = str(leaf.dtype).removeprefix("torch.")
         if leaf.layout is not sys.modules["torch"].strided:
             raise SchemaError(f"{path}: a {leaf.layout} tensor cannot be stored; make it dense with .to_dense()")
+        if leaf.device.type == "meta":
+            raise SchemaError(f"{path}: a tensor on the meta device has no values to store")
         if name == "bfloat16":
             return np.dtype(np.uint16), tuple(leaf.shape), name
         try:
@@ -222,6 +228,8 @@ def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str
         except TypeError:
             raise SchemaError(f"{path}: torch dtype {name} cannot be stored; convert it, for instance with .float()") from None
         shape = tuple(leaf.shape)
+    elif isinstance(leaf, np.ma.MaskedArray):
+        raise SchemaError(f"{path}: a masked array cannot be stored, its mask would be lost; use .filled(value), or store the mask too")
     elif isinstance(leaf, (bool, int, float, complex, np.generic)) or hasattr(leaf, "__array__"):
         try:
             array = np.asarray(leaf)
@@ -321,6 +329,8 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
         if batched and not shape:
             raise SchemaError(f"{path}: a batch needs a leading dimension, got a single {type(leaf).__name__}")
         field = Field(path, dtype, tuple(shape[1:] if batched else shape), torch)
+        if len(field.shape) > _RANK:
+            raise SchemaError(f"{path}: entries of {len(field.shape)} dimensions, but HDF5 allows {_RANK}; reshape them")
         if field.nbytes == 0:
             raise SchemaError(f"{path}: entries of shape {field.shape} and dtype {dtype} have no bytes")
         return field

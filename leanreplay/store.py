@@ -11,6 +11,7 @@ import contextlib
 import functools
 import mmap
 import os
+import stat
 import time
 import weakref
 from collections.abc import Sequence
@@ -195,8 +196,10 @@ class Store:
                 raise error
         store = None
         try:
-            size = os.fstat(fd).st_size
-            table = decode(lambda at, n: system.read_at(fd, n, at), size, path)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{path}: no regular file (a folder, a pipe or a device); leanreplay opens only files that it created")
+            table = decode(lambda at, n: system.read_at(fd, n, at), status.st_size, path)
             if writable:
                 with system.storage_errors(f"opening {path} for writing"):
                     system.allocate(fd, table.file_size)  # a copy may have left holes
@@ -377,7 +380,14 @@ class Store:
             return None
         sequence = int(self.head[H_SEQ])
         if self._live_rows is None or self._live_rows[0] != sequence:
-            self._live_rows = (sequence, np.flatnonzero(self.index()[0] >= 0))
+            found = np.flatnonzero(self.index()[0] >= 0)
+            if found.shape[0] != self.size:
+                # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
+                raise (CorruptionError if self.writable else RowError)(
+                    f"{self.path or 'this buffer'}: {found.shape[0]} live rows, but the header counts {self.size}; "
+                    "buffer.check() lists what is wrong; restore the file from a copy made with save()"
+                )
+            self._live_rows = (sequence, found)
         return self._live_rows[1]
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
@@ -756,7 +766,7 @@ class Store:
                     dataset = file[column]
                     if dataset.id.get_offset() != at or dataset.shape[0] != t.max_size:
                         problems.append(Problem(f"HDF5 sees {column} elsewhere than the table"))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             problems.append(Problem(f"HDF5 cannot read {name}: {error}"))
         return problems
 

@@ -16,16 +16,28 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import ExistsError, LockedError, StorageError
+from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, StorageError
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
 _ZEROS = bytes(1 << 20)
-_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
+_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 OPEN_WRITE = os.O_RDWR | _COMMON
 OPEN_READ = os.O_RDONLY | _COMMON
+
+
+def checked_path(path: Any, name: str = "path") -> str:
+    """A path as str. Raises ArgumentError for what cannot be one."""
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise ArgumentError(f"{name} must be a str or os.PathLike, got {path!r:.200}") from None
+    if not text or "\0" in text:
+        raise ArgumentError(f"{name} {text!r} cannot name a file; give a non-empty one without NUL characters")
+    return text
 
 
 @contextlib.contextmanager
@@ -33,7 +45,7 @@ def storage_errors(what: str) -> Iterator[None]:
     """Turn an OSError into a StorageError that says what was being done."""
     try:
         yield
-    except (StorageError, ExistsError, LockedError):
+    except LeanReplayError:
         raise
     except OSError as error:
         hint = {
@@ -41,6 +53,8 @@ def storage_errors(what: str) -> Iterator[None]:
             errno.EDQUOT: "raise the quota or free some space",
             errno.EROFS: "choose a writable folder, or open with mode='r'",
             errno.EACCES: "check the permissions, or open with mode='r'",
+            errno.EPERM: "check the permissions, or open with mode='r'",
+            errno.ENOMEM: "use a smaller max_size, or give a path: files may be larger than memory",
             errno.ENOENT: "create the folder first",
         }.get(error.errno or 0, "see the system's message")
         raise StorageError(error.errno, f"{what}: {os.strerror(error.errno or 0)}; {hint}") from error
