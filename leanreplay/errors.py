@@ -59,5 +59,9 @@ class StateError(LeanReplayError, ValueError):
     """`load_state_dict` cannot bring the buffer to this state."""
 
 
+class LossError(LeanReplayError, ArithmeticError):
+    """A loss that is not finite: going on would spoil the model."""
+
+
 class CapacityWarning(UserWarning):
     """`resize` cannot use the new rows, because samples were already dropped (the capacity rule)."""

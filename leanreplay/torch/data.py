@@ -1,0 +1,96 @@
+"""Buffers as torch Datasets, and batches as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ..buffers import DataBuffer
+from ..errors import ArgumentError
+
+
+class BufferDataset(Dataset[Any]):
+    """A buffer as a map-style Dataset: item i is the i-th sample, or (sample, metadata), as tensors and numbers.
+
+    Works in a DataLoader with any number of workers, forked or spawned; they read the file (or shared memory) themselves and
+    see what was committed in the meantime. Fixed-width bytes stay NumPy's; arrays of them need a `collate_fn` of your own.
+    With workers, a buffer in memory needs its first batch, or a schema, before they start.
+
+    >>> import numpy as np
+    >>> from torch.utils.data import DataLoader
+    >>> from leanreplay import ReservoirBuffer
+    >>> from leanreplay.torch import BufferDataset
+    >>> buffer = ReservoirBuffer(100)
+    >>> buffer.add((np.zeros((40, 3), "float32"), np.arange(40)))
+    >>> x, y = next(iter(DataLoader(BufferDataset(buffer), batch_size=8)))
+    >>> x.shape, y
+    (torch.Size([8, 3]), tensor([0, 1, 2, 3, 4, 5, 6, 7]))
+    """
+
+    def __init__(self, buffer: DataBuffer, metadata: bool = False) -> None:
+        if not isinstance(buffer, DataBuffer):
+            raise ArgumentError(f"BufferDataset takes a buffer of leanreplay, got {type(buffer).__name__}")
+        self.buffer, self.metadata = buffer, metadata
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Several items in one read: what DataLoader calls."""
+        items = self.buffer.__getitems__(indices)
+        bits = _bfloat16(self.buffer)
+        if not self.metadata:
+            return [to_torch(sample, bits) for sample, _ in items]
+        return [(to_torch(sample, bits), to_torch(meta, bits, path="metadata")) for sample, meta in items]
+
+
+def sample(buffer: DataBuffer, n: int, device: torch.device | str | None = None, replace: bool = False) -> tuple[Any, dict[str, Any]]:
+    """`buffer.sample(n, replace)` with tensors in place of arrays, moved to `device`. On the CPU nothing is copied once more.
+
+    >>> import numpy as np
+    >>> import leanreplay.torch
+    >>> buffer = leanreplay.ReservoirBuffer(100)
+    >>> buffer.add((np.zeros((40, 3), "float32"), np.arange(40)))
+    >>> (x, y), meta = leanreplay.torch.sample(buffer, 8)
+    >>> x.shape, y.dtype, sorted(meta)
+    (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
+    """
+    batch, meta = buffer.sample(n, replace)
+    bits = _bfloat16(buffer)
+    return to_torch(batch, bits, device), to_torch(meta, bits, device, "metadata")
+
+
+def _bfloat16(buffer: DataBuffer) -> frozenset[str]:
+    """Names of the fields that hold the bits of torch.bfloat16."""
+    schema = buffer.schema
+    return frozenset() if schema is None else frozenset(f.name for f in schema.fields if f.torch == "bfloat16")
+
+
+def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None = None, path: str = "data") -> Any:
+    """Arrays in any nesting as tensors that share their memory; what a transform made of a sample may be anything, and stays.
+
+    bits: paths of arrays that hold bfloat16.
+    """
+    if isinstance(value, Mapping):
+        return {key: to_torch(v, bits, device, f"{path}/{key}") for key, v in value.items()}
+    if type(value) is tuple or type(value) is list:
+        return type(value)([to_torch(v, bits, device, f"{path}/{i}") for i, v in enumerate(value)])
+    if isinstance(value, torch.Tensor):
+        return value.to(device) if device is not None else value
+    if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind not in "biufc":
+        return value
+    array = np.asarray(value)
+    if not array.flags.writeable or any(step < 0 for step in array.strides):
+        array = array.copy()  # torch takes neither
+    if path in bits and array.dtype == np.uint16:
+        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(array)
+    return tensor.to(device) if device is not None else tensor
