@@ -86,7 +86,6 @@ class DataBuffer:
 
     policy_class: ClassVar[type[Policy]]
     kind: ClassVar[str] = "DataBuffer"
-    _folder: ClassVar[bool] = False  # whether `path` is a folder of parts
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -232,10 +231,9 @@ class DataBuffer:
         self.close()
 
     def __del__(self) -> None:
-        # Without this a forgotten buffer would hold its lock until the interpreter ends.
+        # Without this a forgotten buffer would hold its lock and descriptors until the interpreter ends.
         with contextlib.suppress(Exception):
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
+            self.close()
 
     def _become_reader(self) -> None:
         """In a forked child: the parent goes on writing, so this copy reads, and must not hold the parent's lock."""

@@ -208,7 +208,7 @@ class InfiniteBuffer(DataBuffer):
     """
 
     policy_class = AppendPolicy
-    _folder = True
+    _rows_per_part: int | None = None
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
         if "max_size" in options:
