@@ -86,6 +86,7 @@ class DataBuffer:
 
     policy_class: ClassVar[type[Policy]]
     kind: ClassVar[str] = "DataBuffer"
+    _folder: ClassVar[bool] = False  # whether `path` is a folder of parts, and a state names a point of each
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,6 +201,10 @@ class DataBuffer:
     def _params_given(self) -> dict[str, Any]:
         """A subclass's own parameters, None where not given: they stand in the file, and are compared on opening."""
         return {}
+
+    def _take_from_file(self) -> None:
+        """Forget the parameters, for `_adopt` to find."""
+        self._seed = self._stream = self._max_size = None
 
     def _file_size(self, table: Table) -> Any:
         return table.max_size
@@ -1013,7 +1018,7 @@ def _reopen(
     buffer._mode, buffer._draws = "r", draws
     if path is not None:
         buffer.path, buffer._where = path, where
-        buffer._seed = buffer._stream = buffer._max_size = None
+        buffer._take_from_file()
         if buffer._exists():
             buffer._store = buffer._open_store()
             buffer._adopt(None)
@@ -1022,7 +1027,7 @@ def _reopen(
             buffer._store = Store.open(where, writable=False, name=None)
         except LeanReplayError as error:
             raise ModeError(f"the process that holds this buffer in memory has ended or closed it ({error})") from None
-        buffer._seed = buffer._stream = buffer._max_size = None
+        buffer._take_from_file()
         buffer._adopt(None)
     return buffer
 

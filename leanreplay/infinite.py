@@ -208,6 +208,7 @@ class InfiniteBuffer(DataBuffer):
     """
 
     policy_class = AppendPolicy
+    _folder = True
     _rows_per_part: int | None = None
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
@@ -250,6 +251,10 @@ class InfiniteBuffer(DataBuffer):
 
     def _params_given(self) -> dict[str, Any]:
         return {"rows_per_part": self._rows_per_part}
+
+    def _take_from_file(self) -> None:
+        super()._take_from_file()
+        self._rows_per_part = None
 
     def _file_size(self, table: Table) -> Any:
         return None
