@@ -272,6 +272,7 @@ class DataBuffer:
                 self._adopt(None)
             else:
                 return None
+        store.ready()
         if not store.writable and store.moved():
             if self._where is None:
                 raise ModeError("the buffer in memory was resized; send it to this process again")
@@ -279,7 +280,6 @@ class DataBuffer:
             store.close()
             store = self._store
             self.max_size = self._file_size(store.table)
-        store.ready()
         return store
 
     def _require_writable(self) -> Any:
@@ -336,14 +336,14 @@ class DataBuffer:
             return 0 if store is None else int(store.table.file_size)
 
     def __repr__(self) -> str:
-        where = f", {self.path!r}" if self.path is not None else ""
+        where = f"{self.max_size}" if self.path is None else repr(self.path) if self._folder else f"{self.max_size}, {self.path!r}"
         if self._closed:
-            return f"{type(self).__name__}({self.max_size}{where}, closed)"
+            return f"{type(self).__name__}({where}, closed)"
         try:
             held, seen, schema = len(self), self.seen, self.schema
         except LeanReplayError as error:
-            return f"{type(self).__name__}({self.max_size}{where}, {type(error).__name__})"
-        return f"{type(self).__name__}({self.max_size}{where}, seed={self.seed}, len={held}, seen={seen}, mode={self._mode!r}, {schema})"
+            return f"{type(self).__name__}({where}, {type(error).__name__})"
+        return f"{type(self).__name__}({where}, seed={self.seed}, len={held}, seen={seen}, mode={self._mode!r}, {schema})"
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
