@@ -7,6 +7,7 @@ A leaf of the sample becomes the field `data/<path>` (`data/0`, `data/1/ids`; a 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +36,10 @@ class Field:
     shape: tuple[int, ...]
     torch: str | None = None
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of one entry."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.name}: {self.torch or self.dtype.str.lstrip('<|=')}{list(self.shape)}"

@@ -408,10 +408,7 @@ class Store:
         bad = np.empty(n, np.uint8)
         if kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad):
             self._reread(rows, first, last, out, places, index, bad)
-        arrays = []
-        for i, f in enumerate(fields):
-            start = places[i]
-            arrays.append(out[start : start + n * f.nbytes].view(f.dtype).reshape(n, *f.shape))
+        arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, places, strict=False)]
         return arrays, index
 
     def _reread(self, rows: Ints, first: int, last: int, out: Bytes, places: Ints, index: Ints, bad: Bytes) -> None:

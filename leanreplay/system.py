@@ -21,7 +21,7 @@ from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, St
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
-_ZEROS = bytes(1 << 20)
+_ZEROS = bytes(4 << 20)
 # O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
