@@ -21,7 +21,8 @@ from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, St
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
-_ZEROS = bytes(4 << 20)
+HUGE_PAGE = 2 << 20
+_ZEROS = bytes(2 * HUGE_PAGE)
 # O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
 _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
@@ -157,9 +158,12 @@ def sync_folder(path: str) -> None:
 
 
 def write_zeros(fd: int, start: int, stop: int) -> None:
-    """Write zeros to a part of a file."""
-    for at in range(start, stop, len(_ZEROS)):
-        write_all(fd, memoryview(_ZEROS)[: stop - at], at)
+    """Write zeros to a part of a file, cut at huge pages."""
+    at = start
+    while at < stop:
+        end = min(stop, at - at % HUGE_PAGE + len(_ZEROS))
+        write_all(fd, memoryview(_ZEROS)[: end - at], at)
+        at = end
 
 
 def populate(view: mmap.mmap, start: int, stop: int) -> None:

@@ -21,7 +21,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
 _16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
 _33, _63 = np.uint64(33), np.uint64(63)
-_NEAR = 4  # rows ahead that small entries are fetched
+_NEAR = 16  # rows ahead that the index is fetched
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
@@ -186,7 +186,7 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     width = np.uint64(fields)
     tags = np.empty(n, np.uint64)
     for i in range(n):
-        if i + _NEAR < n:  # ask for the cache lines of the rows to come: random rows come twice as fast so
+        if i + _NEAR < n:  # ask for cache lines before they are needed: random rows come twice as fast so
             r = np.uint64(rows[i + _NEAR])
             _prefetch(mem, (position + r) << _3)
             _prefetch(mem, (group + r) << _3)
@@ -197,17 +197,22 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
         bad[i] = index[0, i] < 0
     for f in range(first, last):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
+        after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied
         check = checksum + np.uint64(f)
         if size & _7 == _0:
             for i in range(n):
-                _ask(mem, offset, size, rows, i)
                 r = np.uint64(rows[i])
+                _ask(mem, offset, size, rows, i)
+                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
+                _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
                 h = _copy_words(words, offset + r * size, target, place + np.uint64(i) * size, size)
                 bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
         else:
             for i in range(n):
-                _ask(mem, offset, size, rows, i)
                 r = np.uint64(rows[i])
+                _ask(mem, offset, size, rows, i)
+                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
+                _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
                 h = _copy_bytes(mem, offset + r * size, out, place + np.uint64(i) * size, size)
                 bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
     count = 0
@@ -218,12 +223,10 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _ask(mem, offset, size, rows, i):
-    """Prefetch the entries of the rows after the i-th: their beginning early, the rest of a large one just before."""
-    if i + _NEAR < rows.shape[0]:
-        _prefetch(mem, offset + np.uint64(rows[i + _NEAR]) * size)
-    if i + 1 < rows.shape[0]:
+    """Prefetch a large entry of the row after the i-th."""
+    if size > _63 and i + 1 < rows.shape[0]:
         at = offset + np.uint64(rows[i + 1]) * size
-        for j in range(1, size >> _6):
+        for j in range((size + _63) >> _6):
             _prefetch(mem, at + (np.uint64(j) << _6))
 
 
