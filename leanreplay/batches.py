@@ -95,7 +95,7 @@ class Batch:
                 self._look_closer()
                 return
             self.n = shape[0]
-            plain.append(flat(leaf) if leaf.flags.c_contiguous and leaf.dtype.isnative else None)
+            plain.append(flat(leaf) if leaf.flags.c_contiguous else None)
         self.plain = plain
 
     def _look_closer(self) -> None:

@@ -291,6 +291,10 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
     words = _words(mem)
     position, checksum = cols[fields, 0] >> _3, cols[fields + 2, 0] >> _3
     listed, width, buckets = list_at >> 3, np.uint64(fields), np.uint64(digests.shape[0])
+    for i in range(rows.shape[0]):  # small entries lie far apart: ask for all of them at once
+        for c in range(cols.shape[0]):
+            if cols[c, 1] <= _63 + _1:
+                _prefetch(mem, cols[c, 0] + np.uint64(rows[i]) * cols[c, 1])
     done = 0
     for kind in range(3):
         for i in range(rows.shape[0]):
@@ -311,7 +315,7 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
     for c in range(cols.shape[0]):
         offset, size = cols[c, 0], cols[c, 1]
         for i in range(counts[1]):
-            if i + 1 < counts[1]:
+            if size > _63 + _1 and i + 1 < counts[1]:
                 s = offset + words[listed + i + 1] * size
                 for j in range((size + _63) >> _6):
                     _prefetch(mem, s + (np.uint64(j) << _6))
