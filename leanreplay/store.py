@@ -239,6 +239,8 @@ class Store:
     @property
     def link(self) -> str:
         """A path by which another process on this machine can open shared memory, while this one lives."""
+        if not system.LINUX:
+            raise ModeError("a buffer in memory can be sent to another process on Linux only; give it a path, or fork")
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     @property
@@ -340,6 +342,8 @@ class Store:
             use = np.ones(count, np.uint8)
             t = self.table
             kernel.restore_rows(self._view, self._cols, t.list_at, t.record_at, t.record, live, use, self._mem)
+            if self.durable:
+                system.sync(self._fd, self._map)  # before the journal is void, or a power cut could keep only that
         self._mem[self.table.journal : self.table.journal + 8 * SEAL_WORDS] = 0
         self._stamp += 1  # rows may have been stamped for a commit that never kept their records
         self._live_rows = None
@@ -583,7 +587,7 @@ class Store:
         view = self._require_map()
         for c, (at, size) in enumerate(self.table.columns):
             first, last = at + start * size, at + stop * size
-            if c < self._fields and self.path is not None:
+            if c < self._fields and self.path is not None and system.LINUX:
                 end = at + self.table.max_size * size
                 first = max(first, self._written[c])
                 last = min(end, round_up(last, system.HUGE_PAGE))
@@ -622,10 +626,9 @@ class Store:
     def mark(self) -> str:
         """Make a restore point of the present state; its name."""
         self._attach()
-        if self._log.mark(self.head):
-            self._stamp += 1
-            if self.durable:
-                self._log.sync()
+        self._stamp += 1  # before the mark: an exception in between must not leave rows that count as kept
+        if self._log.mark(self.head) and self.durable:
+            self._log.sync()
         return self.mark_name()
 
     def mark_name(self) -> str:

@@ -21,6 +21,7 @@ from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, St
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
+LINUX = sys.platform == "linux"
 HUGE_PAGE = 2 << 20
 _ZEROS = bytes(2 * HUGE_PAGE)
 # O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
