@@ -136,6 +136,7 @@ class DataBuffer:
         self._draw_keys: dict[str, tuple[np.uint64, np.uint64]] = {}
         self._marked = False
         self._closed = False
+        self._replacing = False  # while `resize` and the like put another file under the name
         self._start()
         self._policy: Policy | None = None
         self._policy_at = -1
@@ -215,7 +216,8 @@ class DataBuffer:
         table, pieces = plan_file(self.kind, self._params_given(), self.max_size, seed, stream, schema, self._uuid)
         if self._where is not None:
             system.remove_temporaries(self._where)
-        self._store = Store.create(self._where, table, pieces, replace=self._mode == "w", durable=self._durable, points=self._points)
+        replace = self._mode == "w" or _is_left_over(self._where, self._uuid)
+        self._store = Store.create(self._where, table, pieces, replace=replace, durable=self._durable, points=self._points)
         if self._marked:
             self._store.mark()
 
@@ -265,6 +267,8 @@ class DataBuffer:
         """The store, its state settled; None while nothing was added to a new buffer."""
         if self._closed:
             raise ModeError(f"{self!r} is closed; open it again with leanreplay.open(path)")
+        if self._replacing:
+            self._end_replacing()
         store = self._store
         if store is None:
             if self._mode == "r" and self._exists():
@@ -281,6 +285,20 @@ class DataBuffer:
             store = self._store
             self.max_size = self._file_size(store.table)
         return store
+
+    def _end_replacing(self) -> None:
+        """After an exception within `resize` and the like: what stands under the name counts, old or new."""
+        if self._where is not None and self._exists():
+            old, self._store = self._store, self._open_store()
+            if old is not None:
+                old.close()
+            table: Table = self._store.table
+            self.max_size = self._max_size = self._file_size(table)
+            self._uuid = table.uuid
+        elif self._where is not None:
+            self._store = None
+        self._policy_at = -1
+        self._replacing = False
 
     def _require_writable(self) -> Any:
         store = self._require()
@@ -774,10 +792,12 @@ class DataBuffer:
 
         if self._where is not None:
             system.remove_temporaries(self._where)
+        self._replacing = True
         created = Store.create(self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill)
-        store.mark_gone()
         self._store, self.max_size, self._max_size = created, size, size
         self._policy_at = -1
+        self._replacing = False
+        store.mark_gone()
         store.close()
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -897,9 +917,11 @@ class DataBuffer:
                     raise error
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise FormatError(f"{folder}/state.json: {error}") from None
+            self._replacing = True
             with system.storage_errors(f"loading from {folder}"):
                 self._copy_from(store, folder)
             self._policy_at = -1
+            self._replacing = False
             self._draws = draws if state.get("state") == self._store.mark_name() else {}
 
     def _compare(self, table: Table, path: str) -> None:
@@ -930,10 +952,10 @@ class DataBuffer:
                 created.drop_points()
         finally:
             saved.close()
+        self._store, self._uuid = created, created.table.uuid
         if store is not None:
             store.mark_gone()
             store.close()
-        self._store, self._uuid = created, created.table.uuid
 
     def flush(self) -> None:
         """Make the present state survive a power cut: everything up to here is on the disk when this returns."""
@@ -1030,6 +1052,19 @@ def _reopen(
         buffer._take_from_file()
         buffer._adopt(None)
     return buffer
+
+
+def _is_left_over(path: str | None, identity: str) -> bool:
+    """Whether a file is one that this very buffer made when an exception came before it was told: it holds nothing yet."""
+    if path is None or not os.path.exists(path):
+        return False
+    try:
+        found = Store.open(path, writable=False, name=path)
+    except LeanReplayError:
+        return False
+    same = found.table.uuid == identity and found.seen == 0
+    found.close()
+    return same
 
 
 def _copy_store(store: Any, path: str, replace: bool) -> None:

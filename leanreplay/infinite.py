@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import system
 from .batches import integer
-from .buffers import DataBuffer, _copy_store
+from .buffers import DataBuffer, _copy_store, _is_left_over
 from .create import plan_file
 from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, StateError
 from .format import Table
@@ -31,6 +31,7 @@ class Parts:
     def __init__(self, folder: str | None, stores: list[Store], make: Callable[[int, Table], Store]) -> None:
         self.folder, self.stores, self._make = folder, stores, make
         self.rows = stores[0].table.max_size
+        self._parts = 0  # how many are to stay, while a rollback removes the others
 
     # What a part says for all:
 
@@ -82,6 +83,8 @@ class Parts:
         return n
 
     def ready(self) -> None:
+        if self._parts:
+            self._cut(self._parts)
         for store in self.stores:
             store.ready()
         if not self.writable and self.folder is not None:
@@ -158,15 +161,22 @@ class Parts:
             left = seen - i * self.rows
             if not store.can_rollback(name):
                 store.rollback(name, max(0, min(self.rows, left)))  # raises, before anything is changed
-        while len(self.stores) > len(names):
-            store = self.stores.pop()
-            store.drop_points()
-            path = store.path
-            store.close()
-            if path is not None:
-                os.unlink(path)
+        self._cut(len(names))
         for store, name in zip(reversed(self.stores), reversed(names), strict=True):
             store.rollback(name, 0)
+
+    def _cut(self, parts: int) -> None:
+        """Remove the parts from this number on, the last first. After an exception within, `ready` ends it."""
+        self._parts = parts
+        while len(self.stores) > parts:
+            store = self.stores[-1]
+            if store.path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(store.path)
+            store.drop_points()
+            self.stores.pop()
+            store.close()
+        self._parts = 0
 
     def drop_points(self) -> None:
         for store in self.stores:
@@ -181,7 +191,8 @@ class Parts:
         for i, store in enumerate(self.stores):
             problems += [Problem(f"part {i}: {p.what}", tuple(i * self.rows + r for r in p.rows)) for p in store.check()]
             if i + 1 < len(self.stores) and store.seen != self.rows:
-                problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it"))
+                missing = tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))
+                problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it", missing))
         return problems
 
     def close(self) -> None:
@@ -290,7 +301,8 @@ class InfiniteBuffer(DataBuffer):
         path = None if self._where is None else part_path(self._where, number)
         if path is not None:
             system.remove_temporaries(path)
-        store = Store.create(path, table, pieces, durable=self._durable, points=self._points)
+        replace = _is_left_over(path, self._uuid)
+        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points)
         if self._marked:
             store.mark()
         return store

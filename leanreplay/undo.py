@@ -303,17 +303,15 @@ class UndoLog:
 
     def clear(self) -> None:
         """Remove all restore points, those of other files under this name too."""
-        for segment in self.segments:
-            self._remove(segment)
-        self.segments = []
+        while self.segments:
+            self._remove(self.segments.pop())
         for _, name in self._paths():
             self._unlink(name)
 
     def forget(self) -> None:
         """Close all descriptors; the files stay."""
-        for segment in self.segments:
-            segment.close()
-        self.segments = []
+        while self.segments:
+            self.segments.pop().close()
 
     def _remove(self, segment: Segment) -> None:
         segment.close()
