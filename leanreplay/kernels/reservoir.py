@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from . import njit
 
 _G = np.uint64(0x9E3779B97F4A7C15)
 _S0 = np.uint64(0xBF58476D1CE4E5B9)

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from numba import config
+
+from . import njit
 
 _G = np.uint64(0x9E3779B97F4A7C15)
 _M0 = np.uint64(0xFF51AFD7ED558CCD)
