@@ -273,7 +273,8 @@ def to_numpy(leaf: Any, field: Field, rows: Any = None) -> np.ndarray[Any, Any]:
         array = np.asarray(leaf)
         if rows is not None:
             array = array[rows]
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    # NumPy makes a single number an array of one dimension here.
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
 def check_leaf(leaf: Any, field: Field, n: int | None) -> None:
