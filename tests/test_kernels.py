@@ -1,0 +1,848 @@
+"""Every kernel against an obvious oracle in plain Python, compiled and as the plain Python that it is written in.
+
+The kernels of rows.py are compared on a file image of several fields, whose row sizes are 1, 3, 7, 8, 9, 40 and 785 bytes. All
+oracles use Python's own integers and bytes; they are also what another program would need to check the checksums of a file.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import leanreplay
+from leanreplay.kernels import balance, reservoir, rows
+from leanreplay.keys import key_pair
+
+M64 = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+FREE = M64
+SIZES = (1, 3, 7, 8, 9, 40, 785)
+FIELDS = len(SIZES)
+ROOT = Path(leanreplay.__file__).parent.parent
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["compiled", "python"])
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test with compiled kernels, and with every one of them replaced by the Python function it is made from."""
+    if request.param == "compiled":
+        yield
+        return
+    for module in (balance, reservoir, rows):
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
+    monkeypatch.setattr(rows, "_prefetch", lambda mem, at: None)
+    with np.errstate(over="ignore"):  # unsigned words wrap around, as they should
+        yield
+
+
+def fin(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & M64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & M64
+    return x ^ x >> 31
+
+
+def fin_inverse(x: int) -> int:
+    """What `fin` came from."""
+    x ^= x >> 31 ^ x >> 62
+    x = x * pow(0x94D049BB133111EB, -1, 2**64) & M64
+    x ^= x >> 27 ^ x >> 54
+    x = x * pow(0xBF58476D1CE4E5B9, -1, 2**64) & M64
+    return x ^ x >> 30 ^ x >> 60
+
+
+def key(position: int, k0: int, k1: int) -> int:
+    return fin(fin(position * GOLDEN + k0 & M64) + k1 & M64)
+
+
+def mix(x: int) -> int:
+    """The finaliser of MurmurHash3."""
+    x = (x ^ x >> 33) * 0xFF51AFD7ED558CCD & M64
+    x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53 & M64
+    return x ^ x >> 33
+
+
+def digest(data: bytes) -> int:
+    """The hash of some bytes: words of 8, then single bytes."""
+    whole = len(data) // 8
+    words = [int.from_bytes(data[8 * i : 8 * i + 8], "little") for i in range(whole)]
+    entries = list(enumerate(words)) + [(i, data[i]) for i in range(8 * whole, len(data))]
+    total = len(data)
+    for i, word in entries:
+        y = word + (i + 1) * GOLDEN & M64
+        total += y + (y & 0xFFFFFFFF) * (y >> 32)
+    return mix(total & M64)
+
+
+def checksum(data: bytes, row: int, position: int, group: int, field: int) -> int:
+    tag = mix(mix((row * GOLDEN & M64) ^ group & M64) + position & M64)
+    return mix((digest(data) + field & M64) ^ tag)
+
+
+def share(value: int) -> int:
+    return mix(value ^ GOLDEN)
+
+
+def words(*values: int) -> Any:
+    return np.array(values, np.uint64)
+
+
+def keys(name: str = "x", seed: int = 0) -> tuple[Any, int, int]:
+    pair = key_pair(name, seed)
+    return pair, int(pair[0]), int(pair[1])
+
+
+def read_only(array: Any) -> Any:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+class Image:
+    """A file image with rows of random bytes, every second of them free if `holes`, right checksums, and room for a journal."""
+
+    def __init__(self, capacity: int, seed: int, holes: bool = False, live: int | None = None) -> None:
+        rng = np.random.default_rng(seed)
+        self.capacity = capacity
+        self.widths = [*SIZES, 8, 8, 8 * FIELDS]
+        offsets, at = [], 64
+        for width in self.widths:
+            offsets.append(at)
+            at += -(-width * capacity // 64) * 64
+        self.record = sum(-(-w // 8) * 8 for w in self.widths)
+        self.list_at = at
+        self.record_at = at + 8 * capacity
+        self.mem = rng.integers(0, 256, self.record_at + capacity * self.record + 3, np.uint8)
+        self.offsets = offsets
+        self.cols = np.array(list(zip(offsets, self.widths, strict=True)), np.uint64)
+        stop = capacity if live is None else live
+        for r in range(capacity):
+            free = r >= stop or (holes and r % 2 == 1)
+            position = -1 if free else int(rng.integers(0, 2**40))
+            self.write(r, [self.field(r, f) for f in range(FIELDS)], position, int(rng.integers(-5, 5)))
+
+    def entry(self, r: int, column: int) -> bytes:
+        at = self.offsets[column] + r * self.widths[column]
+        return self.mem[at : at + self.widths[column]].tobytes()
+
+    field = entry
+
+    def put(self, r: int, column: int, data: bytes) -> None:
+        at = self.offsets[column] + r * self.widths[column]
+        self.mem[at : at + self.widths[column]] = np.frombuffer(data, np.uint8)
+
+    def number(self, r: int, column: int) -> int:
+        return int.from_bytes(self.entry(r, column), "little", signed=True)
+
+    def position(self, r: int) -> int:
+        return self.number(r, FIELDS)
+
+    def group(self, r: int) -> int:
+        return self.number(r, FIELDS + 1)
+
+    def stored(self, r: int, f: int) -> int:
+        return int.from_bytes(self.entry(r, FIELDS + 2)[8 * f : 8 * f + 8], "little")
+
+    def write(self, r: int, data: list[bytes], position: int, group: int) -> None:
+        for f, entry in enumerate(data):
+            self.put(r, f, entry)
+        self.put(r, FIELDS, position.to_bytes(8, "little", signed=True))
+        self.put(r, FIELDS + 1, group.to_bytes(8, "little", signed=True))
+        sums = [checksum(data[f], r, position, group, f) for f in range(FIELDS)]
+        self.put(r, FIELDS + 2, b"".join(s.to_bytes(8, "little") for s in sums))
+
+    def live(self) -> list[int]:
+        return [r for r in range(self.capacity) if self.position(r) >= 0]
+
+    def digests(self, buckets: int) -> list[int]:
+        found = [0] * buckets
+        for r in self.live():
+            for f in range(FIELDS):
+                found[r % buckets] = found[r % buckets] + share(self.stored(r, f)) & M64
+        return found
+
+    def columns(self) -> bytes:
+        """All columns, without the journal."""
+        return self.mem[: self.list_at].tobytes()
+
+
+def journal(image: Image, order: list[int], live: int) -> int:
+    """The hash of a journal with these rows: records column by column, then the list."""
+    total = 0
+    for column in range(FIELDS + 3):
+        for r in order[:live]:
+            total = mix(total + digest(image.entry(r, column)) & M64)
+    return mix(total + digest(b"".join(r.to_bytes(8, "little") for r in order)) & M64)
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_fin_agrees_everywhere(run: None) -> None:
+    """Both copies of the finaliser are splitmix64's, and can be inverted: so no two positions share a key."""
+    rng = random.Random(0)
+    for x in [0, 1, M64, M64 - 1, 2**63, 2**31, *(rng.getrandbits(64) for _ in range(500))]:
+        assert int(reservoir._fin(np.uint64(x))) == int(balance._fin(np.uint64(x))) == fin(x)
+        assert fin_inverse(fin(x)) == x
+
+
+def test_splitmix64_is_the_published_one() -> None:
+    """The first outputs of splitmix64 with seed 1234567, as published with many implementations."""
+    state, found = 1234567, []
+    for _ in range(3):
+        state = state + GOLDEN & M64
+        found.append(fin(state))
+    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**127 - 1, -(2**127)])
+def test_position_keys(run: None, seed: int) -> None:
+    """Keys of positions, of every stream number, are those of the oracle, and lead back to the position."""
+    pair, k0, k1 = keys("reservoir", seed)
+    positions = np.array([0, 1, 2, 2**48 - 1, 2**48, 32_767 * 2**48 + 5, 2**63 - 1], np.int64)
+    out = np.zeros(7, np.uint64)
+    reservoir.position_keys(read_only(positions), *pair, out)
+    assert out.tolist() == [key(p, k0, k1) for p in positions.tolist()]
+    for p, k in zip(positions.tolist(), out.tolist(), strict=True):
+        assert (fin_inverse(fin_inverse(k) - k1 & M64) - k0) * pow(GOLDEN, -1, 2**64) & M64 == p
+    reservoir.position_keys(positions[:0], *pair, out[:0])
+
+
+def test_key_pairs_are_fixed() -> None:
+    """Files outlive releases: the keys of a seed must never change."""
+    assert [int(k) for k in key_pair("reservoir", 0)] == [PINNED[0], PINNED[1]]
+    assert [int(k) for k in key_pair("greedy", -7)] == [PINNED[2], PINNED[3]]
+    assert key(5, PINNED[0], PINNED[1]) == PINNED[4]
+    assert digest(bytes(range(21))) == PINNED[5]
+
+
+PINNED = (
+    10040559449599729520,
+    10848882084572388447,
+    12776931632207974167,
+    13936921488996283878,
+    1861119234195132896,
+    6592977253062345186,
+)
+
+
+@pytest.mark.parametrize("what", ["positions", "seeds", "negative seeds", "streams", "purposes"])
+def test_neighbouring_keys_do_not_correlate(what: str) -> None:
+    """Of 20,000 neighbours: each bit even, no bit of a key tells one of the next (64 x 64), values do not correlate."""
+    n = 20_000
+    out = np.zeros(n, np.uint64)
+    if what in ("positions", "streams"):
+        step = 2**48 if what == "streams" else 1
+        count = min(n, 32_767) if what == "streams" else n
+        reservoir.position_keys(np.arange(count) * step, *key_pair("reservoir", 0), out)
+    else:
+        one, at = np.zeros(1, np.uint64), np.array([3])
+        for i in range(n):
+            seed = {"seeds": i, "negative seeds": -i, "purposes": 0}[what]
+            reservoir.position_keys(at, *key_pair(f"draw {i}" if what == "purposes" else "reservoir", seed), one)
+            out[i] = one[0]
+    assert np.unique(out).shape[0] == n
+    bits = np.unpackbits(out.view(np.uint8).reshape(n, 8), axis=1).astype(float) - 0.5
+    assert np.abs(bits.sum(0)).max() < 4.5 * np.sqrt(n / 4)
+    assert np.abs(bits[:-1].T @ bits[1:]).max() < 5.5 * np.sqrt(n / 16)
+    inside = bits.T @ bits
+    np.fill_diagonal(inside, 0)
+    assert np.abs(inside).max() < 5.5 * np.sqrt(n / 16)
+    values = out / 2.0**64 - 0.5
+    assert abs((values[:-1] * values[1:]).sum()) < 4.5 * np.sqrt(n) / 12
+
+
+# -- reservoir ---------------------------------------------------------------------------------------------------------
+
+
+class Naive:
+    """A reservoir in a dict."""
+
+    def __init__(self, limit: int, k0: int, k1: int) -> None:
+        self.limit, self.k0, self.k1 = limit, k0, k1
+        self.rows: dict[int, int] = {}
+
+    def offer(self, position: int) -> int:
+        k = key(position, self.k0, self.k1)
+        if len(self.rows) < self.limit:
+            row = len(self.rows)
+        else:
+            row = min(self.rows, key=self.rows.__getitem__, default=-1)
+            if row < 0 or self.rows[row] > k:
+                return -1
+        self.rows[row] = k
+        return row
+
+
+@pytest.mark.parametrize(("limit", "n"), [(1, 0), (1, 1), (1, 50), (2, 50), (3, 3), (8, 7), (8, 200), (31, 400), (64, 64)])
+def test_plan_reservoir(run: None, limit: int, n: int) -> None:
+    """Planning whole, in pieces, limited by `most`, and after rebuilding the heap from the index: always the oracle's rows."""
+    pair, k0, k1 = keys("reservoir", n)
+    start = 9 * 2**48 + 4
+    naive = Naive(limit, k0, k1)
+    wanted = [naive.offer(start + i) for i in range(n)]
+    rng = random.Random(n)
+    for pieces in ("whole", "pieces", "most", "rebuilt"):
+        heap, held, size = np.zeros(limit, np.uint64), np.zeros(limit, np.int64), 0
+        positions = np.full(limit, -1)
+        found: list[int] = []
+        while len(found) < n:
+            out = np.full(n - len(found) if pieces in ("whole", "most") else rng.randint(1, n - len(found)), -9)
+            most = rng.randint(1, 5) if pieces == "most" else n
+            if pieces == "rebuilt":
+                size = reservoir.build_heap(read_only(positions[:size]), *pair, heap, held)
+            used, size = reservoir.plan_reservoir(heap, held, size, limit, *pair, start + len(found), most, out)
+            taken = [r for r in out[:used].tolist() if r >= 0]
+            assert len(taken) <= most
+            assert used == out.shape[0] or len(taken) == most
+            for i, r in enumerate(out[:used].tolist()):
+                if r >= 0:
+                    positions[r] = start + len(found) + i
+            found += out[:used].tolist()
+            assert {int(r): int(k) for r, k in zip(held[:size], heap[:size], strict=True)} == {
+                r: key(int(positions[r]), k0, k1) for r in range(size)
+            }
+            assert all(heap[(j - 1) // 2] <= heap[j] for j in range(1, size))
+        assert found == wanted, pieces
+
+
+def test_reservoir_without_rows(run: None) -> None:
+    """A limit of 0 takes nothing, and fails nowhere."""
+    out = np.zeros(5, np.int64)
+    used, size = reservoir.plan_reservoir(words(), np.zeros(0, np.int64), 0, 0, *key_pair("x", 0), 0, 5, out)
+    assert (used, size, out.tolist()) == (5, 0, [-1] * 5)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 10, 101])
+def test_build_heap(run: None, n: int) -> None:
+    """A heap of the live rows, holes left out."""
+    pair, k0, k1 = keys()
+    positions = np.random.default_rng(n).permutation(n).astype(np.int64) * 7
+    positions[1::3] = -1
+    heap, held = np.zeros(n, np.uint64), np.zeros(n, np.int64)
+    size = reservoir.build_heap(read_only(positions), *pair, heap, held)
+    assert sorted(held[:size].tolist()) == [r for r in range(n) if positions[r] >= 0]
+    assert heap[:size].tolist() == [key(int(positions[r]), k0, k1) for r in held[:size]]
+    assert all(heap[(j - 1) // 2] < heap[j] for j in range(1, size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 1000, 10**12])
+@pytest.mark.parametrize("replace", [False, True])
+def test_draw(run: None, size: int, replace: bool) -> None:
+    """0, 1, some and all: the numbers of a shuffle of a list, or of independent draws."""
+    pair, k0, k1 = keys("draw", 4)
+    for n in {0, 1, min(size, 3), min(size, 64), *([] if not replace else [2 * min(size, 50)])}:
+        for seen, counter in ((0, 1), (7 * 2**20, 2), (2**48 - 1, 2**62)):
+            base = fin(fin(fin(seen * GOLDEN + k0 & M64) + counter & M64) + k1 & M64)
+            hashes = [fin(base + i * GOLDEN & M64) for i in range(n)]
+            if replace:
+                wanted = [h % size for h in hashes]
+            else:
+                shuffled: dict[int, int] = {}
+                wanted = []
+                for i, h in enumerate(hashes):
+                    pick = i + h % (size - i)
+                    wanted.append(shuffled.get(pick, pick))
+                    shuffled[pick] = shuffled.get(i, i)
+                assert len(set(wanted)) == n
+            out = np.full(n, -9)
+            reservoir.draw(size, *pair, seen, counter, replace, out)
+            assert out.tolist() == wanted, (n, seen, counter)
+
+
+# -- balance -----------------------------------------------------------------------------------------------------------
+
+LABELS = [-(2**63), -3, 0, 1, 10**12]
+
+
+def largest(counts: dict[int, int], base: int) -> int:
+    top = max(counts.values())
+    return max((c for c in counts if counts[c] == top), key=lambda c: fin(base + fin((c & M64) * GOLDEN + base & M64) & M64))
+
+
+def member(row_labels: list[int], label: int, base: int) -> int:
+    attempt = 0
+    while True:
+        r = fin(base + attempt * GOLDEN & M64) % len(row_labels)
+        if row_labels[r] == label:
+            return r
+        attempt += 1
+
+
+@pytest.mark.parametrize("counts", [[1], [3, 3], [0, 2, 2, 1, 2], [5, 5, 5, 5, 5], [0, 0, 7, 0, 0]])
+def test_largest_class(run: None, counts: list[int]) -> None:
+    """One of the largest, the same one as the oracle's, whatever the order of the labels' values."""
+    labels = LABELS[: len(counts)]
+    for i in range(40):
+        base = fin(i)
+        found = balance.largest_class(np.array(labels), np.array(counts), np.uint64(base))
+        assert labels[found] == largest(dict(zip(labels, counts, strict=True)), base)
+
+
+@pytest.mark.parametrize("size", [1, 2, 30])
+def test_random_member(run: None, size: int) -> None:
+    """A row of the class, the same one as the oracle's; a class of one row among many is found."""
+    row_labels = np.array([7] + [3] * (size - 1) + [7] * 2)  # rows beyond `size` do not count
+    for i in range(60):
+        base = fin(i)
+        assert balance.random_member(read_only(row_labels), size, 7, np.uint64(base)) == 0
+        if size > 1:
+            assert balance.random_member(row_labels, size, 3, np.uint64(base)) == member(row_labels[:size].tolist(), 3, base)
+
+
+def test_random_member_with_a_wrong_count_ends(run: None) -> None:
+    """A class that is nowhere: no endless loop."""
+    assert balance.random_member(np.zeros(4, np.int64), 4, 9, np.uint64(1)) == 0
+
+
+@pytest.mark.parametrize(("capacity", "n"), [(1, 0), (1, 1), (1, 20), (4, 3), (4, 4), (4, 40), (25, 150)])
+def test_plan_greedy(run: None, capacity: int, n: int) -> None:
+    """In one piece and in pieces: rows, labels and counts of a reservoir of lists."""
+    pair, k0, k1 = keys("greedy", capacity)
+    groups = np.random.default_rng(n).choice(LABELS, n)
+    start = 3 * 2**48
+    row_labels: list[int] = []
+    wanted = []
+    for i, label in enumerate(groups.tolist()):
+        if len(row_labels) < capacity:
+            row_labels.append(label)
+            wanted.append(len(row_labels) - 1)
+            continue
+        base = key(start + i, k0, k1)
+        out = largest({c: row_labels.count(c) for c in LABELS}, base)
+        wanted.append(member(row_labels, out, base))
+        row_labels[wanted[-1]] = label
+    for step in (max(1, n), 1, 7):
+        held, counts, size = np.zeros(capacity, np.int64), np.zeros(len(LABELS), np.int64), 0
+        rows_taken = np.full(n, -9)
+        for at in range(0, n, step):
+            piece = slice(at, at + step)
+            size = balance.plan_greedy(
+                held, size, capacity, np.array(LABELS), counts, *pair, start + at, read_only(groups[piece]), rows_taken[piece]
+            )
+        assert rows_taken.tolist() == wanted
+        assert held[:size].tolist() == row_labels
+        assert counts.tolist() == [row_labels.count(c) for c in LABELS]
+
+
+# -- blocks and hashes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 15, 16, 17, 40, 64, 785])
+def test_hashes(run: None, n: int) -> None:
+    """Both forms of copy and hash, at any offset, are the oracle's; nothing beyond the copied bytes is touched."""
+    rng = np.random.default_rng(n)
+    src, before = rng.integers(0, 256, n + 40, np.uint8), rng.integers(0, 256, n + 40, np.uint8)
+    for s, d in ((0, 0), (3, 5), (8, 16), (1, 8)):
+        data = src[s : s + n].tobytes()
+        assert int(rows._hash_bytes(read_only(src), np.uint64(s), np.uint64(n))) == digest(data)
+        dst = before.copy()
+        assert int(rows._copy_bytes(read_only(src), np.uint64(s), dst, np.uint64(d), np.uint64(n))) == digest(data)
+        assert dst.tobytes() == before[:d].tobytes() + data + before[d + n :].tobytes()
+    if n % 8 == 0:
+        source, data = src[: (n + 40) // 8 * 8].view(np.uint64), src[8 : 8 + n].tobytes()
+        assert int(rows._hash_words(read_only(source), np.uint64(8), np.uint64(n))) == digest(data)
+        target = before[: (n + 40) // 8 * 8].copy()
+        assert int(rows._copy_words(read_only(source), np.uint64(8), target.view(np.uint64), np.uint64(16), np.uint64(n))) == digest(data)
+        assert target[16 : 16 + n].tobytes() == data
+        assert target[:16].tobytes() + target[16 + n :].tobytes() == before[:16].tobytes() + before[16 + n : target.shape[0]].tobytes()
+
+
+def test_hash_notices_every_change_of_a_byte(run: None) -> None:
+    """Every value of every byte of an odd number of them, and every swap of neighbours."""
+    src = np.random.default_rng(0).integers(0, 256, 19, np.uint8)
+    reference = int(rows._hash_bytes(src, np.uint64(0), np.uint64(19)))
+    step = 1 if hasattr(rows.verify_rows, "py_func") and hasattr(rows._hash_bytes, "py_func") else 37
+    for i in range(19):
+        for change in range(1, 256, step):
+            other = src.copy()
+            other[i] ^= change
+            assert int(rows._hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
+        other = src.copy()
+        other[i], other[i - 1] = src[i - 1], src[i]
+        assert src[i] == src[i - 1] or int(rows._hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
+
+
+@pytest.mark.parametrize(("count", "state"), [(1, 0), (2, 0), (7, 0), (7, 3), (40, 4)])
+def test_blocks(run: None, count: int, state: int) -> None:
+    """A sealed block reads back, and any changed byte makes it invalid."""
+    rng = np.random.default_rng(count)
+    mem = rng.integers(0, 256, 1003, np.uint8)
+    before = mem.copy()
+    block = rng.integers(0, 2**63, count, np.uint64)
+    wanted = block.tolist()
+    if state:
+        wanted[state] = digest(np.array(wanted[state + 1 : -1], np.uint64).tobytes())
+    wanted[-1] = digest(np.array(wanted[:-1], np.uint64).tobytes())
+    rows.seal_block(mem, 64, block, state)
+    assert mem[64 : 64 + 8 * count].view(np.uint64).tolist() == wanted == block.tolist()
+    assert mem[:64].tobytes() == before[:64].tobytes()
+    assert mem[64 + 8 * count :].tobytes() == before[64 + 8 * count :].tobytes()
+    found = np.zeros(count, np.uint64)
+    assert rows.read_block(read_only(mem), 64, found)
+    assert found.tolist() == wanted
+    for i in range(8 * count):
+        mem[64 + i] ^= 1 + i % 255
+        assert not rows.read_block(read_only(mem), 64, found), i
+        mem[64 + i] ^= 1 + i % 255
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def reader(image: Image, chosen: list[int], first: int, last: int) -> tuple[int, list[list[bytes]], Any, list[int]]:
+    """Call read_rows: number of bad rows, fields of each row, index, flags."""
+    n = len(chosen)
+    sizes = SIZES[first:last]
+    places = np.cumsum([0] + [-(-n * s // 64) * 64 for s in sizes])
+    out, index, bad = np.full(places[-1], 0xEE, np.uint8), np.full((2, n), -9), np.full(n, 7, np.uint8)
+    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, np.array(chosen, np.int64), out, places, index, bad)
+    found = [[out[places[f] + i * s :][:s].tobytes() for f, s in enumerate(sizes)] for i in range(n)]
+    return int(wrong), found, index, bad.tolist()
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [5], [3, 3, 3], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5] * 3])
+def test_read_rows(run: None, chosen: list[int]) -> None:
+    """None, one, all, and more than all rows in any order; all fields and each alone; from a read-only map."""
+    image = Image(6, 1)
+    before = image.mem.copy()
+    for first, last in [(0, FIELDS), *((f, f + 1) for f in range(FIELDS))]:
+        wrong, found, index, bad = reader(image, chosen, first, last)
+        assert (wrong, bad) == (0, [0] * len(chosen))
+        assert found == [[image.entry(r, f) for f in range(first, last)] for r in chosen]
+        assert index.tolist() == [[image.position(r) for r in chosen], [image.group(r) for r in chosen]]
+    assert (image.mem == before).all()
+
+
+def test_read_rows_finds_what_is_wrong(run: None) -> None:
+    """Free rows and any changed byte of a field, the index or the checksum make a row bad; of other fields not."""
+    image = Image(7, 2, holes=True)
+    assert reader(image, list(range(7)), 0, FIELDS)[3] == [0, 1, 0, 1, 0, 1, 0]
+    for f in range(FIELDS):
+        for at in {0, SIZES[f] // 2, SIZES[f] - 1}:
+            image.mem[image.offsets[f] + 2 * SIZES[f] + at] ^= 4
+            assert reader(image, [4, 2, 0, 2], 0, FIELDS)[::3] == (2, [0, 1, 0, 1])
+            assert reader(image, [4, 2, 0, 2], f, f + 1)[0] == 2
+            assert reader(image, [4, 2, 0, 2], (f + 1) % FIELDS, (f + 1) % FIELDS + 1)[0] == 0
+            image.mem[image.offsets[f] + 2 * SIZES[f] + at] ^= 4
+    for column in (FIELDS, FIELDS + 1):
+        image.mem[image.offsets[column] + 8 * 2 + 1] ^= 16
+        assert reader(image, [2, 4], 0, 1)[3] == [1, 0]
+        image.mem[image.offsets[column] + 8 * 2 + 1] ^= 16
+    moved = Image(7, 2, holes=True)
+    for column in range(FIELDS + 3):
+        moved.put(4, column, image.entry(2, column))
+    assert reader(moved, [2, 4], 0, FIELDS)[3] == [0, 1]  # a right row in the wrong place
+
+
+@pytest.mark.parametrize(
+    ("taken", "wanted"),
+    [
+        ([], []),
+        ([-1, -1], []),
+        ([4], [(4, 0)]),
+        ([0, 1, 2, 3, 4], [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]),
+        ([2, -1, 2, 0, 2, 0], [(2, 4), (0, 5)]),
+        ([1] * 9, [(1, 8)]),
+        ([0, 5], None),
+        ([0, -2], None),
+    ],
+)
+def test_keep_last(run: None, taken: list[int], wanted: list[tuple[int, int]] | None) -> None:
+    """Of the samples that take one row the last survives; rows outside are refused before anything is noted."""
+    slots = np.zeros(5, np.int32)
+    samples, found = np.full(len(taken), -9), np.full(len(taken), -9)
+    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, samples, found)
+    assert not slots.any()
+    if wanted is None:
+        assert count == -1
+    else:
+        assert list(zip(found[:count].tolist(), samples[:count].tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize("chosen", [[], [0], [1], [6, 2, 5, 0, 3], [6, 5, 4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("field", [None, 4])
+def test_journal(run: None, chosen: list[int], field: int | None) -> None:
+    """save_rows, hash_records, exchange_digests, read_record and restore_rows: list, records, digests, and all bytes back."""
+    image = Image(7, 3, holes=True)
+    first, last = (0, FIELDS) if field is None else (field, field + 1)
+    stamps = np.zeros(7, np.int32)
+    stamps[[0, 2]] = 4
+    before = image.mem.copy()
+    digests = words(*image.digests(3))
+    counts = np.full(4, -9)
+    new = [r for r in chosen if image.position(r) >= 0 and stamps[r] != 4]
+    old = [r for r in chosen if image.position(r) >= 0 and stamps[r] == 4]
+    free = [r for r in chosen if image.position(r) < 0]
+    order, live = new + old + free, len(new) + len(old)
+    wanted = image.digests(3)
+    for r in new + old:
+        for f in range(first, last):
+            wanted[r % 3] = wanted[r % 3] - share(image.stored(r, f)) & M64
+    place = (image.list_at, image.record_at, image.record)
+    found = rows.save_rows(image.mem, image.cols, first, last, np.array(chosen, np.int64), stamps, 4, *place, digests, counts)
+    assert int(found) == journal(image, order, live)
+    assert counts.tolist() == [len(new), live, len(order), max(chosen, default=-1) + 1]
+    assert digests.tolist() == wanted
+    assert image.mem[image.list_at : image.list_at + 8 * len(order)].view(np.int64).tolist() == order
+    assert image.columns() == before[: image.list_at].tobytes()
+    assert [r for r in range(7) if stamps[r] == 4] == sorted({0, 2} | set(chosen))
+    for i, r in enumerate(order[:live]):
+        at = image.record_at + i * image.record
+        for column, width in enumerate(image.widths):
+            assert image.mem[at : at + width].tobytes() == image.entry(r, column)
+            at += -(-width // 8) * 8
+
+    # The records alone, as they lie in an undo file, have the same hash.
+    copy = np.concatenate([image.mem[image.list_at :][: 8 * len(order)], image.mem[image.record_at :][: live * image.record]])
+    assert int(rows.hash_records(read_only(copy), image.cols, 0, 8 * len(order), image.record, live, len(order))) == int(found)
+    if live:
+        for at in (8 * len(order), copy.shape[0] - 1):
+            copy[at] ^= 1
+            assert int(rows.hash_records(read_only(copy), image.cols, 0, 8 * len(order), image.record, live, len(order))) != int(found)
+            copy[at] ^= 1
+
+    # Each record reads as a row of a file of its own.
+    own = image.cols.copy()
+    own[:, 0] = np.cumsum([0] + [-(-w // 8) * 8 for w in image.widths[:-1]])
+    places = np.cumsum([0] + [-(-s // 8) * 8 for s in SIZES])
+    for i, r in enumerate(order[:live]):
+        record = image.mem[image.record_at + i * image.record :][: image.record].copy()
+        out = np.zeros(places[-1], np.uint8)
+        assert rows.read_record(record, own, r, out, places)
+        assert [out[places[f] :][: SIZES[f]].tobytes() for f in range(FIELDS)] == [image.entry(r, f) for f in range(FIELDS)]
+        assert not rows.read_record(record, own, r + 1, out, places)
+        record[int(own[6, 0]) + 784] ^= 1
+        assert not rows.read_record(record, own, r, out, places)
+
+    # Overwrite the rows; the records bring everything back, those in use only.
+    rng = random.Random(9)
+    for r in order:
+        image.write(r, [rng.randbytes(s) for s in SIZES], 1000 + r, 1)
+    present = words(*image.digests(3))
+    use = np.ones(len(order), np.uint8)
+    use[1::3] = 0
+    source = read_only(image.mem.copy())
+    rows.exchange_digests(source, image.cols, *place, live, use, read_only(image.mem), present)
+    rows.restore_rows(source, image.cols, *place, live, use, image.mem)
+    assert present.tolist() == image.digests(3)
+    reference = Image(7, 3, holes=True)
+    for i, r in enumerate(order):
+        if not use[i]:
+            assert image.position(r) == 1000 + r
+        elif i < live:
+            assert all(image.entry(r, c) == reference.entry(r, c) for c in range(FIELDS + 3))
+        else:
+            assert image.position(r) == -1
+    rows.restore_rows(source, image.cols, *place, live, np.ones(len(order), np.uint8), image.mem)
+    for r in range(7):
+        columns = range(FIELDS + 3) if reference.position(r) >= 0 or r not in chosen else [FIELDS]
+        assert all(image.entry(r, c) == reference.entry(r, c) for c in columns)
+
+
+def test_journal_without_stamps(run: None) -> None:
+    """Without restore points every live row counts as new."""
+    image = Image(4, 5)
+    counts = np.zeros(4, np.int64)
+    rows.save_rows(
+        image.mem, image.cols, 0, FIELDS, np.array([2, 0]), np.zeros(0, np.int32), 1,
+        image.list_at, image.record_at, image.record, words(0), counts,
+    )  # fmt: skip
+    assert counts.tolist() == [2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [4, 0, 2], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("f", range(FIELDS))
+def test_write_field(run: None, f: int, chosen: list[int]) -> None:
+    """Bytes, checksums and digests of the rows written, and nothing else; sources in any order, repeated, read-only."""
+    image = Image(5, 6)
+    reference = Image(5, 6)
+    rng = np.random.default_rng(f)
+    source = rng.integers(0, 256, 8 * SIZES[f], np.uint8)
+    samples = rng.integers(0, 8, len(chosen))
+    digests = words(10, 20, 30)
+    positions, groups = (
+        np.array([reference.position(r) for r in chosen], np.int64),
+        np.array([reference.group(r) for r in chosen], np.int64),
+    )
+    wanted = [10, 20, 30]
+    for r, s in zip(chosen, samples.tolist(), strict=True):
+        data = source[s * SIZES[f] : (s + 1) * SIZES[f]].tobytes()
+        reference.put(r, f, data)
+        value = checksum(data, r, reference.position(r), reference.group(r), f)
+        sums = bytearray(reference.entry(r, FIELDS + 2))
+        sums[8 * f : 8 * f + 8] = value.to_bytes(8, "little")
+        reference.put(r, FIELDS + 2, bytes(sums))
+        wanted[r % 3] = wanted[r % 3] + share(value) & M64
+    rows.write_field(image.mem, image.cols, f, np.array(chosen, np.int64), samples, read_only(source), positions, groups, digests)
+    assert image.mem.tobytes() == reference.mem.tobytes()
+    assert digests.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("capacity", "live", "holes"), [(1, 0, False), (1, 1, False), (6, 0, False), (6, 4, False), (9, 9, True), (8, 8, True)]
+)
+def test_scan_and_verify(run: None, capacity: int, live: int, holes: bool) -> None:
+    """Empty, partly filled, full, with holes: counts and digests; and verify_rows names exactly the wrong rows."""
+    image = Image(capacity, 7, holes, live)
+    digests = np.zeros(4, np.uint64)
+    alive = image.live()
+    found = rows.scan_index(read_only(image.mem), image.cols, capacity, digests)
+    assert (int(found[0]), int(found[1])) == (len(alive), max(alive, default=-1) + 1)
+    assert digests.tolist() == image.digests(4)
+    bad = np.full(capacity, 7, np.uint8)
+    rows.verify_rows(read_only(image.mem), image.cols, 0, capacity, bad)
+    assert not bad.any()
+    for r in range(capacity):
+        column = r % (FIELDS + 3)
+        image.mem[image.offsets[column] + r * image.widths[column]] ^= 2
+        for start, stop in {(0, capacity), (r, r + 1), (r // 2, capacity)}:
+            bad = np.full(stop - start, 7, np.uint8)
+            rows.verify_rows(read_only(image.mem), image.cols, start, stop, bad)
+            wrong = [start + int(i) for i in np.flatnonzero(bad)]
+            assert wrong == ([r] if image.position(r) != -1 else [])
+        image.mem[image.offsets[column] + r * image.widths[column]] ^= 2
+
+
+# -- every kernel, and processes of other settings ---------------------------------------------------------------------
+
+
+def test_every_kernel_is_tested() -> None:
+    """A new kernel needs a test here."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    for module in (balance, reservoir, rows):
+        for name in public_kernels(module):
+            assert f"{module.__name__.rpartition('.')[2]}.{name}(" in text, f"{module.__name__}.{name} has no test"
+
+
+def public_kernels(module: ModuleType) -> list[str]:
+    found = [n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", "") == module.__name__]
+    assert found
+    return found
+
+
+WORK = """
+import hashlib, os, sys, warnings
+import numpy as np
+import leanreplay as lr
+
+folder = sys.argv[1]
+found = hashlib.sha256()
+
+def batch(a, b):
+    p = np.arange(a, b)
+    return ((p[:, None] * np.arange(1, 4)).astype(np.uint8), p * 7 % 3), {"z": np.stack([p, -p], 1).astype(np.float32)}
+
+def note(buffer):
+    assert buffer.check() == [], buffer.check()
+    (x, y), meta = buffer.get(buffer.get_metadata("idx"))
+    for a in (x, y, meta["z"], meta["position"], meta["idx"], np.array([buffer.seen, len(buffer)])):
+        found.update(np.ascontiguousarray(a).tobytes())
+
+makers = [
+    lambda p, **o: lr.ReservoirBuffer(6, p, seed=5, **o),
+    lambda p, **o: lr.SlidingWindowBuffer(6, p, seed=5, **o),
+    lambda p, **o: lr.GreedyClassBalancingBuffer(6, p, seed=5, **o),
+    lambda p, **o: lr.InfiniteBuffer(p, rows_per_part=5, seed=5, **o),
+]
+for i, make in enumerate(makers):
+    for path in (None, os.path.join(folder, f"{i}.h5")):
+        buffer = make(path)
+        for a, b in ((0, 3), (3, 4), (4, 13)):
+            data, meta = batch(a, b)
+            buffer.add(data, metadata=meta)
+        state = buffer.state_dict()
+        note(buffer)
+        data, meta = batch(13, 20)
+        buffer.update(list(zip(*data)), metadata=meta)
+        buffer.set_metadata("z", np.ones((2, 2), np.float32), rows=buffer.sample(2)[1]["idx"])
+        note(buffer)
+        buffer.load_state_dict(state)
+        note(buffer)
+        found.update(buffer.sample(4)[1]["idx"].tobytes() + buffer.sample(4, replace=True)[1]["idx"].tobytes())
+        if i < 3:
+            buffer.resize(4)
+            note(buffer)
+        buffer.close()
+        if path:
+            with lr.open(path, mode="r+") as buffer:
+                data, meta = batch(13, 15)
+                buffer.add(data, metadata=meta)
+                note(buffer)
+print(found.hexdigest())
+"""
+
+
+def work(folder: Path, settings: dict[str, str], options: tuple[str, ...] = ()) -> str:
+    """Run WORK in a process of its own; what it found."""
+    folder.mkdir()
+    environment = {**os.environ, **settings}
+    command = [sys.executable, *options, "-c", WORK, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_whole_buffers_without_jit(tmp_path: Path) -> None:
+    """Create, add, update, sample, state, resize and reopen give the same bytes where Python itself runs the kernels."""
+    compiled = work(tmp_path / "compiled", {})
+    # Unsigned words wrap around in NumPy too, but it warns of that.
+    plain = work(tmp_path / "plain", {"NUMBA_DISABLE_JIT": "1"}, ("-W", "ignore::RuntimeWarning"))
+    assert plain == compiled
+    assert len(plain) == 65
+
+
+def test_kernel_tests_without_jit() -> None:
+    """The tests of this file, of kernels as plain Python, hold with NUMBA_DISABLE_JIT=1 as well."""
+    here = Path(__file__)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "python and (reservoir or greedy or journal or scan)"]
+    done = subprocess.run(
+        [*command, str(here)],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, cwd=here.parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "......" in done.stdout
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Settings under which a copy of the library is imported, and no folder can hold a cache: files stand in their places."""
+
+    def make() -> dict[str, str]:
+        copy = tmp_path / "library" / "leanreplay"
+        shutil.copytree(ROOT / "leanreplay", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        blocked = tmp_path / "a file"
+        blocked.touch()
+        (copy / "kernels" / "__pycache__").touch()
+        places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(blocked))
+        return {**places, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "EXPECTED": str(copy)}
+
+    return make
+
+
+def test_no_folder_for_a_cache(library: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    """Where Numba finds no folder that it may write its cache to, the library compiles anew, and works."""
+    settings = library()
+    command = (
+        "import os, numpy as np, leanreplay as lr; assert lr.__file__.startswith(os.environ['EXPECTED']), lr.__file__;"
+        "b = lr.ReservoirBuffer(3); b.add(np.arange(9)); print(len(b.sample(3)[0]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], env={**os.environ, **settings}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "3\n"
