@@ -96,10 +96,10 @@ def _copy_words(words, s, out, d, n):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _copy_bytes(src, s, dst, d, n):
-    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); their hash."""
+    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); the hash of the copy, because a writer may be changing the source."""
     for i in range(n):
         dst[d + i] = src[s + i]
-    return _hash_bytes(src, s, n)
+    return _hash_bytes(dst, d, n)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -194,9 +194,10 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
             _prefetch(mem, (group + r) << _3)
             _prefetch(mem, (checksum + r * width) << _3)
         r = np.uint64(rows[i])
-        index[0, i], index[1, i] = np.int64(words[position + r]), np.int64(words[group + r])
-        tags[i] = _tag(r, words[position + r], words[group + r])
-        bad[i] = index[0, i] < 0
+        p, g = words[position + r], words[group + r]  # read once, because a writer may be changing them
+        index[0, i], index[1, i] = np.int64(p), np.int64(g)
+        tags[i] = _tag(r, p, g)
+        bad[i] = np.int64(p) < 0
     for f in range(first, last):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
         after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied

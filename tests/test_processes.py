@@ -1,0 +1,465 @@
+"""Several processes on one buffer: one writer, its lock across forks and kills, readers that never get a torn row."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import leanreplay
+from leanreplay import (
+    GreedyClassBalancingBuffer,
+    InfiniteBuffer,
+    LockedError,
+    ModeError,
+    RecoveryError,
+    ReservoirBuffer,
+    SlidingWindowBuffer,
+)
+from leanreplay.kernels import rows as kernel
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+SECONDS = 30  # that a writer and two readers run
+FORKS = 60  # per place, while a thread is busy
+KINDS: dict[str, Callable[..., Any]] = {
+    "reservoir": lambda path, **o: ReservoirBuffer(60, path, seed=1, **o),
+    "window": lambda path, **o: SlidingWindowBuffer(60, path, seed=1, **o),
+    "greedy": lambda path, **o: GreedyClassBalancingBuffer(60, path, seed=1, **o),
+    "infinite": lambda path, **o: InfiniteBuffer(path, rows_per_part=100, seed=1, **o),
+}
+
+
+def stream(start: int, stop: int) -> dict[str, Any]:
+    """Every byte is a function of position, so a row says whether it is whole."""
+    p = np.arange(start, stop)
+    x = ((p[:, None] * 40503 + np.arange(1500) * 2654435761) >> 9).astype(np.uint8)
+    return {"batch": (x, p % 7), "metadata": {"z": np.stack([p, -p], 1).astype(np.float64)}}
+
+
+def assert_whole(drawn: Any) -> None:
+    """The rows of a sample are those of their positions."""
+    (x, y), meta = drawn
+    p = meta["position"]
+    assert (x == ((p[:, None] * 40503 + np.arange(1500) * 2654435761) >> 9).astype(np.uint8)).all(), p
+    assert (y == p % 7).all(), p
+    assert (meta["z"] == np.stack([p, -p], 1)).all(), p
+
+
+def feed(buffer: Any, stop: int, step: int = 20) -> None:
+    while buffer.seen < stop:
+        buffer.add(**stream(buffer.seen, min(stop, buffer.seen + step)))
+
+
+def child(work: Callable[[int], Any], limit: int = 60) -> tuple[int, int]:
+    """Fork; `work(pipe)` runs in the child, and what it returns is written to the pipe as JSON."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write)
+        return pid, read
+    code = 70
+    try:
+        signal.alarm(limit)  # a child that hangs ends by SIGALRM
+        os.close(read)
+        result = work(write)
+        os.write(write, json.dumps(result).encode())
+        code = 0
+    except BaseException:
+        os.write(write, ("\nERROR " + traceback.format_exc()).encode()[-60_000:])
+    finally:
+        os._exit(code)
+
+
+def reap(pid: int, read: int) -> Any:
+    """Wait for a child that is to end well; what it returned."""
+    text = b""
+    while data := os.read(read, 1 << 16):
+        text += data
+    os.close(read)
+    status = os.waitpid(pid, 0)[1]
+    assert not os.WIFSIGNALED(status), f"child ended by {signal.Signals(os.WTERMSIG(status)).name}: {text.decode()}"
+    assert os.WEXITSTATUS(status) == 0, text.decode()
+    return json.loads(text)
+
+
+def killed(pid: int, read: int) -> None:
+    """Wait for a child that is to end by SIGKILL."""
+    text = b""
+    while data := os.read(read, 1 << 16):
+        text += data
+    os.close(read)
+    status = os.waitpid(pid, 0)[1]
+    assert os.WIFSIGNALED(status), text.decode()
+    assert os.WTERMSIG(status) == signal.SIGKILL, text.decode()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile all kernels once, before any fork."""
+    for make in KINDS.values():
+        with tempfile.TemporaryDirectory() as folder, make(os.path.join(folder, "b.h5")) as buffer:
+            feed(buffer, 150)
+            state = buffer.state_dict()
+            feed(buffer, 200)
+            buffer.load_state_dict(state)
+            buffer.sample(3)
+            assert buffer.check() == []
+
+
+@pytest.fixture
+def path(tmp_path: Any) -> str:
+    return str(tmp_path / "b.h5")
+
+
+# -- one writer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["x", "a", "r+", "w"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_writer_is_refused(kind: str, mode: str, path: str) -> None:
+    """A writer holds a lock: another one, in this or another process, gets a LockedError; readers do not care."""
+
+    def second(_: int = 0) -> str:
+        try:
+            KINDS[kind](path, mode=mode)
+        except LockedError as error:
+            return str(error)
+        return "opened"
+
+    with KINDS[kind](path) as buffer:
+        feed(buffer, 30)
+        assert "open for writing elsewhere" in second()
+        assert "open for writing elsewhere" in reap(*child(second))
+        with leanreplay.open(path) as reader:
+            assert_whole(reader.sample(5))
+        feed(buffer, 60)  # undisturbed
+        assert buffer.check() == []
+    if mode in ("a", "r+"):
+        with KINDS[kind](path, mode=mode) as buffer:
+            assert buffer.seen == 60
+
+
+def test_worker_outlives_a_killed_trainer(path: str) -> None:
+    """A forked worker that goes on after its trainer was killed keeps no lock: the next trainer opens the buffer at once."""
+    to_worker, release = os.pipe()
+    from_worker, answer = os.pipe()
+
+    def trainer(pipe: int) -> None:
+        buffer = ReservoirBuffer(60, path, seed=1)
+        feed(buffer, 100)
+        buffer.state_dict()  # and no descriptor of an undo file
+        feed(buffer, 140)
+        if os.fork() == 0:
+            try:
+                signal.alarm(60)
+                os.close(pipe)
+                os.write(answer, f"{len(buffer)} {buffer.mode}\n".encode())
+                os.read(to_worker, 1)
+                assert_whole(buffer.sample(8))
+                os.write(answer, b"still here\n")
+            finally:
+                os._exit(0)
+        signal.pause()
+
+    pid, read = child(trainer)
+    try:
+        assert os.read(from_worker, 100) == b"60 r\n"
+        os.kill(pid, signal.SIGKILL)
+        killed(pid, read)
+        with ReservoirBuffer(path=path, mode="r+") as buffer:
+            assert buffer.seen == 140
+            feed(buffer, 200)
+            os.write(release, b"!")  # only now the worker ends
+            assert os.read(from_worker, 100) == b"still here\n"
+            assert buffer.check() == []
+    finally:
+        for fd in (to_worker, release, from_worker, answer):
+            os.close(fd)
+
+
+def test_forked_copies_read_only(path: str) -> None:
+    """A fork's child reads what the parent commits later, and cannot write."""
+    with ReservoirBuffer(60, path, seed=1) as buffer:
+        feed(buffer, 100)
+        go, told = os.pipe()
+
+        def work(_: int) -> list[Any]:
+            os.read(go, 1)
+            assert_whole(buffer.sample(20))
+            refused = []
+            for write in (lambda: buffer.add(**stream(0, 5)), buffer.state_dict, lambda: buffer.resize(5)):
+                try:
+                    write()
+                except ModeError as error:
+                    refused.append(str(error))
+            return [buffer.seen, refused]
+
+        pid, read = child(work)
+        feed(buffer, 300)
+        os.write(told, b"!")
+        seen, refused = reap(pid, read)
+        os.close(go)
+        os.close(told)
+        assert seen == 300
+        assert len(refused) == 3
+        assert all("open for reading only" in text for text in refused)
+        feed(buffer, 400)
+        assert buffer.check() == []
+
+
+@pytest.mark.parametrize("ram", [False, True])
+def test_fork_while_a_thread_is_busy(ram: bool, path: str) -> None:
+    """A fork while another thread is inside `add` or `sample` does not hang the child, and the child gets whole rows."""
+    with ReservoirBuffer(60, None if ram else path, seed=1) as buffer:
+        feed(buffer, 100)
+        stop = threading.Event()
+        failures: list[BaseException] = []
+
+        def busy() -> None:
+            try:
+                while not stop.is_set():
+                    buffer.add(**stream(buffer.seen, buffer.seen + 300))
+                    assert_whole(buffer.sample(200, replace=True))
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+
+            def work(_: int) -> int:
+                assert_whole(buffer.sample(4))
+                return len(buffer)
+
+            for _ in range(FORKS):
+                assert reap(*child(work, limit=20)) == 60
+        finally:
+            stop.set()
+            thread.join()
+        assert failures == []
+        assert buffer.check() == []
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_writer_and_two_readers(path: str) -> None:
+    """For 30 seconds no reader gets a torn row, and both see the writer's progress."""
+    ends = time.monotonic() + SECONDS
+
+    def write(pipe: int) -> int:
+        rng = random.Random(0)
+        with SlidingWindowBuffer(60, path, seed=1) as buffer:
+            feed(buffer, 60)
+            os.write(pipe, b" ")
+            n = 0
+            while time.monotonic() < ends:
+                feed(buffer, buffer.seen + rng.randint(1, 60), 60)
+                n += 1
+                if n % 50 == 0:
+                    state = buffer.state_dict()
+                    feed(buffer, buffer.seen + 90)
+                    buffer.load_state_dict(state)
+                if n % 20 == 0:
+                    p = buffer.get_metadata("position")
+                    buffer.set_metadata("z", np.stack([p, -p], 1).astype(np.float64))
+            return int(buffer.seen)
+
+    def read_on(number: int) -> Callable[[int], list[int]]:
+        def work(_: int) -> list[int]:
+            rows, moments = 0, set()
+            with leanreplay.open(path) as reader:
+                while time.monotonic() < ends:
+                    if number:
+                        assert_whole(reader.sample(24))
+                        rows += 24
+                    else:
+                        for item in reader.__getitems__([0, 7, -1, 30]):
+                            (x, y), meta = item
+                            assert_whole(((x[None], np.array([y])), {"position": np.array([meta["position"]]), "z": meta["z"][None]}))
+                        rows += 4
+                    moments.add(reader.seen)
+            return [rows, len(moments)]
+
+        return work
+
+    writer = child(write, limit=SECONDS + 60)
+    assert os.read(writer[1], 1) == b" "
+    readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
+    results = [reap(*reader) for reader in readers]
+    seen = reap(*writer)
+    assert seen > 1000
+    for rows, moments in results:
+        assert rows > 200, results
+        assert moments > 10, results
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert buffer.check() == []
+        assert_whole(buffer.get(np.arange(60)))
+
+
+def test_readers_follow_a_resize(path: str) -> None:
+    """A reader in another process goes over to the file that a resize put in place, again and again."""
+    with SlidingWindowBuffer(60, path, seed=1) as buffer:
+        feed(buffer, 60)
+        done, over = os.pipe()
+        os.set_blocking(done, False)
+
+        def work(pipe: int) -> list[int]:
+            sizes = set()
+            with leanreplay.open(path) as reader:
+                os.write(pipe, b" ")
+                while True:
+                    with contextlib.suppress(BlockingIOError):
+                        if os.read(done, 1):
+                            return [len(sizes), len(reader), reader.max_size]
+                    assert_whole(reader.sample(10))
+                    sizes.add(reader.max_size)
+
+        pid, read = child(work)
+        assert os.read(read, 1) == b" "
+        rng = random.Random(3)
+        for n in range(60):
+            buffer.resize(20 + n)
+            feed(buffer, buffer.seen + rng.randint(20, 60))
+            time.sleep(0.002)
+        os.write(over, b"!")
+        sizes, held, most = reap(pid, read)
+        os.close(done)
+        os.close(over)
+        assert (held, most) == (len(buffer), 79)
+        assert sizes > 3
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["reservoir", "window", "greedy"])
+def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int, path: str) -> None:
+    """Killed between the writes of two fields: a reader gets the old rows from the journal, or RecoveryError, never torn ones."""
+    with KINDS[kind](path) as buffer:
+        feed(buffer, 100)
+        rows = buffer.get_metadata("idx")
+        (x, y), meta = buffer.get(rows)
+
+    def work(_: int) -> None:
+        whole, count = kernel.write_field, 0
+
+        def write_field(*args: Any) -> None:
+            nonlocal count
+            if count == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+            count += 1
+            whole(*args)
+            if count == calls == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+
+        with leanreplay.open(path, mode="r+") as writer:
+            kernel.write_field = write_field
+            writer.add(**stream(100, 130))
+
+    killed(*child(work))
+    with leanreplay.open(path) as reader:
+        assert reader.seen == 100
+        assert any("cut off" in str(p) for p in reader.check())
+        try:
+            drawn = reader.get(rows)
+        except RecoveryError as error:
+            assert "middle of a commit" in str(error)
+        else:
+            assert (drawn[0][0] == x).all()
+            assert (drawn[0][1] == y).all()
+            assert (drawn[1]["position"] == meta["position"]).all()
+        for row in range(0, 60, 7):
+            with contextlib.suppress(RecoveryError):
+                assert_whole(reader.get([row]))
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert buffer.check() == []
+        assert buffer.seen == 100
+        assert (buffer.get(rows)[0][0] == x).all()
+    with leanreplay.open(path) as reader:
+        assert reader.check() == []
+
+
+# -- pickled buffers ---------------------------------------------------------------------------------------------------
+
+READ = """
+import json, pickle, sys
+buffer = pickle.load(sys.stdin.buffer)
+(x, y), meta = buffer.sample(16)
+try:
+    buffer.add((x, y), metadata={"z": meta["z"]})
+    refused = ""
+except Exception as error:
+    refused = f"{type(error).__name__}: {error}"
+print(json.dumps([x.sum(1).tolist(), meta["position"].tolist(), buffer.seen, len(buffer), buffer.mode, refused]))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ram", [False, True])
+def test_pickled_buffers_read_in_a_new_process(kind: str, ram: bool, path: str) -> None:
+    """On disk and in RAM: an unpickled copy reads in a process that shares nothing with this one, and cannot write."""
+    if ram and not os.path.isdir("/proc/self/fd"):
+        pytest.skip("shared memory is reachable by path only on Linux")
+    with KINDS[kind](None if ram else path) as buffer:
+        feed(buffer, 150)
+        if ram and kind == "infinite":
+            with pytest.raises(ModeError, match="cannot be sent"):
+                pickle.dumps(buffer)
+            return
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(pathlib.Path(leanreplay.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", READ], input=pickle.dumps(buffer), capture_output=True, env=env, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        sums, positions, seen, held, mode, refused = json.loads(done.stdout)
+        assert (seen, held, mode) == (150, len(buffer), "r")
+        assert refused.startswith("ModeError"), refused
+        for total, p in zip(sums, positions, strict=True):
+            assert total == int(stream(p, p + 1)["batch"][0].sum(dtype=np.int64))
+        buffer.sample(1)
+        feed(buffer, 200)
+        assert buffer.check() == []
+
+
+@pytest.mark.parametrize("ram", [False, True])
+def test_unpickled_copies_cannot_write(ram: bool, path: str) -> None:
+    """In the same process too: there is one writer, and the copy sees what it commits."""
+    if ram and not os.path.isdir("/proc/self/fd"):
+        pytest.skip("shared memory is reachable by path only on Linux")
+    with ReservoirBuffer(60, None if ram else path, seed=1) as buffer:
+        feed(buffer, 100)
+        copy = pickle.loads(pickle.dumps(buffer))
+        feed(buffer, 200)
+        assert copy.seen == 200
+        assert_whole(copy.sample(20))
+        for write in (
+            lambda: copy.add(**stream(200, 210)),
+            lambda: copy.set_metadata("z", np.zeros((60, 2))),
+            lambda: copy.resize(5),
+            copy.state_dict,
+        ):
+            with pytest.raises(ModeError, match="open for reading only"):
+                write()
+        copy.close()
+        feed(buffer, 300)
+        assert buffer.check() == []
