@@ -51,9 +51,9 @@ def feed(buffer, start, n):
 
 def snapshot(buffer):
     """Everything that a buffer holds, as one comparable value."""
-    store = buffer._store
-    if store is None:
+    if buffer.schema is None:
         return None
+    store = buffer._store  # after that call: a failed resize may have left another one
     rows = buffer.get_metadata("idx")
     (x, y), meta = buffer.get(rows)
     index = store.index()
