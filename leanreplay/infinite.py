@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class Parts:
     """Several stores end to end, with the interface of one: row r is row r % n of part r // n. Rows are only ever appended."""
 
     def __init__(self, folder: str | None, stores: list[Store], make: Callable[[int, Table], Store]) -> None:
-        self.folder, self.stores, self._make = folder, stores, make
+        self.folder, self.stores = folder, stores
+        self._make = weakref.WeakMethod(make)  # of the buffer that holds this: a cycle would keep a forgotten buffer open
         self.rows = stores[0].table.max_size
         self._parts = 0  # how many are to stay, while a rollback removes the others
 
@@ -136,7 +138,9 @@ class Parts:
     ) -> None:
         """As `Store.commit`; new rows lie in one part, which is made when it is needed."""
         if field is None and rows.shape[0] and rows[0] // self.rows == len(self.stores):
-            self.stores.append(self._make(len(self.stores), self.table))
+            make = self._make()
+            assert make is not None
+            self.stores.append(make(len(self.stores), self.table))
         for store, where, local in self._split(rows):
             local_seen = store.seen if field is not None else seen - (len(self.stores) - 1) * self.rows
             chosen = [(flat, samples[where]) for flat, samples in sources]
