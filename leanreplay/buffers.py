@@ -156,14 +156,14 @@ class DataBuffer:
 
     def _open(self, schema: Schema | None) -> None:
         where, mode = self._where, self._mode
+        if mode in ("r", "r+") and not self._exists():
+            raise MissingError(f"{self.path} does not exist; create it with mode='x' or 'a'")
         if where is not None and mode != "r":
             with system.storage_errors(f"opening {self.path} for writing"):
                 self._lock_fd = system.lock(where)
         exists = self._exists()
         if mode == "x" and exists:
             raise ExistsError(f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'")
-        if mode in ("r", "r+") and not exists:
-            raise MissingError(f"{self.path} does not exist; create it with mode='x' or 'a'")
         if exists and mode != "w":
             self._store = self._open_store()
             self._adopt(schema)
@@ -716,6 +716,7 @@ class DataBuffer:
             store.verify_index()
             for start in range(0, found.shape[0], store.most):
                 these = found[start : start + store.most]
+                store.read(these, field)  # a damaged row must not get a checksum that fits it
                 index = store.index()
                 store.commit(
                     store.seen, store.policy, these, index[0][these], index[1][these],

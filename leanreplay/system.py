@@ -64,6 +64,8 @@ def storage_errors(what: str) -> Iterator[None]:
 
 def memory_file(name: str, size: int) -> int:
     """A descriptor of `size` bytes of zeros in shared memory; an unlinked temporary file where memfd_create is missing."""
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
     else:  # macOS, Windows
@@ -140,12 +142,13 @@ def copy_file(source: int, target: int, size: int) -> str:
 
 def sync(fd: int, view: mmap.mmap | None) -> None:
     """Make the file's bytes durable. On Linux fdatasync covers mapped pages too; elsewhere the map is flushed first."""
-    if sys.platform == "linux":
-        os.fdatasync(fd)
-        return
-    if view is not None:
-        view.flush()
-    os.fsync(fd)
+    with storage_errors("making a commit durable"):
+        if sys.platform == "linux":
+            os.fdatasync(fd)
+            return
+        if view is not None:
+            view.flush()
+        os.fsync(fd)
 
 
 def sync_folder(path: str) -> None:
