@@ -196,13 +196,13 @@ def compiled() -> None:
 
 # -- killed at random instants -----------------------------------------------------------------------------------------
 
-KILLS = 65  # per buffer
-END = {"reservoir": 24_000, "window": 6_000, "greedy": 6_000, "infinite": 2_000}
+KILLS = 55  # per buffer
+END = {"reservoir": 24_000, "window": 6_000, "greedy": 6_000, "infinite": 1_200}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_instants(kind: str, tmp_path: Any) -> None:
-    """G3: 260 kills while feeding; each time clean, exactly the first `seen`, and the end is that of an uninterrupted run."""
+    """G3: 220 kills while feeding; each time clean, exactly the first `seen`, and the end is that of an uninterrupted run."""
     rng = random.Random(kind)
     path, end, done = str(tmp_path / "b0.h5"), END[kind], 0
     for trial in range(KILLS):
@@ -242,7 +242,7 @@ def protocol(buffer: Any, first: int, stop: int, report: Callable[[int, dict[str
 def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any) -> None:
     """G3: after a kill, going back to the last reported state and on from there is the uninterrupted run, draws included."""
     rng = random.Random(f"points {kind}")
-    total = 60 if kind == "infinite" else 200
+    total = 40 if kind == "infinite" else 200
     with KINDS[kind](str(tmp_path / "whole.h5")) as buffer:
         whole = protocol(buffer, 0, total)
     path = str(tmp_path / "b.h5")
@@ -483,7 +483,7 @@ def test_stopped_at_every_step_of_a_commit(kind: str, durable: bool, tmp_path: A
             assert_prefix(kind, buffer, note)
             finish(buffer, kind, note)
 
-    assert stop_everywhere(work, scene, examine) > 10
+    assert stop_everywhere(work, scene, examine, 30 if durable else 10**6) > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -517,7 +517,7 @@ def test_stopped_at_every_step_of_a_commit_with_restore_points(kind: str, tmp_pa
             buffer.load_state_dict(state)  # the point is still there, and good
             assert_prefix(kind, buffer, note)
 
-    assert stop_everywhere(work, scene, examine, 25 if kind in ("window", "greedy") else 10**6) > 15
+    assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else 30) > 15
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -745,7 +745,7 @@ def test_stopped_at_every_step_of_creation(kind: str, mode: str, tmp_path: Any) 
             names = os.listdir(scene.path if kind == "infinite" else scene.folder)
             assert not [n for n in names if n.endswith(".tmp")], note
 
-    assert stop_everywhere(work, scene, examine) > 30
+    assert stop_everywhere(work, scene, examine, 10**6 if (kind, mode) == ("reservoir", "x") else 25) > 10
 
 
 # -- interrupted in the same process -----------------------------------------------------------------------------------
@@ -804,8 +804,8 @@ def assert_holds(kind: str, buffer: Any, allowed: Any, note: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
     """G3: Ctrl-C at any line of `add`, once and twice in a row, the second in recovery: the first `seen`, and feeding goes on."""
-    if ram and kind == "infinite":
-        pytest.skip("its parts in memory have no one place to compare")
+    if ram and (kind == "infinite" or not os.path.isdir("/proc/self/fd")):
+        pytest.skip("no one place to compare its bytes in")
     rng = random.Random(f"{kind} {ram}")
     buffer, trials, twice, made = None, 0, 0, 0
     while trials < 70:
@@ -837,6 +837,8 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
 @pytest.mark.parametrize(("kind", "ram"), [("reservoir", False), ("reservoir", True), ("infinite", False)])
 def test_interrupted_in_the_first_add(kind: str, ram: bool, tmp_path: Any) -> None:
     """G3: Ctrl-C at every second line while the file is created: the same buffer object goes on."""
+    if ram and not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no one place to compare its bytes in")
     step, came = 0, True
     while came:
         note = f"{kind}, ram={ram}, interrupt after {step}"
