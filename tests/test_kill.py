@@ -670,7 +670,7 @@ def test_stopped_at_every_step_of_metadata(tmp_path: Any) -> None:
                 assert_prefix("reservoir", buffer, note)
                 finish(buffer, "reservoir", note)
 
-    assert stop_everywhere(work, scene, examine) > 30
+    assert stop_everywhere(work, scene, examine, 60) > 30
 
 
 @pytest.mark.parametrize("kind", ["reservoir", "infinite"])
