@@ -217,9 +217,18 @@ class DataBuffer:
         if self._where is not None:
             system.remove_temporaries(self._where)
         replace = self._mode == "w" or _is_left_over(self._where, self._uuid)
-        self._store = Store.create(self._where, table, pieces, replace=replace, durable=self._durable, points=self._points)
-        if self._marked:
-            self._store.mark()
+        self._store = self._new_store(self._where, table, pieces, replace)
+
+    def _new_store(self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool) -> Store:
+        """A new file, with a restore point of its empty state if `state_dict` was called before: both or none."""
+        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points)
+        try:
+            if self._marked:
+                store.mark()
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self) -> None:
         """Close the file and release the writer's lock. Closing twice is fine; anything else afterwards is a ModeError."""

@@ -305,11 +305,7 @@ class InfiniteBuffer(DataBuffer):
         path = None if self._where is None else part_path(self._where, number)
         if path is not None:
             system.remove_temporaries(path)
-        replace = _is_left_over(path, self._uuid)
-        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points)
-        if self._marked:
-            store.mark()
-        return store
+        return self._new_store(path, table, pieces, _is_left_over(path, self._uuid))
 
     def _create(self, schema: Schema) -> None:
         self._store = Parts(self._where, [self._new_part(0, schema)], self._make_part)

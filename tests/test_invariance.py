@@ -188,10 +188,13 @@ def do(h: History, op: tuple[Any, ...]) -> None:
     elif name == "reopen":
         h.reopen(*args)
     elif name == "detour":
-        n, reopen, twice = args
+        n, reopen, twice, cut = args
         state = h.buffer.state_dict()
         before = h.buffer.seen
         for i in range(1 + twice):
+            if cut:
+                with interrupted(*cut):
+                    h.feed(n, "add")
             h.feed(n, "add")
             if reopen and before:
                 h.reopen(reopen)
@@ -215,14 +218,13 @@ def do(h: History, op: tuple[Any, ...]) -> None:
 COUNT = st.integers(0, 45)
 REOPEN = st.sampled_from(["close", "forget", "open", "killed"])
 WAYS = st.sampled_from(["add", "update", "list", "other"])
+CUT = (st.sampled_from(STEPS), st.integers(0, 12), st.booleans())
 OPS = st.one_of(
     st.tuples(st.just("feed"), COUNT, WAYS, st.integers(0, 30)),
     st.tuples(st.just("feed"), COUNT, WAYS, st.just(0)),
-    st.tuples(st.just("fail"), COUNT, st.integers(0, 20)),
-    st.tuples(st.just("refused")),
-    st.tuples(st.just("interrupt"), st.integers(1, 45), st.sampled_from(STEPS), st.integers(0, 12), st.booleans(), st.none() | REOPEN),
+    st.tuples(st.just("interrupt"), st.integers(1, 45), *CUT, st.none() | REOPEN),
     st.tuples(st.just("reopen"), REOPEN),
-    st.tuples(st.just("detour"), COUNT, st.none() | REOPEN, st.booleans()),
+    st.tuples(st.just("detour"), COUNT, st.none() | REOPEN, st.booleans(), st.none() | st.tuples(*CUT)),
     st.tuples(st.just("save"), COUNT),
     st.tuples(st.just("sample")),
 )
@@ -248,7 +250,7 @@ def run(kind: str, folder: str | None, history: list[tuple[Any, ...]], journal: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=300)
+@settings(FIXED, max_examples=200)
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 in RAM: any history ends with the bytes of one add."""
