@@ -53,7 +53,7 @@ class Policy:
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
         """Say where samples start, start + 1, ... go: rows[i] is a row, or -1 to reject the sample. Returns how many are planned.
 
-        At least one, and so many that no more than `most` of them take a row. Two samples may take the same row: the later stays.
+        At least one, and so many that no more than `most` rows are taken. Two samples may take the same row: the later stays.
         """
         raise NotImplementedError
 
@@ -116,8 +116,9 @@ class SlidingWindowPolicy(Policy):
         self._next = int(np.argmin(positions)) if n == self.capacity else n
 
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
-        n = min(rows.shape[0], most)
+        n = min(rows.shape[0], most) if most < self.capacity else rows.shape[0]
         rows[:n] = (self._next + np.arange(n)) % self.capacity
+        rows[: max(0, n - self.capacity)] = -1  # they would not stay
         self._next = (self._next + n) % self.capacity
         return n
 
@@ -144,7 +145,7 @@ class GreedyClassBalancingPolicy(Policy):
         self._labels, self._counts = np.unique(groups, return_counts=True)
 
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
-        n = min(rows.shape[0], most)
+        n = min(rows.shape[0], most) if most < self.capacity else rows.shape[0]
         at = np.minimum(np.searchsorted(self._labels, groups[:n]), max(0, self._labels.shape[0] - 1))
         if not self._labels.shape[0] or (self._labels[at] != groups[:n]).any():
             labels = np.union1d(self._labels, groups[:n])
