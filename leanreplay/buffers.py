@@ -23,6 +23,7 @@ from .create import plan_file
 from .errors import (
     ArgumentError,
     CapacityWarning,
+    CorruptionError,
     ExistsError,
     FormatError,
     LeanReplayError,
@@ -127,7 +128,7 @@ class DataBuffer:
         self._durable = bool(durable)
         self._points = integer("restore_points", restore_points, 2, 2**20) or 2
         self.path = None if path is None else system.checked_path(path)
-        self._where = None if self.path is None else os.path.abspath(self.path)
+        self._where = None if self.path is None else os.path.realpath(self.path)
         self._mode = mode
         self._uuid = uuid.uuid4().hex
         self._store: Any = None
@@ -446,11 +447,12 @@ class DataBuffer:
                 check_leaf(leaf, field, n)
             skip = self._skip(at, n, store)
             groups = None
-            if group is None and length(getattr(dataset, "targets", None)) == n:
-                group = dataset.targets
             if group is not None:
                 groups = integers(group, n, "group")
-            elif self.policy_class.needs_groups:
+            elif length(getattr(dataset, "targets", None)) == n:
+                with contextlib.suppress(SchemaError):  # targets need not be one integer each
+                    groups = integers(dataset.targets, n, "targets")
+            if groups is None and self.policy_class.needs_groups:
                 groups = np.array([label(schema, dataset[i], i) for i in range(skip, n)], np.int64)
                 groups = np.concatenate([np.zeros(skip, np.int64), groups])
             if n == skip:
@@ -515,7 +517,10 @@ class DataBuffer:
                 )
             if count:
                 picked = self._samples[:count]
+                before = store.sequence
                 sources, picked_groups = fetch(picked + done)
+                if store.sequence != before:
+                    raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
                 store.commit(first + used, policy.state, self._taken[:count], picked + start, picked_groups, sources)
             else:
                 store.commit(first + used, policy.state)
@@ -544,13 +549,21 @@ class DataBuffer:
             if n is None:
                 raise ArgumentError("n must be an integer, got None")
             n = integer("n", n, 0, 2**40) or 0
+            if not isinstance(replace, (bool, np.bool_)):
+                raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
             for attempt in range(100):
+                sequence = -1 if store is None else store.sequence
                 try:
-                    rows = self._draw(store, n, replace, "sample", attempt == 0)
+                    rows = self._draw(store, n, bool(replace), "sample", attempt == 0)
                     return self._emit(store, rows)
-                except RowError:  # a reader met a rollback or resize that freed rows
-                    if store is None or store.writable:
+                except RowError as error:  # a reader may have met a rollback or resize that freed rows
+                    if store is None:
                         raise
+                    if store.writable or store.sequence == sequence:
+                        raise CorruptionError(
+                            f"{self.path or 'this buffer'}: rows that the header counts are free; buffer.check() lists the wrong rows; "
+                            "restore the file from a copy made with save()"
+                        ) from error
                     store = self._require()
             raise RowError(f"{self.path}: rows keep being freed while they are read")
 
@@ -852,12 +865,14 @@ class DataBuffer:
             if store is None:
                 if name != empty_state():
                     raise StateError(f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+'")
+                self._marked = True  # the way back here must be there again
             else:
                 if store.sequence != -1 and self._policy_at == store.sequence and name == store.mark_name():
                     pass  # there already: the policy stays loaded
                 else:
                     self._policy_at = -1
                 store.rollback(name, seen)
+                store.mark()
             self._draws = draws
 
     def _check_state(self, state: Any) -> tuple[int, str, dict[str, int]]:
@@ -873,7 +888,7 @@ class DataBuffer:
             raise StateError(f"not a state of a buffer: {state!r:.200}")
         if not re.fullmatch("[0-9a-f]{16}(,[0-9a-f]{16})*" if self._folder else "[0-9a-f]{16}", state["state"]):
             raise StateError(f"not a state of a buffer: {state['state']!r:.200}")
-        empty = state["seen"] == 0 and self.seen == 0
+        empty = state["state"] == empty_state()  # every buffer begins in this one
         if state["uuid"] != self._uuid and not empty:
             raise StateError(f"the state of another buffer (uuid {state['uuid']}, this one's is {self._uuid})")
         if state["max_size"] != (self.max_size or 0):
@@ -892,8 +907,9 @@ class DataBuffer:
             folder = system.checked_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"):
                 os.makedirs(folder, exist_ok=True)
-                self._copy_to(store, folder)
-                text = json.dumps({"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()})
+                state = {"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()}
+                state |= self._copy_to(store, folder)
+                text = json.dumps(state)
                 fd, temp = system.temporary(os.path.join(folder, "state.json"))
                 try:
                     system.write_all(fd, text.encode(), 0)
@@ -902,9 +918,18 @@ class DataBuffer:
                     os.close(fd)
                 os.replace(temp, os.path.join(folder, "state.json"))
                 system.sync_folder(os.path.join(folder, "state.json"))
+                self._remove_older(folder, state)
 
-    def _copy_to(self, store: Any, folder: str) -> None:
-        _copy_store(store, os.path.join(folder, "buffer.h5"), replace=True)
+    def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
+        """Make the copy; what state.json, written afterwards, needs to say of it."""
+        path = os.path.join(folder, "buffer.h5")
+        if os.path.realpath(path) == self._where:
+            raise ArgumentError(f"save to another folder: {path} is this buffer itself")
+        _copy_store(store, path, replace=True)
+        return {}
+
+    def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
+        """Remove what an older copy left."""
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Replace this buffer's contents by a copy that `save` made, draws included. Ends all restore points.
@@ -929,7 +954,7 @@ class DataBuffer:
                 raise FormatError(f"{folder}/state.json: {error}") from None
             self._replacing = True
             with system.storage_errors(f"loading from {folder}"):
-                self._copy_from(store, folder)
+                self._copy_from(store, folder, state)
             self._policy_at = -1
             self._replacing = False
             self._draws = draws if state.get("state") == self._store.mark_name() else {}
@@ -946,8 +971,10 @@ class DataBuffer:
             differing = [f"{k}={found.get(k)!r} (this buffer: {v!r})" for k, v in mine.items() if found.get(k) != v]
             raise MismatchError(f"{path} is a copy of a buffer with {', '.join(differing)}; load it into one created like that")
 
-    def _copy_from(self, store: Any, folder: str) -> None:
+    def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:
         path = os.path.join(folder, "buffer.h5")
+        if os.path.realpath(path) == self._where:
+            raise ArgumentError(f"load from another folder: {path} is this buffer itself")
         saved = Store.open(path, writable=False, name=path)
         try:
             self._compare(saved.table, path)

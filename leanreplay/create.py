@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import format as fmt
+from .errors import ArgumentError
 from .format import PAGE, Table, round_up
 from .schema import Schema
 
@@ -79,6 +80,8 @@ def plan_file(
     """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it."""
     fields = schema.fields
     record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)
+    if max_size * record >= 2**60:
+        raise ArgumentError(f"{max_size} rows of {record} bytes are more than a file can hold; lower max_size")
     table = Table(
         kind=kind,
         params=params,

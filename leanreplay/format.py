@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import FormatError, SchemaError
 from .schema import Schema
@@ -51,6 +52,18 @@ HEADER_WORDS = H_DIGESTS + BUCKETS + 1
 # Words of the journal's seal.
 J_TAG, J_SEQ, J_PREVIOUS, J_LIVE, J_COUNT, J_HASH = range(6)  # live rows have records, the others were free
 SEAL_WORDS = 7
+
+
+def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
+    """What is impossible about the counts of a header; None if nothing is. A valid seal alone does not make them true."""
+    seen, size, high = (int(head[i]) for i in (H_SEEN, H_SIZE, H_HIGH))
+    if not size <= high <= table.max_size:
+        return f"it counts {size} rows up to {high}, of {table.max_size}"
+    if seen >= 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
+        return f"it has seen {seen} samples and holds {size}"
+    if any(int(w) >= 2**63 for w in head[H_POLICY:H_DIGESTS]):
+        return "its policy's numbers are out of range"
+    return None
 
 
 def round_up(n: int, to: int) -> int:

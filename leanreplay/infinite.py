@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
+import secrets
 import shutil
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +20,15 @@ from . import system
 from .batches import integer
 from .buffers import DataBuffer, _copy_store, _is_left_over
 from .create import plan_file
-from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, StateError
+from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, StateError
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
 from .store import NO_ROWS, Problem, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
+
+_LOADING = ".loading"  # a complete copy on its way into the folder
 
 
 class Parts:
@@ -89,14 +94,13 @@ class Parts:
             self._cut(self._parts)
         for store in self.stores:
             store.ready()
-        if not self.writable and self.folder is not None:
-            while self.stores[-1].seen == self.rows and os.path.exists(part_path(self.folder, len(self.stores))):
-                self.stores.append(Store.open(part_path(self.folder, len(self.stores)), writable=False, name=None))
-            while len(self.stores) > 1 and not os.path.exists(part_path(self.folder, len(self.stores) - 1)):
-                self.stores.pop().close()
+        if not self.writable and self.folder is not None and self.stores[-1].seen == self.rows:
+            while os.path.exists(path := part_path(self.folder, len(self.stores))):
+                self.stores.append(open_part(path, len(self.stores), self.stores[0], writable=False))
 
     def moved(self) -> bool:
-        return False
+        """For readers: whether a part is another file by now, or gone, after a rollback or `load`."""
+        return not all(s.stands() for s in self.stores)
 
     def verify_index(self) -> None:
         for store in self.stores:
@@ -162,9 +166,7 @@ class Parts:
         if len(names) > len(self.stores):
             raise StateError(f"the buffer has seen {self.seen} samples, the state {seen}: it is {seen - self.seen} behind it")
         for i, (store, name) in enumerate(zip(self.stores, names, strict=False)):
-            left = seen - i * self.rows
-            if not store.can_rollback(name):
-                store.rollback(name, max(0, min(self.rows, left)))  # raises, before anything is changed
+            store.find_point(name, max(0, min(self.rows, seen - i * self.rows)))  # raises, before anything is changed
         self._cut(len(names))
         for store, name in zip(reversed(self.stores), reversed(names), strict=True):
             store.rollback(name, 0)
@@ -209,6 +211,58 @@ def part_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.h5")
 
 
+def part_numbers(folder: str) -> list[int]:
+    """Numbers of the parts in a folder, the highest first."""
+    found = (re.fullmatch(r"part-(\d{6,})\.h5", name) for name in os.listdir(folder))
+    return sorted((int(m[1]) for m in found if m), reverse=True)
+
+
+def remove_part(folder: str, number: int) -> None:
+    """Remove a part and its restore points."""
+    path = part_path(folder, number)
+    for name in [*glob.glob(glob.escape(path) + ".undo.*"), path]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def open_part(path: str, number: int, first: Store | None, **options: Any) -> Store:
+    """Open a part. Raises FormatError for one that is not that part of the buffer that `first` belongs to."""
+    store = Store.open(path, name=path, **options)
+    t, wanted = store.table, (first or store).table
+    same = (t.kind, t.uuid, t.schema, t.seed, t.stream, t.max_size) == (
+        wanted.kind, wanted.uuid, wanted.schema, wanted.seed, wanted.stream, wanted.max_size,
+    )  # fmt: skip
+    if not same or t.params.get("rows_per_part") != t.max_size or t.params.get("first") != number * t.max_size:
+        store.close()
+        raise FormatError(f"{path} is not part {number} of this buffer, but {t.kind} {t.params} of another; put the right file there")
+    return store
+
+
+def finish_loading(folder: str) -> None:
+    """Move the parts of a copy that `load` made complete into place. Cut off anywhere, it can simply run again."""
+    fresh = os.path.join(folder, _LOADING)
+    if not os.path.isdir(fresh):
+        return
+    try:
+        with open(os.path.join(fresh, "count"), encoding="ascii") as file:
+            count = int(file.read())
+    except (OSError, ValueError):
+        shutil.rmtree(fresh, ignore_errors=True)  # emptied already
+        return
+    for number in range(count):
+        path = part_path(fresh, number)
+        if os.path.exists(path):
+            for name in glob.glob(glob.escape(part_path(folder, number)) + ".undo.*"):
+                os.unlink(name)
+            os.replace(path, part_path(folder, number))
+    for number in part_numbers(folder):
+        if number >= count:
+            remove_part(folder, number)
+    system.sync_folder(part_path(folder, 0))
+    os.unlink(os.path.join(fresh, "count"))
+    shutil.rmtree(fresh, ignore_errors=True)
+
+
 class InfiniteBuffer(DataBuffer):
     """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
 
@@ -242,15 +296,15 @@ class InfiniteBuffer(DataBuffer):
                     self._lock_fd = system.lock(os.path.join(where, "parts"))
         if where is not None and os.path.lexists(where) and not os.path.isdir(where):
             raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
-        parts = [] if where is None else glob.glob(os.path.join(glob.escape(where), "part-*.h5"))
+        parts = where is not None and os.path.isdir(where) and bool(part_numbers(where) or os.path.isdir(os.path.join(where, _LOADING)))
         if mode == "x" and parts:
             raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")
         if mode in ("r", "r+") and not parts:
             raise MissingError(f"{self.path} holds no buffer; create one with mode='x' or 'a'")
-        if mode == "w":
-            for path in sorted(parts, reverse=True):
-                for name in [*glob.glob(glob.escape(path) + ".undo.*"), path]:
-                    os.unlink(name)
+        if mode == "w" and where is not None:
+            shutil.rmtree(os.path.join(where, _LOADING), ignore_errors=True)
+            for number in part_numbers(where):
+                remove_part(where, number)
         elif parts:
             self._store = self._open_store()
             self._adopt(schema)
@@ -279,20 +333,30 @@ class InfiniteBuffer(DataBuffer):
         self._rows_per_part = self._store.rows
 
     def _open_store(self) -> Parts:
-        assert self._where is not None
+        where = self._where
+        assert where is not None
+        writable = self._mode != "r"
+        if writable:
+            finish_loading(where)
+        else:
+            deadline = time.monotonic() + 1.0
+            while os.path.exists(os.path.join(where, _LOADING, "count")):
+                if time.monotonic() > deadline:
+                    raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
+                time.sleep(0.005)
         stores: list[Store] = []
         try:
-            while os.path.exists(path := part_path(self._where, len(stores))):
-                stores.append(Store.open(path, writable=self._mode != "r", durable=self._durable, points=self._points, name=path))
-                if stores[-1].table.uuid != stores[0].table.uuid or stores[-1].table.schema != stores[0].table.schema:
-                    raise FormatError(f"{path} belongs to another buffer than the first part")
-            if not stores:
-                raise MissingError(f"{self.path}: the first part is missing; restore the folder from a copy")
+            while os.path.exists(path := part_path(where, len(stores))):
+                first = stores[0] if stores else None
+                stores.append(open_part(path, len(stores), first, writable=writable, durable=self._durable, points=self._points))
+            later = [n for n in part_numbers(where) if n > len(stores)]
+            if not stores or (later and not os.path.exists(path)):
+                raise FormatError(f"{path} is missing; restore the folder from a copy")
         except BaseException:
             for store in stores:
                 store.close()
             raise
-        return Parts(self._where, stores, self._make_part)
+        return Parts(where, stores, self._make_part)
 
     def _make_part(self, number: int, table: Table) -> Store:
         return self._new_part(number, table.schema)
@@ -332,55 +396,65 @@ class InfiniteBuffer(DataBuffer):
     def _rewrite(self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Any, extra: Any = None) -> None:
         raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
 
-    def _copy_to(self, store: Any, folder: str) -> None:
-        """Parts are copied in order, then those of an older, longer copy removed."""
+    def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
+        """Into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
+        if os.path.realpath(folder) == self._where:
+            raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
+        name = f"parts-{secrets.token_hex(4)}"
+        os.mkdir(os.path.join(folder, name))
         for i, part in enumerate(store.stores):
-            _copy_store(part, part_path(folder, i), replace=True)
-        i = len(store.stores)
-        while os.path.exists(part_path(folder, i)):
-            os.unlink(part_path(folder, i))
-            i += 1
+            _copy_store(part, part_path(os.path.join(folder, name), i), replace=True)
+        return {"parts": name}
 
-    def _copy_from(self, store: Any, folder: str) -> None:
+    def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
+        for name in os.listdir(folder):
+            if re.fullmatch("parts-[0-9a-f]{8}", name) and name != state["parts"]:
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+    def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:
+        """On disk: a complete copy first, in a subfolder; from the moment that this gets its name, the load counts as done."""
+        source = os.path.join(folder, str(state.get("parts")))
+        if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not os.path.isdir(source):
+            raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
         saved: list[Store] = []
         try:
-            while os.path.exists(path := part_path(folder, len(saved))):
-                saved.append(Store.open(path, writable=False, name=path))
+            while os.path.exists(path := part_path(source, len(saved))):
+                saved.append(open_part(path, len(saved), saved[0] if saved else None, writable=False))
                 self._compare(saved[-1].table, path)
-            if not saved:
-                raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
-            self._uuid = saved[0].table.uuid
-            if self._where is None:
-                stores = []
-                for part in saved:
-                    fd = system.memory_file("leanreplay", part.table.file_size)
-                    system.copy_file(part.descriptor, fd, part.table.file_size)
-                    stores.append(Store(None, fd, part.table, True, self._durable, self._points))
-                    stores[-1].recover()
-            else:
-                if store is not None:
-                    store.drop_points()
-                    store.close()
-                fresh = self._where + ".loading"
-                shutil.rmtree(fresh, ignore_errors=True)
-                os.makedirs(fresh)
-                for i, part in enumerate(saved):
-                    _copy_store(part, part_path(fresh, i), replace=True)
-                for path in sorted(glob.glob(os.path.join(glob.escape(self._where), "part-*.h5")), reverse=True):
-                    os.unlink(path)
-                for i in range(len(saved)):
-                    os.replace(part_path(fresh, i), part_path(self._where, i))
-                with contextlib.suppress(OSError):
-                    os.rmdir(fresh)
+            if not saved or len(saved) != len(part_numbers(source)):
+                raise MissingError(f"{path} is missing: the copy in {folder} is not complete")
+            self._copy_parts(store, saved)
         finally:
             for part in saved:
                 part.close()
+
+    def _copy_parts(self, store: Any, saved: Sequence[Store]) -> None:
         if self._where is None:
+            stores = []
+            for part in saved:
+                fd = system.memory_file("leanreplay", part.table.file_size)
+                system.copy_file(part.descriptor, fd, part.table.file_size)
+                stores.append(Store(None, fd, part.table, True, self._durable, self._points))
+                stores[-1].recover()
+            self._store, self._uuid = Parts(None, stores, self._make_part), saved[0].table.uuid
             if store is not None:
                 store.close()
-            self._store = Parts(None, stores, self._make_part)
-        else:
-            self._store = self._open_store()
+            return
+        fresh = os.path.join(self._where, _LOADING)
+        shutil.rmtree(fresh + ".tmp", ignore_errors=True)
+        os.mkdir(fresh + ".tmp")
+        for i, part in enumerate(saved):
+            _copy_store(part, part_path(fresh + ".tmp", i), replace=True)
+        with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
+            file.write(str(len(saved)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(fresh + ".tmp", fresh)
+        system.sync_folder(fresh)
+        self._store = self._open_store()
+        self._uuid = saved[0].table.uuid
+        if store is not None:
+            store.close()
 
     def __reduce__(self) -> Any:
         if self._where is None:

@@ -189,7 +189,7 @@ def _names(structure: Any, path: str, found: list[str], depth: int) -> None:
         raise ValueError("structure")
     kind = structure[0]
     if kind == "leaf":
-        if structure != ["leaf", len(found)]:
+        if structure != ["leaf", len(found)] or type(structure[1]) is not int:
             raise ValueError("structure: leaves out of order")
         found.append(path)
     elif kind in ("tuple", "list"):
@@ -289,7 +289,7 @@ def check_leaf(leaf: Any, field: Field, n: int | None) -> None:
 
 
 def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
-    """One sample's leaf as an array of the field's dtype. Python numbers take it where the value fits exactly."""
+    """One sample's leaf as an array of the field's dtype. Python numbers take it (floats rounded as NumPy does)."""
     if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic) and field.shape == ():
         kind = "b" if isinstance(leaf, bool) else "iu" if isinstance(leaf, int) else "f" if isinstance(leaf, float) else "c"
         if field.torch is None and field.dtype.kind in kind:

@@ -50,10 +50,11 @@ from .format import (
     STREAM_BITS,
     Table,
     decode,
+    header_problem,
     round_up,
 )
 from .kernels import rows as kernel
-from .undo import UndoLog
+from .undo import Frame, Segment, UndoLog
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -64,6 +65,7 @@ NO_ROWS: Ints = np.zeros(0, np.int64)
 _AHEAD = 4 << 20  # bytes to fault in ahead of the rows being filled
 _PATIENCE = 1.0  # seconds that a reader waits for a commit to end
 _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
+_NO_LIMIT = 2**40
 _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
@@ -118,7 +120,9 @@ class Store:
         self._attached = False
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0)
-        self.most = max(1, min(table.journal_rows, _SURVIVOR_BYTES // sum(size for _, size in table.columns)))
+        limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
+        # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
+        self.most = limit if limit < table.max_size else _NO_LIMIT
         _STORES.add(self)
 
     # -- making and opening ------------------------------------------------------------------------------------------
@@ -257,6 +261,15 @@ class Store:
         except OSError:
             return False
 
+    def stands(self) -> bool:
+        """Whether this very file still stands under its name."""
+        if self.path is None:
+            return True
+        try:
+            return os.stat(self.path).st_ino == self._inode
+        except OSError:
+            return False
+
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _require_map(self) -> mmap.mmap:
@@ -277,9 +290,9 @@ class Store:
                 found = True
         if not found:
             raise FormatError(f"{self.path}: neither header is valid; restore the file from a copy")
-        size, high = int(into[H_SIZE]), int(into[H_HIGH])
-        if not size <= high <= self.table.max_size or int(into[H_SEEN]) >= 2**STREAM_BITS:
-            raise FormatError(f"{self.path}: the header counts {size} of {self.table.max_size} rows; restore the file from a copy")
+        problem = header_problem(into, self.table)
+        if problem:
+            raise FormatError(f"{self.path}: the header is wrong: {problem}; restore the file from a copy")
 
     def refresh(self) -> None:
         """For readers: take the newest header, waiting for a rollback under way."""
@@ -635,15 +648,13 @@ class Store:
         """The name that `mark` would give the present state."""
         return f"{int(self.head[H_STATE]):016x}"
 
-    def can_rollback(self, state: str) -> bool:
-        """Whether there is a restore point of this state."""
-        self._attach()
-        return state == self.mark_name() or self._log.find(int(state, 16)) is not None
+    def find_point(self, state: str, seen: int) -> tuple[Segment, list[Frame]] | None:
+        """The restore point of a state that `mark` named, and what leads back to it; None if the buffer is there already.
 
-    def rollback(self, state: str, seen: int) -> None:
-        """Go back to a state that `mark` named. Raises StateError, the buffer unchanged, where that is impossible."""
+        Raises StateError where there is no way back. Changes nothing but the restore points that do not belong to this file.
+        """
         if state == self.mark_name():
-            return
+            return None
         self._attach()
         target = self._log.find(int(state, 16))
         where = self.path or "this buffer"
@@ -662,6 +673,14 @@ class Store:
             )
         frames = self._log.frames(target)
         self._log.verify(target, frames, self._view, self.head)
+        return target, frames
+
+    def rollback(self, state: str, seen: int) -> None:
+        """Go back to a state that `mark` named. Raises StateError, the buffer unchanged, where that is impossible."""
+        found = self.find_point(state, seen)
+        if found is None:
+            return
+        target, frames = found
         self._settled = False
         self._log.close_tail(int(self.head[H_STATE]))
         if self.durable:

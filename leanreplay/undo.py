@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from . import system
 from .errors import StateError
-from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table
+from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table, header_problem
 from .kernels import rows as kernel
 
 _MAGIC = np.uint64(0x4F444E55524C8A01)
@@ -146,13 +146,16 @@ class UndoLog:
         segment = None
         if kernel.read_block(block, 0, control) and control[0] == _MAGIC and control[1] == self.table.tag:
             segment = Segment(fd, number, name, control[2:-1].copy())
+            again = segment.head.copy()
+            kernel.seal_block(np.zeros(8 * HEADER_WORDS, np.uint8), 0, again, H_STATE)
             best = -1
             for at in _TAILS:
                 words = np.zeros(_TAIL_WORDS, np.uint64)
                 if kernel.read_block(block, at, words) and words[1] == self.table.tag and int(words[2]) > best:
                     best = segment.count = int(words[2])
                     segment.before, segment.length = int(words[3]), int(words[4])
-            if best < 0 or _FRAMES + segment.length > os.fstat(fd).st_size:
+            bad_head = again[H_STATE] != segment.head[H_STATE] or header_problem(segment.head, self.table)
+            if best < 0 or bad_head or _FRAMES + segment.length > os.fstat(fd).st_size:
                 segment = None
         if segment is None:
             os.close(fd)
