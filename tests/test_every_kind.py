@@ -1,0 +1,473 @@
+"""The public interface for each of the four buffers, in RAM and on disk: what holds for one must hold for all."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import leanreplay
+from leanreplay import (
+    CapacityWarning,
+    DataBuffer,
+    ExistsError,
+    GreedyClassBalancingBuffer,
+    InfiniteBuffer,
+    LockedError,
+    MismatchError,
+    MissingError,
+    ModeError,
+    ReservoirBuffer,
+    RowError,
+    Schema,
+    SchemaError,
+    SlidingWindowBuffer,
+    StateError,
+)
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "reservoir": lambda path=None, **o: ReservoirBuffer(12, path, **o),
+    "window": lambda path=None, **o: SlidingWindowBuffer(12, path, **o),
+    "greedy": lambda path=None, **o: GreedyClassBalancingBuffer(12, path, **o),
+    "infinite": lambda path=None, **o: InfiniteBuffer(path, rows_per_part=8, **o),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+bounded = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "infinite"])
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def digits(start: int, stop: int) -> tuple[Any, Any]:
+    """Images of one value, their position, and a label."""
+    p = np.arange(start, stop)
+    return np.ones((1, 4, 4), np.float32) * p[:, None, None, None].astype(np.float32), p % 3
+
+
+def logits(start: int, stop: int) -> Any:
+    return np.stack([np.arange(start, stop), -np.arange(start, stop)], 1).astype(np.float32)
+
+
+def feed(buffer: Any, start: int, stop: int) -> None:
+    buffer.add(digits(start, stop), metadata={"logits": logits(start, stop)})
+
+
+def filled(kind: str, path: Any = None, n: int = 30, **options: Any) -> Any:
+    buffer = KINDS[kind](path, **options)
+    feed(buffer, 0, n)
+    return buffer
+
+
+def assert_samples(batch: Any, meta: Any) -> None:
+    """Each row is the sample of its position."""
+    x, y = batch
+    p = meta["position"]
+    assert x.shape == (len(p), 1, 4, 4)
+    assert (x == p[:, None, None, None]).all()
+    assert (y == p % 3).all()
+    assert (meta["logits"] == np.stack([p, -p], 1)).all()
+
+
+@pytest.fixture(params=["memory", "disk"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return None if request.param == "memory" else tmp_path / "replay.h5"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_sample(kind: str, where: Path | None) -> None:
+    """With metadata, rows and positions; distinct without `replace`; none at all; what it returns can be asked for again."""
+    with filled(kind, where, seed=0) as buffer:
+        batch, meta = buffer.sample(8)
+        assert sorted(meta) == ["idx", "logits", "position"]
+        assert_samples(batch, meta)
+        assert len(set(meta["idx"].tolist())) == 8
+        assert_samples(*buffer.get(meta["idx"]))
+        assert_samples(*buffer.sample(100, replace=True))
+        assert buffer.sample(0)[0][0].shape == (0, 1, 4, 4)
+        assert buffer.check() == []
+
+
+@every_kind
+def test_map_style_dataset(kind: str) -> None:
+    """len, [i], negative i, iteration, and the batched __getitems__ that torch's DataLoader calls."""
+    with filled(kind) as buffer:
+        n = len(buffer)
+        (x, y), meta = buffer[3]
+        assert x.shape == (1, 4, 4)
+        assert (float(x[0, 0, 0]), int(y)) == (meta["position"], meta["position"] % 3)
+        assert isinstance(meta["idx"], int)
+        assert buffer[-1][1]["position"] == buffer[n - 1][1]["position"]
+        assert [m["idx"] for _, m in buffer.__getitems__([2, 0, -1])] == [2, 0, n - 1]
+        assert [m["position"] for _, m in buffer] == buffer.get_metadata("position").tolist()
+        assert buffer.__getitems__([]) == []
+        with pytest.raises(RowError, match=f"index {n} of a buffer of {n}"):
+            buffer[n]
+        with pytest.raises(IndexError):
+            buffer[-n - 1]
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        lambda a: a,
+        lambda a: (a, a[:, 0]),
+        lambda a: [a, {"mask": a > 3, "deep": (a.astype(np.complex64), [a[:, 1].astype("S5")])}],
+        lambda a: {"ids": a.astype(np.uint16), "a": (a, a, a)},
+    ],
+)
+def test_nested_samples(nested: Callable[[Any], Any], where: Path | None) -> None:
+    """Tuples, lists and dicts of any number type, bool, complex and fixed-width bytes come back as they went in."""
+    wanted = nested(np.arange(20.0).reshape(5, 4))
+    with SlidingWindowBuffer(5, where) as buffer:
+        buffer.add(wanted)
+        assert_same(buffer.get(range(5))[0], wanted)
+        assert_same(buffer[2][0], nested_map(wanted, lambda leaf: leaf[2]))
+
+
+def nested_map(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {k: nested_map(v, function) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(nested_map(v, function) for v in value)
+    return function(value)
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    if isinstance(wanted, (np.ndarray, np.generic)):
+        assert (np.asarray(found).dtype, np.shape(found)) == (wanted.dtype, wanted.shape)
+        assert np.array_equal(found, wanted)
+        return
+    assert type(found) is type(wanted)
+    assert len(found) == len(wanted)
+    for key in wanted if isinstance(wanted, dict) else range(len(wanted)):
+        assert_same(found[key], wanted[key])
+
+
+def test_transform_of_a_whole_sample() -> None:
+    """Samples that are no pairs: `transform` gets the whole sample."""
+    with SlidingWindowBuffer(3, transform=lambda sample: {"twice": sample["a"] * 2}) as buffer:
+        buffer.add({"a": np.arange(3)})
+        assert buffer.get([0, 2])[0]["twice"].tolist() == [0, 4]
+        assert buffer[2][0] == {"twice": 4}
+
+
+# -- update ------------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """A map-style dataset that counts what is loaded."""
+
+    def __init__(self, n: int, targets: bool = True) -> None:
+        self.n, self.loaded = n, [0] * n
+        self.x, self.y = digits(0, n)
+        if targets:
+            self.targets = self.y.tolist()
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        self.loaded[i] += 1
+        return self.x[i], int(self.y[i])
+
+
+@every_kind
+def test_update_loads_only_what_stays(kind: str) -> None:
+    """Of 5,000 items only those that stay are loaded, once each; the buffer is the same as after `add`."""
+    dataset = Images(5000)
+    with KINDS[kind](seed=1, schema=Schema.from_sample((dataset.x[0], 0))) as buffer, KINDS[kind](seed=1) as other:
+        buffer.update(dataset)
+        other.add(digits(0, 5000))
+        assert buffer.seen == other.seen == 5000
+        kept = buffer.get_metadata("position")
+        assert (kept == other.get_metadata("position")).all()
+        assert max(dataset.loaded) == 1
+        # A reservoir commits as many samples as take 12 rows, and loads what a commit keeps; the others plan all 5,000 at once.
+        assert sum(dataset.loaded) <= {"reservoir": 100, "window": 12, "greedy": 12, "infinite": 5000}[kind]
+        assert all(dataset.loaded[p] for p in kept)
+
+
+@pytest.mark.parametrize("label", [int, np.int64, np.array, torch.tensor])
+def test_update_from_items_of_any_number(label: Callable[[Any], Any]) -> None:
+    """Labels of a dataset's items may be Python numbers, NumPy numbers, arrays or tensors without dimensions."""
+    x, y = digits(0, 9)
+    with GreedyClassBalancingBuffer(6) as buffer:
+        buffer.update([(x[i], label(int(y[i]))) for i in range(9)], metadata={"logits": logits(0, 9)})
+        assert_samples(*buffer.sample(6))
+
+
+def test_labels_come_from_group_then_targets_then_items() -> None:
+    """A buffer that balances: `group=` goes first, `targets` cost nothing, failing both every item is read."""
+    plain, with_targets = Images(300, targets=False), Images(300)
+    with GreedyClassBalancingBuffer(6) as a, GreedyClassBalancingBuffer(6) as b, GreedyClassBalancingBuffer(6) as c:
+        a.update(with_targets)
+        b.update(plain)
+        assert (a.get_metadata("position") == b.get_metadata("position")).all()
+        assert min(plain.loaded) >= 1
+        c.update(with_targets, group=np.arange(300) >= 299)  # one sample of a class of its own
+        assert 299 in c.get_metadata("position")
+    with GreedyClassBalancingBuffer(4) as buffer:
+        with pytest.raises(SchemaError, match="balances over classes: give group"):
+            buffer.add(np.zeros((2, 3)))
+        buffer.add(np.arange(8.0), group=[0, 0, 0, 0, 0, 0, 7, 9])
+        assert {6, 7} <= set(buffer.get_metadata("position").tolist())
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_set_metadata(kind: str, where: Path | None) -> None:
+    """All rows, some, a row twice (the last value counts), only where a position still stands; samples are untouched."""
+    with filled(kind, where, n=12) as buffer:
+        before = buffer.get_metadata("logits")
+        buffer.set_metadata("logits", before + 1)
+        buffer.set_metadata("logits", np.full((3, 2), 7, np.float32), rows=[4, 1, 2])
+        two = np.array([[1, 1], [2, 2]], np.float32)
+        buffer.set_metadata("logits", two, rows=[5, 5])
+        position = buffer.get_metadata("position", rows=[6, 7])
+        buffer.set_metadata("logits", two, rows=[6, 7], positions=[position[0], position[1] + 1])
+        wanted = before + 1
+        wanted[[1, 2, 4]], wanted[5], wanted[6] = 7, 2, 1
+        assert (buffer.get_metadata("logits") == wanted).all()
+        assert (buffer.get(range(12))[0][0][:, 0, 0, 0] == buffer.get_metadata("position")).all()
+        with pytest.raises(SchemaError, match="no metadata 'logit'; the buffer has \\['logits'\\]"):
+            buffer.get_metadata("logit")
+        with pytest.raises(RowError, match="rows in use are 0 to"):
+            buffer.set_metadata("logits", two, rows=[0, 12])
+        assert buffer.check() == []
+
+
+@bounded
+def test_metadata_added_later(kind: str, where: Path | None) -> None:
+    """A new name adds a field, for all samples at once; later batches must give it too; restore points end."""
+    with filled(kind, where) as buffer:
+        state = buffer.state_dict()
+        features = np.arange(12 * 5, dtype=np.float64).reshape(12, 5)
+        with pytest.raises(SchemaError, match="values for all 12 samples"):
+            buffer.set_metadata("features", features[:2], rows=[0, 1])
+        buffer.set_metadata("features", features)
+        batch, meta = buffer.sample(5)
+        assert_samples(batch, meta)
+        assert (meta["features"] == features[meta["idx"]]).all()
+        with pytest.raises(SchemaError, match=r"missing \['features'\]"):
+            feed(buffer, 30, 31)
+        buffer.add(digits(30, 31), metadata={"logits": logits(30, 31), "features": features[:1]})
+        with pytest.raises(StateError):
+            buffer.load_state_dict(state)
+        assert buffer.check() == []
+    if where is not None:
+        with leanreplay.open(where) as buffer:
+            assert buffer.get_metadata("features").shape == (12, 5)
+
+
+# -- states and copies -------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_state_dict_in_a_checkpoint(kind: str, where: Path | None, tmp_path: Path) -> None:
+    """Train, checkpoint, train on, go back, and go on as if never interrupted: the same rows, the same draws."""
+    with filled(kind, where) as buffer:
+        buffer.sample(3)
+        torch.save(buffer.state_dict(), tmp_path / "checkpoint.pt")
+        before = buffer.get_metadata("position").tolist()
+
+        def go_on() -> list[Any]:
+            found = [buffer.sample(4)[1]["idx"].tolist()]
+            feed(buffer, 30, 55)
+            buffer.set_metadata("logits", logits(0, len(buffer)))
+            return [*found, buffer.sample(4)[1]["position"].tolist(), buffer.get_metadata("position").tolist()]
+
+        first = go_on()
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        buffer.load_state_dict(state)
+        assert (buffer.seen, buffer.get_metadata("position").tolist()) == (30, before)
+        assert_samples(*buffer.get(buffer.get_metadata("idx")))
+        assert go_on() == first
+        assert buffer.check() == []
+    with KINDS[kind]() as other, pytest.raises(StateError, match="another buffer"):
+        other.add(digits(0, 1))
+        other.load_state_dict(state)
+
+
+@every_kind
+def test_save_and_load(kind: str, where: Path | None, tmp_path: Path) -> None:
+    """The whole buffer into a folder and back, draws included; into another buffer of the same parameters, and no other."""
+    copy = tmp_path / "copies" / "1"
+    with filled(kind, where, seed=4) as buffer:
+        buffer.sample(2)
+        buffer.save(copy)
+        drawn = buffer.sample(6)[1]["position"].tolist()
+        kept = buffer.get_metadata("position").tolist()
+        feed(buffer, 30, 90)
+        buffer.load(copy)
+        assert (buffer.seen, buffer.get_metadata("position").tolist()) == (30, kept)
+        assert buffer.sample(6)[1]["position"].tolist() == drawn
+        feed(buffer, 30, 31)
+        assert buffer.check() == []
+    with KINDS[kind](seed=4) as other:
+        other.load(copy)
+        assert other.sample(6)[1]["position"].tolist() == drawn
+        assert other.check() == []
+    with KINDS[kind](seed=5) as other, pytest.raises(MismatchError, match="seed"):
+        other.load(copy)
+    with KINDS[kind](seed=4) as other, pytest.raises(MissingError, match=r"no state\.json"):
+        other.load(tmp_path)
+
+
+# -- files and modes ---------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_modes(kind: str, tmp_path: Path) -> None:
+    """h5py's modes: x creates and refuses, a opens or creates, r+ opens, r reads beside a writer, w replaces."""
+    path, make = tmp_path / "b.h5", KINDS[kind]
+    for mode in ("r", "r+"):
+        with pytest.raises(MissingError):
+            make(path, mode=mode)
+    filled(kind, path, seed=6).close()
+    with pytest.raises(ExistsError, match="mode='r\\+' or 'a', or replace it with mode='w'"):
+        make(path)
+    with make(path, mode="r") as buffer:
+        assert (buffer.seen, buffer.seed, buffer.mode) == (30, 6, "r")
+        with pytest.raises(ModeError, match="reading only"):
+            feed(buffer, 30, 31)
+    with make(path, mode="a") as buffer:
+        assert buffer.seen == 30
+        with pytest.raises(LockedError, match="open for writing elsewhere"):
+            make(path, mode="a")
+        with make(path, mode="r") as reader:
+            feed(buffer, 30, 33)
+            assert reader.seen == 33
+            assert_samples(*reader.sample(5))
+    with make(path, mode="r+", seed=6) as buffer:
+        assert buffer.seen == 33
+    with pytest.raises(MismatchError, match=r"seed=7 \(file: 6\)"):
+        make(path, mode="r+", seed=7)
+    with make(path, mode="w", seed=7) as buffer:
+        buffer.add(np.zeros(3), group=[0, 0, 0])
+        assert (buffer.seen, buffer.seed) == (3, 7)
+    with make(tmp_path / "new.h5", mode="a") as buffer:
+        assert (len(buffer), buffer.schema) == (0, None)
+
+
+@every_kind
+def test_open_by_path_alone(kind: str, tmp_path: Path) -> None:
+    """leanreplay.open finds class and parameters in the file, for reading and for going on."""
+    path = tmp_path / "b.h5"
+    with filled(kind, path, seed=2, stream=9) as buffer:
+        cls, kept = type(buffer), buffer.get_metadata("position").tolist()
+    with leanreplay.open(path) as buffer:
+        assert type(buffer) is cls
+        assert (buffer.mode, buffer.seed, buffer.stream) == ("r", 2, 9)
+        assert buffer.get_metadata("position").tolist() == kept
+    with leanreplay.open(str(path), mode="r+", transform=lambda x: -x) as buffer:
+        feed(buffer, 30, 40)
+        assert (buffer[0][0][0] <= 0).all()
+    with pytest.raises(MissingError):
+        leanreplay.open(tmp_path / "none.h5")
+
+
+@every_kind
+def test_what_a_buffer_says(kind: str, where: Path | None) -> None:
+    """repr, path, schema, nbytes, before the first batch, after it, and closed."""
+    buffer = KINDS[kind](where, seed=3)
+    assert isinstance(buffer, DataBuffer)
+    assert (len(buffer), buffer.seen, buffer.nbytes, buffer.schema) == (0, 0, 0, None)
+    assert type(buffer).__name__ in repr(buffer)
+    buffer.add(digits(0, 30))
+    assert str(buffer.schema) == "Schema(data/0: f4[1, 4, 4], data/1: i8[])"
+    assert buffer.path == (None if where is None else str(where))
+    assert "seen=30" in repr(buffer)
+    if where is None:
+        assert buffer.nbytes > len(buffer) * (64 + 8)
+    else:
+        files = [where] if where.is_file() else list(where.glob("part-*.h5"))
+        assert buffer.nbytes == sum(os.path.getsize(f) for f in files)
+        assert str(where) in repr(buffer)
+    buffer.flush()
+    with buffer as same:
+        assert same is buffer
+    assert "closed" in repr(buffer)
+    with pytest.raises(ModeError, match="is closed; open it again"):
+        len(buffer)
+
+
+@bounded
+def test_resize(kind: str, where: Path | None) -> None:
+    """Down and up, samples intact; a reservoir that dropped some says that it cannot use more rows."""
+    with filled(kind, where) as buffer:
+        before = set(buffer.get_metadata("position").tolist())
+        buffer.resize(5)
+        assert (len(buffer), buffer.max_size) == (5, 5)
+        assert set(buffer.get_metadata("position").tolist()) <= before
+        assert_samples(*buffer.sample(5))
+        if kind == "reservoir":
+            with pytest.warns(CapacityWarning, match="already dropped samples at 5 rows"):
+                buffer.resize(20)
+        else:
+            buffer.resize(20)
+        feed(buffer, 30, 60)
+        assert (len(buffer), buffer.max_size) == (5 if kind == "reservoir" else 20, 20)
+        assert_samples(*buffer.sample(5))
+        assert buffer.check() == []
+    if where is not None:
+        with leanreplay.open(where) as buffer:
+            assert buffer.max_size == 20
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_threads(kind: str, where: Path | None) -> None:
+    """Four threads add, four read at once: every batch counts once, no sample is torn, the file is clean."""
+    buffer = KINDS[kind](where, schema=Schema.from_sample((np.zeros((1, 4, 4), np.float32), 0), {"mine": np.int64(0)}))
+    errors: list[BaseException] = []
+    adding = threading.Event()
+    adding.set()
+
+    def guarded(work: Callable[[int], None], number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    def add(number: int) -> None:
+        for start in range(number * 1000, number * 1000 + 180, 3):
+            value = np.arange(start, start + 3)
+            x = np.ones((3, 1, 4, 4), np.float32) * value[:, None, None, None].astype(np.float32)
+            buffer.add((x, value), metadata={"mine": value})
+
+    def read(number: int) -> None:
+        while adding.is_set():
+            if len(buffer) >= 3:
+                (x, y), meta = buffer.sample(3)
+                assert (x == y[:, None, None, None]).all()
+                assert (meta["mine"] == y).all()
+                buffer.get_metadata("position")
+
+    adders = [threading.Thread(target=guarded, args=(add, n)) for n in range(4)]
+    readers = [threading.Thread(target=guarded, args=(read, n)) for n in range(4)]
+    for thread in adders + readers:
+        thread.start()
+    for thread in adders:
+        thread.join()
+    adding.clear()
+    for thread in readers:
+        thread.join()
+    assert errors == []
+    assert buffer.seen == 4 * 180
+    assert buffer.check() == []
+    if kind == "infinite":
+        assert sorted(buffer.get_metadata("mine").tolist()) == sorted(n * 1000 + i for n in range(4) for i in range(180))
+    buffer.close()
