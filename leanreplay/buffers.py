@@ -766,6 +766,8 @@ class DataBuffer:
             if size == self.max_size:
                 return
             policy = self._ready_policy(store)
+            if type(policy).keep is Policy.keep:
+                raise ArgumentError(f"{type(self).__name__} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
             self._policy_at = -1  # `keep` changes its state: should anything fail from here on, it is derived anew
             live = self._all_rows(store)
             positions, groups = store.index()

@@ -58,7 +58,7 @@ def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
     """What is impossible about the counts of a header; None if nothing is. A valid seal alone does not make them true."""
     seen, size, high = (int(head[i]) for i in (H_SEEN, H_SIZE, H_HIGH))
     if not size <= high <= table.max_size:
-        return f"it counts {size} rows up to {high}, of {table.max_size}"
+        return f"it counts {size} of {table.max_size} rows, up to row {high}"
     if seen >= 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
         return f"it has seen {seen} samples and holds {size}"
     if any(int(w) >= 2**63 for w in head[H_POLICY:H_DIGESTS]):

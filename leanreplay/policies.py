@@ -118,7 +118,6 @@ class SlidingWindowPolicy(Policy):
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
         n = min(rows.shape[0], most) if most < self.capacity else rows.shape[0]
         rows[:n] = (self._next + np.arange(n)) % self.capacity
-        rows[: max(0, n - self.capacity)] = -1  # they would not stay
         self._next = (self._next + n) % self.capacity
         return n
 

@@ -563,7 +563,7 @@ def test_headers_that_count_too_few(path, monkeypatch):
     monkeypatch.setattr("leanreplay.store._PATIENCE", 0.0)
     headers(path, H_SIZE=3)
     with lr.open(path) as buffer:
-        with pytest.raises(lr.RowError):
+        with pytest.raises(lr.CorruptionError, match="free"):
             buffer.sample(2)
         assert any("header" in p.what for p in buffer.check())
     with lr.open(path, "r+") as buffer:
