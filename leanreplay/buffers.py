@@ -73,7 +73,8 @@ class DataBuffer:
     path: the file; None keeps the buffer in shared memory, with everything else the same.
     seed: of all random choices, any integer of 128 bits; a new buffer takes 0.
     stream: number of the stream that is fed, 0 to 32767, for several buffers that will be merged; a new buffer takes 0.
-    mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open for reading; "w" replace.
+    mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open for reading; "w" replace (the old
+        file stays until the first batch, or with `schema` goes at once).
         Parameters left at None are those of the file; others that differ from the file's are a MismatchError.
     schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
     transform, target_transform: called with the first and the second element of each sample (without a pair: with the whole

@@ -18,7 +18,8 @@ class BufferDataset(Dataset[Any]):
 
     Works in a DataLoader with any number of workers, forked or spawned; they read the file (or shared memory) themselves and
     see what was committed in the meantime. Fixed-width bytes stay NumPy's; arrays of them need a `collate_fn` of your own.
-    With workers, a buffer in memory needs its first batch, or a schema, before they start.
+    With workers, a buffer in memory needs its first batch, or a schema, before they start; an InfiniteBuffer in memory can only be
+    forked, and its workers see the parts that were there then.
 
     >>> import numpy as np
     >>> from torch.utils.data import DataLoader
