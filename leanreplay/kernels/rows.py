@@ -405,8 +405,6 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
     check = (cols[fields + 2, 0] >> _3) + np.uint64(field)
     width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):
-        _ask(src, _0, size, samples, i)
-        _ask(mem, offset, size, rows, i)
         r, s = np.uint64(rows[i]), np.uint64(samples[i]) * size
         if size & _7 == _0:
             h = _copy_words(source, s, words, offset + r * size, size)
