@@ -376,7 +376,7 @@ class Store:
         rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
         if count and (rows.min() < 0 or rows.max() >= t.max_size):
             return False
-        found = kernel.hash_records(self._view, self._cols, t.list_at, t.record_at, t.record, live, count)
+        found = kernel.hash_records(self._view, t.list_at, t.record_at, t.record, live, count)
         return bool(found == s[J_HASH])
 
     def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:

@@ -214,7 +214,7 @@ class UndoLog:
             words[:5] = (_FRAME, sequence, state, new, rows)
             frozen = frame.view()
             frozen.flags.writeable = False
-            words[5] = kernel.hash_records(frozen, self._cols, listed, recorded, t.record, new, rows)
+            words[5] = kernel.hash_records(frozen, listed, recorded, t.record, new, rows)
             kernel.seal_block(frame, 0, words, 0)
             with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
                 system.write_all(segment.fd, frame, _FRAMES + length)
@@ -266,7 +266,7 @@ class UndoLog:
                     raise StateError(f"{segment.path}: this undo file is damaged at byte {at}; load a saved copy instead")
                 if count and not (int(frame.rows.min()) >= 0 and int(frame.rows.max()) < self.table.max_size):
                     raise StateError(f"{segment.path}: this undo file names rows outside the buffer; load a saved copy instead")
-                found = kernel.hash_records(source, self._cols, listed, recorded, self.table.record, live, count)
+                found = kernel.hash_records(source, listed, recorded, self.table.record, live, count)
                 if found != words[5]:
                     raise StateError(f"{segment.path}: the undo record at byte {at} fails its checksum; load a saved copy instead")
                 frames.append(frame)

@@ -181,11 +181,11 @@ class Image:
 
 
 def journal(image: Image, order: list[int], live: int) -> int:
-    """The hash of a journal with these rows: records column by column, then the list."""
+    """The hash of a journal with these rows: record by record, its columns padded with zeros, then the list."""
     total = 0
-    for column in range(FIELDS + 3):
-        for r in order[:live]:
-            total = mix(total + digest(image.entry(r, column)) & M64)
+    for r in order[:live]:
+        entries = [image.entry(r, column) for column in range(FIELDS + 3)]
+        total = mix(total + digest(b"".join(e + bytes(-len(e) % 8) for e in entries)) & M64)
     return mix(total + digest(b"".join(r.to_bytes(8, "little") for r in order)) & M64)
 
 
@@ -609,11 +609,11 @@ def test_journal(run: None, chosen: list[int], field: int | None) -> None:
 
     # The records alone, as they lie in an undo file, have the same hash.
     copy = np.concatenate([image.mem[image.list_at :][: 8 * len(order)], image.mem[image.record_at :][: live * image.record]])
-    assert int(rows.hash_records(read_only(copy), image.cols, 0, 8 * len(order), image.record, live, len(order))) == int(found)
+    assert int(rows.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) == int(found)
     if live:
         for at in (8 * len(order), copy.shape[0] - 1):
             copy[at] ^= 1
-            assert int(rows.hash_records(read_only(copy), image.cols, 0, 8 * len(order), image.record, live, len(order))) != int(found)
+            assert int(rows.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) != int(found)
             copy[at] ^= 1
 
     # Each record reads as a row of a file of its own.

@@ -324,11 +324,15 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
                     _prefetch(mem, s + (np.uint64(j) << _6))
             s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
             if size & _7 == _0:
-                total = _mix(total + _copy_words(words, s, words, d, size))
+                for k in range(size >> _3):
+                    words[(d >> _3) + k] = words[(s >> _3) + k]
             else:
-                total = _mix(total + _copy_bytes(mem, s, mem, d, size))
+                words[(d + size) >> _3] = _0  # what pads it
+                for k in range(size):
+                    mem[d + k] = mem[s + k]
         at += (size + _7) >> _3 << _3
     for i in range(counts[1]):
+        total = _mix(total + _hash_words(words, np.uint64(record_at + i * record), np.uint64(record)))
         r = words[listed + i]
         for f in range(first, last):
             digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
@@ -339,17 +343,12 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def hash_records(src, cols, list_at, record_at, record, live, count):
+def hash_records(src, list_at, record_at, record, live, count):
     """The hash that `save_rows` returned for these records (src: uint8, the map itself or a copy of the records)."""
     words = _words(src)
-    at = np.uint64(record_at)
     total = _0
-    for c in range(cols.shape[0]):
-        size = cols[c, 1]
-        for i in range(live):
-            s = at + np.uint64(i) * np.uint64(record)
-            total = _mix(total + (_hash_words(words, s, size) if size & _7 == _0 else _hash_bytes(src, s, size)))
-        at += (size + _7) >> _3 << _3
+    for i in range(live):
+        total = _mix(total + _hash_words(words, np.uint64(record_at + i * record), np.uint64(record)))
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * count)))
 
 
