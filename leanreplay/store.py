@@ -120,6 +120,7 @@ class Store:
         self._attached = False
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0)
+        self._starts: list[int] = []
         limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
         # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
         self.most = limit if limit < table.max_size else _NO_LIMIT
@@ -419,14 +420,17 @@ class Store:
         fields = self.table.schema.fields[first:last]
         if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
             sizes = [0] + [round_up(n * f.nbytes, 64) for f in fields]
-            self._places, self._places_for = np.cumsum(sizes), (n, first, last)
+            self._places_for = (-1, 0, 0)  # an interrupt must not leave half of this
+            self._places = np.cumsum(sizes)
+            self._starts = self._places.tolist()
+            self._places_for = (n, first, last)
         places = self._places
-        out = np.empty(places[-1], np.uint8)
+        out = np.empty(self._starts[-1], np.uint8)
         index = np.empty((2, n), np.int64)
         bad = np.empty(n, np.uint8)
         if kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad):
             self._reread(rows, first, last, out, places, index, bad)
-        arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, places, strict=False)]
+        arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, self._starts, strict=False)]
         return arrays, index
 
     def _reread(self, rows: Ints, first: int, last: int, out: Bytes, places: Ints, index: Ints, bad: Bytes) -> None:

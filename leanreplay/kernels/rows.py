@@ -202,7 +202,14 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
         after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied
         check = checksum + np.uint64(f)
-        if size & _7 == _0:
+        if size == _8:  # labels and other single numbers, at a third of the cost of the general loop
+            for i in range(n):
+                r = np.uint64(rows[i])
+                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
+                word = words[(offset >> _3) + r]
+                target[(place >> _3) + np.uint64(i)] = word
+                bad[i] |= words[check + r * width] != _checksum(_mix(_8 + _term(word, _0)), tags[i], f)
+        elif size & _7 == _0:
             for i in range(n):
                 r = np.uint64(rows[i])
                 _ask(mem, offset, size, rows, i)
