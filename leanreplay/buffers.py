@@ -870,10 +870,8 @@ class DataBuffer:
                     raise StateError(f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+'")
                 self._marked = True  # the way back here must be there again
             else:
-                if store.sequence != -1 and self._policy_at == store.sequence and name == store.mark_name():
-                    pass  # there already: the policy stays loaded
-                else:
-                    self._policy_at = -1
+                if name != store.mark_name():
+                    self._policy_at = -1  # not left to the sequence: that of a folder is a sum, which may come out the same
                 store.rollback(name, seen)
                 store.mark()
             self._draws = draws

@@ -223,7 +223,7 @@ class Store:
                 os.close(fd)
             raise
 
-    def close(self, *, forget: bool = True) -> None:
+    def close(self) -> None:
         """Unmap and close. Restore points in memory are lost."""
         if self._map is None:
             return
@@ -253,23 +253,24 @@ class Store:
         """The open file, for copies."""
         return self._fd
 
+    def _inode_there(self) -> int | None:
+        """Inode of what stands under the name now; None if nothing does, or if there is no name."""
+        if self.path is None:
+            return None
+        try:
+            return os.stat(self.path).st_ino
+        except OSError:
+            return None
+
     def moved(self) -> bool:
         """Whether another file stands under the name by now."""
         if self.path is None:
             return int(self.head[H_TARGET]) == _GONE
-        try:
-            return os.stat(self.path).st_ino != self._inode
-        except OSError:
-            return False
+        return self._inode_there() not in (None, self._inode)
 
     def stands(self) -> bool:
         """Whether this very file still stands under its name."""
-        if self.path is None:
-            return True
-        try:
-            return os.stat(self.path).st_ino == self._inode
-        except OSError:
-            return False
+        return self.path is None or self._inode_there() == self._inode
 
     # -- state -------------------------------------------------------------------------------------------------------
 
