@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from .balanced import (
+    BalancedBuffer,
+    BalancedPolicy,
+    ClassBalancedBuffer,
+    ClassBalancingReservoirBuffer,
+    ClassBalancingReservoirPolicy,
+    ExperienceBalancedBuffer,
+)
 from .buffers import (
     DataBuffer,
     GreedyClassBalancingBuffer,
@@ -15,6 +23,7 @@ from .errors import (
     CorruptionError,
     ExistsError,
     FormatError,
+    GroupError,
     LeanReplayError,
     LockedError,
     LossError,
@@ -43,14 +52,21 @@ __version__ = "0.1.0"
 __all__ = [
     "AppendPolicy",
     "ArgumentError",
+    "BalancedBuffer",
+    "BalancedPolicy",
     "CapacityWarning",
+    "ClassBalancedBuffer",
+    "ClassBalancingReservoirBuffer",
+    "ClassBalancingReservoirPolicy",
     "CorruptionError",
     "DataBuffer",
     "ExistsError",
+    "ExperienceBalancedBuffer",
     "Field",
     "FormatError",
     "GreedyClassBalancingBuffer",
     "GreedyClassBalancingPolicy",
+    "GroupError",
     "InfiniteBuffer",
     "LeanReplayError",
     "LockedError",

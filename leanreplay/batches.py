@@ -55,7 +55,9 @@ def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaErr
 
 
 def integers(values: Any, n: int, name: str) -> Ints:
-    """n integers as int64. Raises SchemaError for anything else."""
+    """n integers, or one for all, as int64. Raises SchemaError for anything else."""
+    if type(values) is int and -(2**63) <= values < 2**63:
+        return np.full(n, values, np.int64)
     if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
         return values
     array = plain_array(values, name)

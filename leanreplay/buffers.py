@@ -88,6 +88,7 @@ class DataBuffer:
 
     policy_class: ClassVar[type[Policy]]
     kind: ClassVar[str] = "DataBuffer"
+    _whole: ClassVar[bool] = False  # whether one commit may overwrite all rows: the journal is then as large as the data
     _folder: ClassVar[bool] = False  # whether `path` is a folder of parts, and a state names a point of each
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -174,6 +175,7 @@ class DataBuffer:
             raise ArgumentError("a new buffer needs max_size")
         self.max_size = self._max_size
         self._seed, self._stream = self._seed or 0, self._stream or 0
+        self._settle_params()
         if schema is not None:
             self._create(schema)
 
@@ -205,6 +207,9 @@ class DataBuffer:
         """A subclass's own parameters, None where not given: they stand in the file, and are compared on opening."""
         return {}
 
+    def _settle_params(self) -> None:
+        """For a new buffer: give a subclass's parameters that are still None their values. Raises ArgumentError for a bad combination."""
+
     def _take_from_file(self) -> None:
         """Forget the parameters, for `_adopt` to find."""
         self._seed = self._stream = self._max_size = None
@@ -215,11 +220,18 @@ class DataBuffer:
     def _create(self, schema: Schema) -> None:
         seed, stream = self._seed, self._stream
         assert seed is not None and stream is not None
-        table, pieces = plan_file(self.kind, self._params_given(), self.max_size, seed, stream, schema, self._uuid)
+        table, pieces = self._plan_file(self._params_given(), self.max_size, seed, stream, schema, self._uuid)
         if self._where is not None:
             system.remove_temporaries(self._where)
         replace = self._mode == "w" or _is_left_over(self._where, self._uuid)
         self._store = self._new_store(self._where, table, pieces, replace)
+
+    def _plan_file(
+        self, params: dict[str, Any], size: int, seed: int, stream: int, schema: Schema, identity: str, slots: int = 0
+    ) -> tuple[Table, list[tuple[int, bytes]]]:
+        """A new file of this kind. slots: the least entries that its log must have room for."""
+        slots = max(slots, self.policy_class.log_slots(size))
+        return plan_file(self.kind, params, size, seed, stream, schema, identity, slots, size if self._whole else None)
 
     def _new_store(self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool) -> Store:
         """A new file, with a restore point of its empty state if `state_dict` was called before: both or none."""
@@ -491,7 +503,7 @@ class DataBuffer:
         if policy is None or self._policy_at != store.sequence:
             store.verify_index()
             policy = self._policy = self.policy_class(self.max_size, self.seed, store.table.params)
-            policy.state = store.policy
+            policy.state, policy.log, policy.slots = store.policy, store.log(), store.table.log[1]
             policy.load(*store.index())
             self._policy_at = store.sequence
         return policy
@@ -501,6 +513,8 @@ class DataBuffer:
         store = self._store
         if self._rows.shape[0] == 0:
             self._rows, self._samples, self._taken = (np.empty(_CHUNK, np.int64) for _ in range(3))
+        if groups is not None:
+            self._ready_policy(store).check_groups(groups[skip:])
         done = skip
         while done < n:
             policy = self._ready_policy(store)
@@ -510,6 +524,11 @@ class DataBuffer:
             start = (self.stream << STREAM_BITS) + first
             self._policy_at = -1
             used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, store.most)
+            if used == 0 and store.table.log[1]:
+                live = self._all_rows(store)
+                self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), 4 * store.table.log[1])
+                store = self._store
+                continue
             count = store.keep_last(rows[:used], self._samples, self._taken) if 0 < used <= m else -1
             if not 0 <= count <= store.most:
                 raise ArgumentError(
@@ -522,9 +541,11 @@ class DataBuffer:
                 sources, picked_groups = fetch(picked + done)
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
-                store.commit(first + used, policy.state, self._taken[:count], picked + start, picked_groups, sources)
+                store.commit(
+                    first + used, policy.state, self._taken[:count], picked + start, picked_groups, sources, policy.freed, log=policy.new_log
+                )
             else:
-                store.commit(first + used, policy.state)
+                store.commit(first + used, policy.state, freed=policy.freed, log=policy.new_log)
             self._policy_at = store.sequence
             done += used
 
@@ -579,15 +600,12 @@ class DataBuffer:
         counter = self._draws.get(consumer, 0)
         if advance:
             self._draws[consumer] = counter = counter + 1
-        rows = np.empty(n, np.int64)
+        rows = np.empty(0, np.int64)
         if n:
             keys = self._draw_keys.get(consumer)
             if keys is None:
                 keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}", self.seed)
-            reservoir.draw(size, keys[0], keys[1], store.seen, counter, replace, rows)
-            live = store.live_rows()
-            if live is not None:
-                rows = live[rows]
+            rows = store.pick_live(n, lambda among, out: reservoir.draw(among, keys[0], keys[1], store.seen, counter, replace, out))
         return rows
 
     def _emit(self, store: Any, rows: Ints) -> tuple[Any, dict[str, Any]]:
@@ -601,8 +619,12 @@ class DataBuffer:
             batch = self._transformed(schema, arrays[:split])
         meta = dict(zip(schema.metadata_names, arrays[split:], strict=True))
         meta["idx"] = rows
-        meta["position"] = index[0]
+        meta |= self._index_meta(index)
         return batch, meta
+
+    def _index_meta(self, index: Ints) -> dict[str, Any]:
+        """What the metadata of samples tells of their entries in the index, (2, n)."""
+        return {"position": index[0]}
 
     def _transform_one(self, sample: Any) -> Any:
         if isinstance(sample, (tuple, list)) and len(sample) == 2:
@@ -642,15 +664,7 @@ class DataBuffer:
 
     def _rows_of(self, store: Any, indices: Sequence[int]) -> Ints:
         """The rows of the i-th live samples, negative i counting from the end."""
-        size = 0 if store is None else store.size
-        try:
-            found = [operator.index(i) for i in indices]
-        except TypeError:
-            raise ArgumentError(f"buffer[i] takes an integer, got {indices!r}; use buffer.get(rows) for several") from None
-        wrong = [i for i in found if not -size <= i < size]
-        if wrong:
-            raise RowError(f"index {wrong[0]} of a buffer of {size}")
-        rows = np.array([i % size for i in found], np.int64) if found else np.zeros(0, np.int64)
+        rows = places(indices, 0 if store is None else store.size)
         live = None if store is None else store.live_rows()
         return rows if live is None else live[rows]
 
@@ -662,18 +676,22 @@ class DataBuffer:
         """Several samples in one read: what torch's DataLoader calls."""
         with self._lock:
             store = self._require()
-            rows = self._rows_of(store, indices)
-            if not rows.shape[0]:
-                return []
-            arrays, index = store.read(rows)
+            return self._items(store, self._rows_of(store, indices))
+
+    def _items(self, store: Any, rows: Ints) -> list[tuple[Any, dict[str, Any]]]:
+        """The samples of these rows one by one."""
+        if not rows.shape[0]:
+            return []
+        arrays, index = store.read(rows)
         schema: Schema = store.table.schema
         split = len(schema.data)
-        names = schema.metadata_names
+        names, told = schema.metadata_names, self._index_meta(index)
         items = []
         for i in range(rows.shape[0]):
             sample = schema.unflatten([a[i] for a in arrays[:split]])
             meta = {name: a[i] for name, a in zip(names, arrays[split:], strict=True)}
-            meta["idx"], meta["position"] = int(rows[i]), int(index[0, i])
+            meta["idx"] = int(rows[i])
+            meta |= {name: values[i].item() for name, values in told.items()}
             items.append((self._transform_one(sample), meta))
         return items
 
@@ -780,7 +798,7 @@ class DataBuffer:
                     CapacityWarning,
                     stacklevel=2,
                 )
-            self._rewrite(store, size, store.table.schema, keep, np.arange(keep.shape[0]), policy.state)
+            self._rewrite(store, size, store.table.schema, keep, np.arange(keep.shape[0]), policy.state, policy.log)
 
     def _add_field(self, store: Any, name: str, values: Any, rows: Ints) -> None:
         dtype, shape, torch = leaf_type(values, f"metadata/{name}")
@@ -796,12 +814,23 @@ class DataBuffer:
         schema = store.table.schema.with_metadata(field)
         order = np.argsort(rows, kind="stable")
         extra = to_numpy(values, field)[order]
-        self._rewrite(store, self.max_size, schema, everything, everything, store.policy, (field, extra))
+        self._rewrite(store, self.max_size, schema, everything, everything, store.policy, store.log(), store.table.log[1], (field, extra))
 
-    def _rewrite(self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Sequence[int], extra: Any = None) -> None:
+    def _rewrite(
+        self,
+        store: Any,
+        size: int,
+        schema: Schema,
+        rows: Ints,
+        new_rows: Ints,
+        state: Sequence[int],
+        log: Ints,
+        slots: int = 0,
+        extra: Any = None,
+    ) -> None:
         """Replace the file by one of another size or schema: rows[i] becomes new_rows[i]. Whole or not at all."""
         old: Table = store.table
-        table, pieces = plan_file(self.kind, old.params, size, old.seed, old.stream, schema, old.uuid)
+        table, pieces = self._plan_file(old.params, size, old.seed, old.stream, schema, old.uuid, max(slots, 2 * log.shape[0]))
         fields = schema.fields
 
         def fill(new: Store) -> None:
@@ -813,8 +842,8 @@ class DataBuffer:
                 where = np.arange(these.shape[0])
                 sources = [(flat(a), where) for a in arrays]
                 new.commit(store.seen, state, new_rows[start : start + new.most], index[0], index[1], sources)
-            if new.seen != store.seen or not rows.shape[0]:
-                new.commit(store.seen, state)
+            if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
+                new.commit(store.seen, state, log=log)
 
         if self._where is not None:
             system.remove_temporaries(self._where)
@@ -1037,6 +1066,18 @@ class GreedyClassBalancingBuffer(DataBuffer):
     """
 
     policy_class = GreedyClassBalancingPolicy
+
+
+def places(indices: Sequence[int], size: int) -> Ints:
+    """Indices into `size` samples, negative ones counting from the end, as (n,) int64. Raises RowError outside."""
+    try:
+        found = [operator.index(i) for i in indices]
+    except TypeError:
+        raise ArgumentError(f"buffer[i] takes an integer, got {indices!r}; use buffer.get(rows) for several") from None
+    wrong = [i for i in found if not -size <= i < size]
+    if wrong:
+        raise RowError(f"index {wrong[0]} of a buffer of {size}")
+    return np.array([i % size for i in found], np.int64) if found else np.zeros(0, np.int64)
 
 
 def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:

@@ -75,9 +75,20 @@ class _Sparse(io.RawIOBase):
 
 
 def plan_file(
-    kind: str, params: dict[str, Any], max_size: int, seed: int, stream: int, schema: Schema, identity: str | None = None
+    kind: str,
+    params: dict[str, Any],
+    max_size: int,
+    seed: int,
+    stream: int,
+    schema: Schema,
+    identity: str | None = None,
+    slots: int = 0,
+    journal_rows: int | None = None,
 ) -> tuple[Table, list[tuple[int, bytes]]]:
-    """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it."""
+    """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it.
+
+    slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default what 4 MiB hold.
+    """
     fields = schema.fields
     record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)
     if max_size * record >= 2**60:
@@ -91,20 +102,21 @@ def plan_file(
         uuid=identity or uuid.uuid4().hex,
         schema=schema,
         columns=[(0, f.nbytes) for f in fields] + [(0, 8), (0, 8), (0, 8 * len(fields))],
+        log=(0, slots),
         journal=0,
-        journal_rows=min(max_size, max(4, _JOURNAL_BYTES // record)),
+        journal_rows=journal_rows or min(max_size, max(4, _JOURNAL_BYTES // record)),
         file_size=0,
         user_block=0,
         structure=[],
         structure_hash="",
     )
-    journal_bytes = table.record_at + table.journal_rows * table.record
     spare = 8192 + 100 * len(fields)  # for the offsets, which are known only once HDF5 has placed them
     table.user_block = fmt.user_block_size(len(table.encode()) - fmt.TABLE_AT + spare)
     memory = _Sparse()
-    offsets = _write_structure(memory, table, journal_bytes)
+    offsets = _write_structure(memory, table)
     table.columns = [(at, size) for at, (_, size) in zip(offsets, table.columns, strict=False)]
-    table.journal = offsets[-1]
+    table.journal = offsets[len(table.columns)]
+    table.log = (offsets[-1], slots) if slots else (0, 0)
     table.file_size = round_up(memory.end, PAGE)
     # HDF5 knows where its file ends; let it reach the end of our last page.
     pieces: list[tuple[int, bytes]] = []
@@ -114,9 +126,8 @@ def plan_file(
                 pieces[-1] = (pieces[-1][0], pieces[-1][1] + bytes(memory.pages[page]))
             else:
                 pieces.append((page * PAGE, bytes(memory.pages[page])))
-    columns = sorted([(at, at + size * max_size) for at, size in table.columns] + [(table.journal, table.journal + journal_bytes)])
     for at, data in pieces:
-        if any(at < stop and start < at + len(data) for start, stop in columns):
+        if any(at < stop and start < at + len(data) for start, stop in table.regions):
             raise AssertionError("HDF5 placed its structure inside a page of data")
     table.structure = [(at, len(data)) for at, data in pieces]
     table.structure_hash = hash_structure(lambda at, n: dict(pieces)[at], table)
@@ -132,14 +143,17 @@ def hash_structure(read: Callable[[int, int], bytes], table: Table) -> str:
     return h.hexdigest()
 
 
-def _write_structure(memory: _Sparse, table: Table, journal_bytes: int) -> list[int]:
-    """Let h5py write the structure into memory; byte offsets of all columns, then of the journal."""
+def _write_structure(memory: _Sparse, table: Table) -> list[int]:
+    """Let h5py write the structure into memory; byte offsets of all columns, then of the journal, then of the log if there is one."""
     import h5py
 
     n = table.max_size
     wanted: list[tuple[str, tuple[int, ...], Any]] = [(f.name, (n, *f.shape), f.dtype) for f in table.schema.fields]
     wanted += [("index/position", (n,), np.int64), ("index/group", (n,), np.int64)]
+    journal_bytes = table.journal_end - table.journal
     wanted += [("index/checksum", (n, len(table.schema.fields)), np.uint64), ("journal", (journal_bytes,), np.uint8)]
+    if table.log[1]:
+        wanted.append(("index/log", (table.log[1], 2), np.int64))
     with h5py.File(memory, "w", userblock_size=table.user_block, alignment_threshold=1, alignment_interval=PAGE) as file:
         offsets = []
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)

@@ -15,6 +15,12 @@ class RowError(LeanReplayError, IndexError):
     """A row or index that the buffer does not hold."""
 
 
+class GroupError(LeanReplayError, KeyError):
+    """A group that the buffer has never seen."""
+
+    __str__ = Exception.__str__  # KeyError would show the message in quotes
+
+
 class SchemaError(LeanReplayError, ValueError):
     """A sample differs from the buffer's schema in structure, shape, dtype, length or metadata."""
 

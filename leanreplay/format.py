@@ -9,7 +9,10 @@
         index/position           int64, -1 where the row is free: stream number << 48 | index in the stream
         index/group              int64
         index/checksum           uint64, (max_size, fields)
-        journal                  uint8: a seal, row numbers, undo records
+        index/log                int64, (slots, 2), in buffers whose policy keeps one: entries are only ever appended, and the
+                                 header says how many count. Grouped buffers: (0, g): group g was seen for the first time;
+                                 (1, i): the i-th group seen is full, it dropped or rejected a sample and may not grow again
+        journal                  uint8: a seal, row numbers, undo records, then 3 words for each freed row: row, position, group
 
 A block (header, seal) is uint64 words, the last of which is the hash of the others, so it is valid as a whole or not.
 A commit of sequence number q writes the journal (old bytes of the rows it changes, sealed with q), the rows, then the
@@ -44,14 +47,14 @@ MAX_STREAM = 2**15 - 1
 BUCKETS = 256  # digests: one sum of mixed checksums for the rows of each residue modulo this
 
 # Words of a header. From H_SEEN to the checksum it is the state, which H_STATE is the hash of.
-H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_POLICY = range(9)
+H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_LOG, H_LOG_HASH, H_POLICY = range(11)
 POLICY_WORDS = 8
 H_DIGESTS = H_POLICY + POLICY_WORDS
 HEADER_WORDS = H_DIGESTS + BUCKETS + 1
 
 # Words of the journal's seal.
-J_TAG, J_SEQ, J_PREVIOUS, J_LIVE, J_COUNT, J_HASH = range(6)  # live rows have records, the others were free
-SEAL_WORDS = 7
+J_TAG, J_SEQ, J_PREVIOUS, J_LIVE, J_COUNT, J_FREED, J_HASH = range(7)  # live rows have records, the others were free
+SEAL_WORDS = 8
 
 
 def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
@@ -61,6 +64,8 @@ def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
         return f"it counts {size} of {table.max_size} rows, up to row {high}"
     if seen >= 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
         return f"it has seen {seen} samples and holds {size}"
+    if int(head[H_LOG]) > table.log[1]:
+        return f"its log has {int(head[H_LOG])} of {table.log[1]} entries"
     if any(int(w) >= 2**63 for w in head[H_POLICY:H_DIGESTS]):
         return "its policy's numbers are out of range"
     return None
@@ -76,8 +81,9 @@ class Table:
     """What never changes in a file: written once, checked whenever it is opened.
 
     columns: (fields + 3) pairs of byte offset and bytes per row: the fields, position, group, checksums.
-    journal: byte offset of the seal; row numbers follow it, then the undo records, of `record` bytes each.
-    journal_rows: how many rows it holds, which is the most that one commit may change.
+    log: byte offset and number of entries of the policy's log; (0, 0) without one.
+    journal: byte offset of the seal; row numbers follow it, then the undo records, of `record` bytes each, then freed rows.
+    journal_rows: how many records it holds, which is the most that one commit may overwrite. With a log, any number may be freed.
     structure: pairs of byte offset and length that hold what HDF5 itself wrote; structure_hash: their blake2b.
     """
 
@@ -89,6 +95,7 @@ class Table:
     uuid: str
     schema: Schema
     columns: list[tuple[int, int]]
+    log: tuple[int, int]
     journal: int
     journal_rows: int
     file_size: int
@@ -112,6 +119,16 @@ class Table:
         return self.list_at + 8 * self.journal_rows
 
     @property
+    def freed_at(self) -> int:
+        """Byte offset of the journal's freed rows."""
+        return self.record_at + self.journal_rows * self.record
+
+    @property
+    def journal_end(self) -> int:
+        """One past the journal's last byte."""
+        return self.freed_at + (24 * self.max_size if self.log[1] else 0)
+
+    @property
     def tag(self) -> np.uint64:
         """First word of this file's headers and seals, so that those of another file do not count."""
         return np.uint64(int(self.uuid[:16], 16))
@@ -119,6 +136,12 @@ class Table:
     def dataset_names(self) -> list[str]:
         """Names of the datasets of `columns`, in order."""
         return [f.name for f in self.schema.fields] + ["index/position", "index/group", "index/checksum"]
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """(start, stop) of everything that is mapped: columns, journal, log."""
+        parts = [(at, at + size * self.max_size) for at, size in self.columns] + [(self.journal, self.journal_end)]
+        return parts + ([(self.log[0], self.log[0] + 16 * self.log[1])] if self.log[1] else [])
 
     def encode(self) -> bytes:
         """Preamble and table, as the bytes of [0, PAGE) and [TABLE_AT, ...): one string with the headers' pages zero."""
@@ -168,6 +191,7 @@ def decode(read: Any, file_size: int, path: str) -> Table:
         value = json.loads(text)
         table = Table(**{**value, "schema": Schema.from_json(value["schema"])})
         table.columns = [(c[0], c[1]) for c in table.columns]
+        table.log = (table.log[0], table.log[1])
         table.structure = [(c[0], c[1]) for c in table.structure]
         _validate(table, file_size, user_block)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, SchemaError) as error:
@@ -178,7 +202,7 @@ def decode(read: Any, file_size: int, path: str) -> Table:
 def _validate(t: Table, file_size: int, user_block: int) -> None:
     """Raise ValueError unless every offset and count lies inside the file and nothing overlaps."""
     numbers = [t.max_size, t.stream, t.journal, t.journal_rows, t.file_size, t.user_block]
-    numbers += [n for pair in t.columns + t.structure for n in pair]
+    numbers += [n for pair in [*t.columns, t.log, *t.structure] for n in pair]
     if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
         raise ValueError("numbers out of range")
     if type(t.seed) is not int or not -(2**127) <= t.seed < 2**127 or t.stream > MAX_STREAM:
@@ -198,10 +222,8 @@ def _validate(t: Table, file_size: int, user_block: int) -> None:
         raise ValueError("columns do not match the schema")
     if t.journal_rows < 1:
         raise ValueError(f"journal of {t.journal_rows} rows")
-    parts = [(at, at + size * t.max_size) for at, size in t.columns]
-    parts.append((t.journal, t.record_at + t.journal_rows * t.record))
     end = t.user_block
-    for start, stop in sorted(parts):
+    for start, stop in sorted(t.regions):
         if start < end or start % PAGE:
             raise ValueError(f"a column at {start} overlaps what ends at {end}")
         end = stop

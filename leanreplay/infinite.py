@@ -24,7 +24,7 @@ from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeE
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
-from .store import NO_ROWS, Problem, Store, empty_state
+from .store import NO_LOG, NO_ROWS, Problem, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
 
@@ -78,10 +78,18 @@ class Parts:
     def live_rows(self) -> None:
         return None
 
+    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
+        rows = np.empty(n, np.int64)
+        draw(self.size, rows)
+        return rows
+
     def index(self) -> tuple[Ints, Ints]:
         """Copies, since the parts lie apart."""
         each = [s.index() for s in self.stores]
         return np.concatenate([p for p, _ in each]), np.concatenate([g for _, g in each])
+
+    def log(self) -> Ints:
+        return NO_LOG
 
     def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
         """Every sample has a row of its own."""
@@ -139,6 +147,7 @@ class Parts:
         sources: Sequence[tuple[npt.NDArray[np.uint8], Ints]] = (),
         freed: Ints = NO_ROWS,
         field: int | None = None,
+        log: Ints = NO_ROWS,
     ) -> None:
         """As `Store.commit`; new rows lie in one part, which is made when it is needed."""
         if field is None and rows.shape[0] and rows[0] // self.rows == len(self.stores):

@@ -17,12 +17,18 @@ from .keys import key_pair
 
 Ints = npt.NDArray[np.int64]
 
+NO_ROWS: Ints = np.zeros(0, np.int64)
+NO_LOG: Ints = np.zeros((0, 2), np.int64)
+
 
 class Policy:
     """Base class of policies. Override `load` and `plan`, and `keep` if the buffer is to be resized.
 
     capacity: rows of the buffer. seed: the buffer's seed. state: 8 non-negative ints that are committed with every plan and handed
     back by `load`, for what cannot be derived from the index. needs_groups: whether `plan` looks at the groups.
+    A policy that gives rows up sets `freed` in `plan`: rows that are live now and free afterwards. One whose state grows keeps a
+    log: `log`, (entries, 2) int64, is there when `load` is called, and `plan` sets `new_log`, the entries to append; `slots` says
+    how many the file has room for.
 
     A policy that keeps the first `capacity` samples and rejects all others:
 
@@ -42,6 +48,18 @@ class Policy:
     def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
         self.capacity, self.seed, self.params = capacity, seed, params
         self.state: list[int] = [0] * POLICY_WORDS
+        self.log: Ints = NO_LOG
+        self.slots = 0
+        self.new_log: Ints = NO_LOG
+        self.freed: Ints = NO_ROWS
+
+    @staticmethod
+    def log_slots(capacity: int) -> int:
+        """How many entries of a log a new file of this capacity has room for; 0 for a policy without one."""
+        return 0
+
+    def check_groups(self, groups: Ints) -> None:
+        """Raise ArgumentError if a batch of these groups must be refused as a whole. Called before its first plan."""
 
     def load(self, positions: Ints, groups: Ints) -> None:
         """Derive what `plan` needs from the index: (rows in use so far,) int64 each, position -1 where a row is free.
@@ -54,6 +72,7 @@ class Policy:
         """Say where samples start, start + 1, ... go: rows[i] is a row, or -1 to reject the sample. Returns how many are planned.
 
         At least one, and so many that no more than `most` rows are taken. Two samples may take the same row: the later stays.
+        0 asks for a longer log: the file is rewritten with one, and `plan` called again.
         """
         raise NotImplementedError
 

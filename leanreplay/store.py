@@ -14,7 +14,7 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from .format import (
     BUCKETS,
     H_DIGESTS,
     H_HIGH,
+    H_LOG,
+    H_LOG_HASH,
     H_POLICY,
     H_PREVIOUS,
     H_SEEN,
@@ -40,6 +42,7 @@ from .format import (
     HEADER_WORDS,
     HEADERS,
     J_COUNT,
+    J_FREED,
     J_HASH,
     J_LIVE,
     J_PREVIOUS,
@@ -62,10 +65,12 @@ Bytes = npt.NDArray[np.uint8]
 
 _NOBODY: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 NO_ROWS: Ints = np.zeros(0, np.int64)
+NO_LOG: Ints = np.zeros((0, 2), np.int64)
 _AHEAD = 4 << 20  # bytes to fault in ahead of the rows being filled
 _PATIENCE = 1.0  # seconds that a reader waits for a commit to end
 _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
 _NO_LIMIT = 2**40
+_CHUNK = 4096
 _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
@@ -357,6 +362,8 @@ class Store:
             use = np.ones(count, np.uint8)
             t = self.table
             kernel.restore_rows(self._view, self._cols, t.list_at, t.record_at, t.record, live, use, self._mem)
+            if self._seal[J_FREED]:
+                kernel.restore_freed(self._view, self._cols, t.freed_at, int(self._seal[J_FREED]), self._mem)
             if self.durable:
                 system.sync(self._fd, self._map)  # before the journal is void, or a power cut could keep only that
         self._mem[self.table.journal : self.table.journal + 8 * SEAL_WORDS] = 0
@@ -370,16 +377,23 @@ class Store:
         if not kernel.read_block(self._view, t.journal, self._seal):
             return False
         s = self._seal
-        live, count = int(s[J_LIVE]), int(s[J_COUNT])
+        live, count, freed = int(s[J_LIVE]), int(s[J_COUNT]), int(s[J_FREED])
         if s[J_TAG] != t.tag or s[J_SEQ] != self.head[H_SEQ] + np.uint64(1) or s[J_PREVIOUS] != self.head[H_STATE]:
             return False
-        if live > count or count > t.journal_rows:
+        if live > count or count > t.journal_rows or freed > (t.max_size if t.log[1] else 0):
             return False
-        rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
-        if count and (rows.min() < 0 or rows.max() >= t.max_size):
+        rows = np.concatenate([self._view[t.list_at : t.list_at + 8 * count].view(np.int64), self._freed(freed)[:, 0]])
+        if rows.shape[0] and (rows.min() < 0 or rows.max() >= t.max_size):
             return False
-        found = kernel.hash_records(self._view, t.list_at, t.record_at, t.record, live, count)
-        return bool(found == s[J_HASH])
+        found = int(kernel.hash_records(self._view, t.list_at, t.record_at, t.record, live, count))
+        if freed:
+            found += int(kernel.hash_freed(self._view, t.freed_at, freed))
+        return found % 2**64 == int(s[J_HASH])
+
+    def _freed(self, count: int) -> Ints:
+        """The journal's freed rows: (count, 3) of row, position and group, a view."""
+        at = self.table.freed_at
+        return self._view[at : at + 24 * count].view(np.int64).reshape(count, 3)
 
     def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
         """Which samples survive their batch, see the kernel."""
@@ -410,6 +424,26 @@ class Store:
                 )
             self._live_rows = (sequence, found)
         return self._live_rows[1]
+
+    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
+        """n live rows by a draw: draw(among, out) fills `out` with numbers below `among`, and of more numbers begins with the same.
+
+        Where few of the rows below `high` are free, numbers that hit one are passed over: that costs O(n), a list of the live
+        rows O(rows) after every commit. Which way is taken follows from the live rows alone.
+        """
+        size, high = self.size, self.high
+        k = n * high // size + 16 if size < high < 8 * size and n <= size // 2 else high
+        while k < high:
+            rows = np.empty(k, np.int64)
+            draw(high, rows)
+            found = rows[self.index()[0][rows] >= 0]
+            if found.shape[0] >= n:
+                return found[:n].copy()
+            k *= 2
+        rows = np.empty(n, np.int64)
+        draw(size, rows)
+        live = self.live_rows()
+        return rows if live is None else live[rows]
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
         """Copies of these rows: an array per field (or of one field), and (2, n) positions and groups, every checksum verified.
@@ -486,10 +520,18 @@ class Store:
         live, count = int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
         listed = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
         at = np.flatnonzero(listed[:live] == row)
-        if at.shape[0] == 0:
-            return False
-        start = t.record_at + int(at[0]) * t.record
-        record = self._view[start : start + t.record].copy()
+        if at.shape[0]:
+            start = t.record_at + int(at[0]) * t.record
+            record = self._view[start : start + t.record].copy()
+        else:
+            freed = self._freed(int(self._seal[J_FREED]))
+            at = np.flatnonzero(freed[:, 0] == row)
+            if at.shape[0] == 0:
+                return False
+            record = np.zeros(t.record, np.uint8)  # its bytes are where they were, its position and group in the journal
+            kernel.copy_records(self._view, self._cols, np.array([row]), record, 0, t.record)
+            place = t.record - 16 - 8 * self._fields
+            record[place : place + 16].view(np.int64)[:] = freed[int(at[0]), 1:]
         # The record's columns stand one after the other, so they are columns of one row, shifted to row number `row`.
         cols = self._cols.copy()
         cols[:, 0] = np.cumsum([0, *[round_up(size, 8) for _, size in t.columns[:-1]]])
@@ -527,14 +569,17 @@ class Store:
         rows: Ints = NO_ROWS,
         positions: Ints = NO_ROWS,
         groups: Ints = NO_ROWS,
-        sources: Sequence[tuple[Bytes, Ints]] = (),
+        sources: Sequence[tuple[Bytes, Ints]] | Callable[[int, int], Sequence[tuple[Bytes, Ints]]] = (),
         freed: Ints = NO_ROWS,
         field: int | None = None,
+        log: Ints = NO_LOG,
     ) -> None:
         """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
 
-        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64. field: only this one
-        changes (then position and group stay); sources holds it alone. rows and freed are distinct, no more than `most`.
+        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64; or a function that returns
+        them for rows[start:stop], and is called with the commit under way, so that not all of them are in memory at once.
+        field: only this one changes (then position and group stay); sources holds it alone. rows and freed are distinct, rows no
+        more than the journal holds. log: (k, 2), more entries of the policy's log.
         """
         self._settled = False
         mem, cols, table = self._mem, self._cols, self.table
@@ -545,20 +590,22 @@ class Store:
         if rows.shape[0] or freed.shape[0]:
             first, last = (0, self._fields) if field is None else (field, field + 1)
             digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
-            touched = np.concatenate([rows, freed]) if freed.shape[0] else rows
             logging = self._logging()
             counts = self._counts
             found = kernel.save_rows(
-                mem, cols, first, last, touched, self._stamps if logging else _NOBODY, self._stamp, *self._journal, digests, counts
+                mem, cols, first, last, rows, self._stamps if logging else _NOBODY, self._stamp, *self._journal, digests, counts
             )
             new, live, count, top = counts.tolist()
+            if freed.shape[0]:
+                found = (int(found) + int(kernel.save_freed(mem, cols, freed, table.freed_at, digests))) % 2**64
             if logging:
-                self._log.append(mem, head, sequence, new, live, count)
+                self._log.append(mem, head, sequence, new, live, count, freed[self._stamps[freed] != self._stamp])
+                self._stamps[freed] = self._stamp
                 if self.durable:
                     self._log.sync()
             seal = self._seal
             seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS] = self._tag, sequence, head[H_STATE]
-            seal[J_LIVE], seal[J_COUNT], seal[J_HASH] = live, count, found
+            seal[J_LIVE], seal[J_COUNT], seal[J_FREED], seal[J_HASH] = live, count, freed.shape[0], found
             kernel.seal_block(mem, table.journal, seal, 0)
             if self.durable:
                 system.sync(self._fd, self._map)
@@ -566,18 +613,29 @@ class Store:
                 high = top
                 if top > self._faulted:
                     self._fault_in(top)
-            for f in range(first, last):
-                source, samples = sources[f - first]
-                kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
+            if callable(sources):
+                self._write_pieces(sources, rows, positions, groups, digests)
+            else:
+                for f in range(first, last):
+                    source, samples = sources[f - first]
+                    kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
             if field is None:
                 self._positions[rows], self._groups[rows] = positions, groups
-                if freed.shape[0]:
-                    self._positions[freed] = -1
             size += count - live - freed.shape[0]
-            if self.durable:
+            if freed.shape[0]:
+                self._positions[freed] = -1
+                while high and not (self._positions[max(0, high - _CHUNK) : high] >= 0).any():
+                    high = max(0, high - _CHUNK)
+                while high and self._positions[high - 1] < 0:
+                    high -= 1
+            if self.durable and not log.shape[0]:
                 system.sync(self._fd, self._map)
         elif self._logging():
-            self._log.append(mem, head, sequence, 0, 0, 0)
+            self._log.append(mem, head, sequence, 0, 0, 0, NO_ROWS)
+        if log.shape[0]:
+            self._append_log(log, work)
+            if self.durable:
+                system.sync(self._fd, self._map)
         work[H_SEQ] = sequence
         work[H_PREVIOUS] = head[H_STATE]
         work[H_TARGET] = 0
@@ -588,6 +646,43 @@ class Store:
         self._write_header(work)
         self.head, self._work = work, head
         self._settled = True
+
+    def _write_pieces(self, fetch: Any, rows: Ints, positions: Ints, groups: Ints, digests: Words) -> None:
+        """Write rows in pieces of bounded size, each fetched when its turn comes."""
+        step = max(1, _SURVIVOR_BYTES // self._row_bytes)
+        for start in range(0, rows.shape[0], step):
+            part = slice(start, min(start + step, rows.shape[0]))
+            sources = fetch(part.start, part.stop)
+            if self._settled or self._map is None:  # somebody used the buffer, which undid this commit
+                raise ModeError("the dataset used the buffer that it was feeding, which stops here; read the buffer from elsewhere")
+            for f in range(self._fields):
+                source, samples = sources[f]
+                kernel.write_field(self._mem, self._cols, f, rows[part], samples, source, positions[part], groups[part], digests)
+
+    def _append_log(self, entries: Ints, work: Words) -> None:
+        """Write entries behind those that the header counts, and count them in `work`."""
+        at, slots = self.table.log
+        count = int(work[H_LOG])
+        if count + entries.shape[0] > slots:
+            raise FormatError(f"{self.path}: a log of {slots} entries cannot take {entries.shape[0]} more behind {count}")
+        start = at + 16 * count
+        self._mem[start : start + 16 * entries.shape[0]].view(np.int64).reshape(-1, 2)[:] = entries
+        work[H_LOG] = count + entries.shape[0]
+        work[H_LOG_HASH] = kernel.hash_log(work[H_LOG_HASH], entries)
+
+    def log(self) -> Ints:
+        """The policy's log, (entries, 2): a copy, its hash verified. A reader may meet a rollback, so it tries again for a while."""
+        deadline = time.monotonic() + (0.0 if self.writable else _PATIENCE)
+        at, slots = self.table.log
+        while slots:
+            entries = self._view[at : at + 16 * int(self.head[H_LOG])].view(np.int64).reshape(-1, 2).copy()
+            if kernel.hash_log(np.uint64(0), entries) == self.head[H_LOG_HASH]:
+                return entries
+            if time.monotonic() >= deadline:
+                raise CorruptionError(f"{self.path or 'this buffer'}: the log fails its checksum; restore the file from a copy")
+            time.sleep(0.001)
+            self.refresh()
+        return NO_LOG
 
     def _write_header(self, words: Words) -> None:
         kernel.seal_block(self._mem, HEADERS[int(words[H_SEQ]) % 2], words, H_STATE)
@@ -778,6 +873,10 @@ class Store:
             problems.append(
                 Problem("rows that do not add up to the header's digests: among these are stale ones", tuple(map(int, suspects)))
             )
+        try:
+            self.log()
+        except CorruptionError as error:
+            problems.append(Problem(str(error)))
         if live != self.size:
             problems.append(Problem(f"{live} live rows, but the header counts {self.size}"))
         if high > self.high:

@@ -32,6 +32,9 @@ _TAILS = (2 * PAGE, 2 * PAGE + 512)
 _FRAMES = 3 * PAGE
 _FRAME_WORDS = 7  # magic, sequence, state before, live, rows, hash, seal
 
+_FRAME_BYTES = 4 << 20  # of freed rows kept at a time
+
+Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
@@ -197,30 +200,46 @@ class UndoLog:
             self._remove(self.segments.pop(0))
         return True
 
-    def append(self, mem: Bytes, head: Words, sequence: int, new: int, live: int, count: int) -> None:
-        """Keep the first `new` records of the journal in mem, and its free rows, before a commit on top of `head`."""
+    def append(self, mem: Bytes, head: Words, sequence: int, new: int, live: int, count: int, freed: Ints) -> None:
+        """Keep the first `new` records of the journal in mem, its free rows, and the rows `freed`, before a commit on top of `head`."""
         t, segment = self.table, self.segments[-1]
         rows = new + count - live
         length = segment.length
         state = int(head[H_STATE])
         if rows:
-            listed = 8 * _FRAME_WORDS
-            recorded = listed + 8 * rows
-            frame = np.empty(recorded + new * t.record, np.uint8)
+            frame, listed, recorded = self._frame(new, rows)
             frame[listed : listed + 8 * new] = mem[t.list_at : t.list_at + 8 * new]
             frame[listed + 8 * new : recorded] = mem[t.list_at + 8 * live : t.list_at + 8 * count]
             frame[recorded:] = mem[t.record_at : t.record_at + new * t.record]
-            words = np.zeros(_FRAME_WORDS, np.uint64)
-            words[:5] = (_FRAME, sequence, state, new, rows)
-            frozen = frame.view()
-            frozen.flags.writeable = False
-            words[5] = kernel.hash_records(frozen, listed, recorded, t.record, new, rows)
-            kernel.seal_block(frame, 0, words, 0)
-            with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
-                system.write_all(segment.fd, frame, _FRAMES + length)
-            length += frame.shape[0]
+            length += self._write_frame(frame, sequence, state, new, rows, length)
+        step = max(1, _FRAME_BYTES // t.record)
+        for start in range(0, freed.shape[0], step):
+            these = freed[start : start + step]
+            frame, listed, recorded = self._frame(these.shape[0], these.shape[0])
+            frame[listed:recorded] = these.view(np.uint8)
+            kernel.copy_records(mem, self._cols, these, frame, recorded, t.record)
+            length += self._write_frame(frame, sequence, state, these.shape[0], these.shape[0], length)
         if length != segment.length or state != segment.before:
             self._write_tail(segment, state, length)
+
+    def _frame(self, live: int, rows: int) -> tuple[Bytes, int, int]:
+        """An empty frame, and where in it row numbers and records go."""
+        listed = 8 * _FRAME_WORDS
+        recorded = listed + 8 * rows
+        return np.zeros(recorded + live * self.table.record, np.uint8), listed, recorded
+
+    def _write_frame(self, frame: Bytes, sequence: int, state: int, live: int, rows: int, length: int) -> int:
+        """Seal a frame and write it behind `length` bytes of others; its bytes."""
+        words = np.zeros(_FRAME_WORDS, np.uint64)
+        words[:5] = (_FRAME, sequence, state, live, rows)
+        frozen = frame.view()
+        frozen.flags.writeable = False
+        listed = 8 * _FRAME_WORDS
+        words[5] = kernel.hash_records(frozen, listed, listed + 8 * rows, self.table.record, live, rows)
+        kernel.seal_block(frame, 0, words, 0)
+        with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
+            system.write_all(self.segments[-1].fd, frame, _FRAMES + length)
+        return int(frame.shape[0])
 
     def _tail_words(self, segment: Segment, before: int, length: int) -> None:
         segment.count += 1

@@ -21,7 +21,7 @@ BOTTOM = {"errors", "kernels"}
 STORE = BOTTOM | {"schema", "format", "system", "create", "undo"}
 POLICIES = {"kernels", "keys", "format"}
 BUFFERS = STORE | {"store", "policies", "selection", "batches", "keys"}
-CORE = BUFFERS | {"buffers", "infinite", "merge"}
+CORE = BUFFERS | {"buffers", "infinite", "balanced", "merge"}
 MAY_IMPORT = {
     "errors": set(),
     "kernels": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "batches": {"errors", "schema"},
     "buffers": BUFFERS,
     "infinite": BUFFERS | {"buffers"},
+    "balanced": BUFFERS | {"buffers"},
     "merge": CORE - {"merge"},
     "cli": CORE,
     "__main__": CORE | {"cli"},

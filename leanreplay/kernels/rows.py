@@ -360,6 +360,66 @@ def hash_records(src, list_at, record_at, record, live, count):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def save_freed(mem, cols, rows, at, digests):
+    """Write (row, position, group) of `rows`, which are about to become free, to mem[at:]; take their checksums off the digests.
+
+    Their bytes stay where they are, so that is all it takes to undo it. Returns the hash of these words.
+    """
+    fields = cols.shape[0] - 3
+    words = _words(mem)
+    position, group, checksum = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3
+    target, width, buckets = np.uint64(at) >> _3, np.uint64(fields), np.uint64(digests.shape[0])
+    for i in range(rows.shape[0]):
+        r, d = np.uint64(rows[i]), target + np.uint64(3 * i)
+        words[d], words[d + _1], words[d + _2] = r, words[position + r], words[group + r]
+        for f in range(fields):
+            digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
+    return _hash_words(words, np.uint64(at), np.uint64(24 * rows.shape[0]))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def hash_freed(mem, at, count):
+    """The hash that `save_freed` returned for `count` rows at mem[at:]."""
+    return _hash_words(_words(mem), np.uint64(at), np.uint64(24 * count))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def restore_freed(src, cols, at, count, mem):
+    """Give freed rows their positions and groups back."""
+    fields = cols.shape[0] - 3
+    words, source = _words(mem), _words(src)
+    position, group = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3
+    for i in range(count):
+        s = (np.uint64(at) >> _3) + np.uint64(3 * i)
+        words[position + source[s]], words[group + source[s]] = source[s + _1], source[s + _2]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def copy_records(mem, cols, rows, out, at, record):
+    """Write the undo records of `rows` to out[at:] (zeros before), `record` bytes each."""
+    words, target = _words(mem), _words(out)
+    place = np.uint64(at)
+    for c in range(cols.shape[0]):
+        offset, size = cols[c, 0], cols[c, 1]
+        for i in range(rows.shape[0]):
+            s, d = offset + np.uint64(rows[i]) * size, place + np.uint64(i) * np.uint64(record)
+            if size & _7 == _0:
+                _copy_words(words, s, target, d, size)
+            else:
+                _copy_bytes(mem, s, out, d, size)
+        place += (size + _7) >> _3 << _3
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def hash_log(start, entries):
+    """Go on with the hash of a log, `start`, over more entries, (n, 2) int64."""
+    h = start
+    for i in range(entries.shape[0]):
+        h = _mix(_mix(h + np.uint64(entries[i, 0]) * _G) + np.uint64(entries[i, 1]))
+    return h
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
     """Write undo records back to the columns of mem where use (uint8) is 1: the first `live` with bytes, others become free."""
     fields = cols.shape[0] - 3

@@ -1,0 +1,414 @@
+"""Kernels of balanced buffers: one reservoir of the largest keys per group, over shared rows.
+
+`groups`, (room, 8) int64, has a record per group in order of appearance (columns below); `table`, int32, finds them by id.
+The rows of a group are a skew heap (Sleator and Tarjan 1986) of their keys: `links`, (capacity, 2) int32, are the children, -1
+for none. So all groups share three arrays of one entry per row, whatever their number and however their quotas move.
+`free`, int32, is a binary heap of the rows below counters[FRESH] that are free; from there on all are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import njit
+
+_G = np.uint64(0x9E3779B97F4A7C15)
+_S0 = np.uint64(0xBF58476D1CE4E5B9)
+_S1 = np.uint64(0x94D049BB133111EB)
+_27 = np.uint64(27)
+_30 = np.uint64(30)
+_31 = np.uint64(31)
+
+# Columns of `groups`. FULL: the group dropped or rejected a sample, and may not grow again. EXTRA: it has one row of the remainder.
+ID, HASH, ROOT, HELD, FULL, EXTRA, LEAST = range(7)
+COLUMNS = 8
+# Entries of `counters`. SHARE: rows of each group, without the remainder; REST: groups that have one more, in the heap `rest`.
+GROUPS, SHARE, REST, FRESH, FREE, VISITED, LOGGED = range(7)
+COUNTERS = 8
+# What a quota means.
+QUOTA, BORROW, LARGEST = range(3)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fin(x):
+    """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
+    x = (x ^ (x >> _30)) * _S0
+    x = (x ^ (x >> _27)) * _S1
+    return x ^ (x >> _31)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _key(position, k0, k1):
+    """The key of a position, as in reservoir.py; with other keys, the hash of a group's id."""
+    return _fin(_fin(np.uint64(position) * _G + k0) + k1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _find(groups, table, group, hashed):
+    """Where in `table` a group stands, or would."""
+    mask = np.uint64(table.shape[0] - 1)
+    at = hashed & mask
+    while table[at] >= 0 and groups[table[at], ID] != group:
+        at = (at + np.uint64(1)) & mask
+    return at
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _merge(keys, links, a, b):
+    """Root of the union of two skew heaps. O(log n) amortised."""
+    if a < 0:
+        return b
+    if b < 0:
+        return a
+    if keys[b] < keys[a]:
+        a, b = b, a
+    top = a
+    while True:  # a stands where it belongs; b and its right child go to its left, its left to the right
+        right = links[a, 1]
+        links[a, 1] = links[a, 0]
+        if right < 0:
+            links[a, 0] = b
+            return top
+        if keys[b] < keys[right]:
+            right, b = b, right
+        links[a, 0] = right
+        a = right
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _insert(keys, links, groups, g, row, key):
+    keys[row] = key
+    links[row, 0] = links[row, 1] = -1
+    top = _merge(keys, links, np.int64(groups[g, ROOT]), row)
+    groups[g, ROOT], groups[g, LEAST] = top, np.int64(keys[top])
+    groups[g, HELD] += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _remove_least(keys, links, groups, g):
+    """Take the row of the smallest key from a group that has rows."""
+    row = groups[g, ROOT]
+    top = _merge(keys, links, np.int64(links[row, 0]), np.int64(links[row, 1]))
+    groups[g, ROOT] = top
+    groups[g, LEAST] = np.int64(keys[top]) if top >= 0 else 0
+    groups[g, HELD] -= 1
+    return row
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_free(free, counters, row):
+    j = counters[FREE]
+    counters[FREE] += 1
+    while j > 0 and free[(j - 1) // 2] > row:
+        free[j] = free[(j - 1) // 2]
+        j = (j - 1) // 2
+    free[j] = row
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _take_free(free, counters, capacity):
+    """The lowest free row, or -1."""
+    n = counters[FREE]
+    if n == 0:
+        row = counters[FRESH]
+        if row == capacity:
+            return np.int64(-1)
+        counters[FRESH] += 1
+        return row
+    row, last = np.int64(free[0]), free[n - 1]
+    counters[FREE] = n = n - 1
+    i = 0
+    while 2 * i + 1 < n:
+        child = 2 * i + 1
+        if child + 1 < n and free[child + 1] < free[child]:
+            child += 1
+        if free[child] >= last:
+            break
+        free[i] = free[child]
+        i = child
+    free[i] = last
+    return row
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rest_push(groups, rest, counters, g, most):
+    """Give group g one row of the remainder if its hash is among the `most` smallest; the group that loses it, or -1.
+
+    rest: int64, a heap of those groups, the largest hash on top.
+    """
+    j = counters[REST]
+    h = np.uint64(groups[g, HASH])
+    if j < most:
+        counters[REST] += 1
+        groups[g, EXTRA] = 1
+        while j > 0 and np.uint64(groups[rest[(j - 1) // 2], HASH]) < h:
+            rest[j] = rest[(j - 1) // 2]
+            j = (j - 1) // 2
+        rest[j] = g
+        return np.int64(-1)
+    if j == 0 or h > np.uint64(groups[rest[0], HASH]):
+        return np.int64(-1)
+    loser = rest[0]
+    _rest_sink(groups, rest, j, g)
+    groups[loser, EXTRA], groups[g, EXTRA] = 0, 1
+    return loser
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rest_pop(groups, rest, counters):
+    """Take its row of the remainder from the group of the largest hash; that group."""
+    loser = rest[0]
+    counters[REST] -= 1
+    n = counters[REST]
+    if n > 0:
+        _rest_sink(groups, rest, n, rest[n])
+    groups[loser, EXTRA] = 0
+    return loser
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rest_sink(groups, rest, n, g):
+    """Put group g on top of a heap of n in place of what is there, and let it sink."""
+    h = np.uint64(groups[g, HASH])
+    i = 0
+    while 2 * i + 1 < n:
+        child = 2 * i + 1
+        if child + 1 < n and np.uint64(groups[rest[child + 1], HASH]) > np.uint64(groups[rest[child], HASH]):
+            child += 1
+        if np.uint64(groups[rest[child], HASH]) <= h:
+            break
+        rest[i] = rest[child]
+        i = child
+    rest[i] = g
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def share(groups, rest, counters, capacity):
+    """Work out SHARE and EXTRA of all groups anew: capacity // groups, the remainder to the smallest hashes. O(groups log groups)."""
+    n = counters[GROUPS]
+    counters[REST] = 0
+    counters[SHARE] = capacity // n if n > 0 else 0
+    for g in range(n):
+        groups[g, EXTRA] = 0
+    for g in range(n):
+        _rest_push(groups, rest, counters, g, capacity % n)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _log(groups, counters, log, g):
+    """Note that group g may not grow any more."""
+    if groups[g, FULL] == 0:
+        groups[g, FULL] = 1
+        log[counters[LOGGED], 0], log[counters[LOGGED], 1] = 1, g
+        counters[LOGGED] += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _visit(holder, visited, counters, row, live):
+    """Note, on the first touch of a row in this plan, whether it was live before: as row, or as ~row if it was free."""
+    if holder[row] == 0:
+        visited[counters[VISITED]] = row if live else ~row
+        counters[VISITED] += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _cut(keys, links, free, holder, visited, groups, counters, log, g, out):
+    """Drop the smallest keys of a group that has more rows than its quota."""
+    while groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
+        _log(groups, counters, log, g)
+        row = _remove_least(keys, links, groups, g)
+        _visit(holder, visited, counters, row, True)
+        if holder[row] > 0:
+            out[holder[row] - 1] = -1
+        holder[row] = -1
+        _add_free(free, counters, row)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def largest_excess(groups, n, share, salt):
+    """The group with most rows beyond its quota. Of several the one of the smallest hash, mixed with `salt` unless that is 0. O(groups)."""
+    best, excess, least = np.int64(0), np.int64(0), np.uint64(0)
+    for g in range(n):
+        e = groups[g, HELD] - share - groups[g, EXTRA]
+        if g > 0 and e < excess:
+            continue
+        h = np.uint64(groups[g, HASH])
+        if salt != np.uint64(0):
+            h = _fin(h ^ salt)
+        if g == 0 or e > excess or h < least:
+            best, excess, least = np.int64(g), e, h
+    return best
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def load_groups(log, groups, table, counters, g0, g1):
+    """Fill `groups` and `table` (all -1) from the entries of a log, (n, 2) int64. False if it is not a log of groups."""
+    for i in range(log.shape[0]):
+        what, value = log[i, 0], log[i, 1]
+        n = counters[GROUPS]
+        if what == 0:
+            h = _key(value, g0, g1)
+            at = _find(groups, table, value, h)
+            if table[at] >= 0 or n == groups.shape[0]:
+                return False
+            table[at] = n
+            for c in range(COLUMNS):
+                groups[n, c] = 0
+            groups[n, ID], groups[n, HASH], groups[n, ROOT] = value, np.int64(h), -1
+            counters[GROUPS] = n + 1
+        elif what == 1 and 0 <= value < n:
+            groups[value, FULL] = 1
+        else:
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def index_groups(groups, table, count):
+    """Enter the first `count` groups into an empty table (all -1)."""
+    for g in range(count):
+        table[_find(groups, table, groups[g, ID], np.uint64(groups[g, HASH]))] = g
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def load_rows(positions, ids, keys, links, free, groups, table, counters, k0, k1, g0, g1):
+    """Put all live rows into the heaps of their groups, the others into `free`. False if one is of a group that is not there."""
+    counters[FRESH] = positions.shape[0]
+    counters[FREE] = 0
+    for r in range(positions.shape[0]):
+        if positions[r] < 0:
+            free[counters[FREE]] = r  # in ascending order, so a heap
+            counters[FREE] += 1
+            continue
+        g = table[_find(groups, table, ids[r], _key(ids[r], g0, g1))]
+        if g < 0:
+            return False
+        _insert(keys, links, groups, np.int64(g), np.int64(r), _key(positions[r], k0, k1))
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def hash_groups(ids, g0, g1, out):
+    """out[i] (uint64) = hash of the group ids[i] (int64): who gets the remainder."""
+    for i in range(ids.shape[0]):
+        out[i] = _key(ids[i], g0, g1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def plan_balanced(
+    keys, links, free, holder, visited, groups, room, table, rest, counters, log,
+    mode, fixed, capacity, k0, k1, g0, g1, start, most, ids, out,
+):  # fmt: skip
+    """Offer positions start, start + 1, ... of groups ids[i] to the reservoirs of their groups; out[i] becomes the row taken, or -1.
+
+    Stops after out.shape[0] samples, after `most` of them took a row, or before a group beyond `room`.
+    mode: QUOTA, a group holds no more than its quota; BORROW, it may take free rows beyond, until others need them; LARGEST, it
+    takes free rows, then those of the largest group, until it has been the largest itself. fixed: whether SHARE stays as it is.
+    log: (2 * groups, 2) int64, receives what to append to the file's log: LOGGED entries. holder: int32 per row, all 0 before
+    and after. visited: int32 per row, receives in front the rows that were live and are free now. Every row stands in `out`
+    once at most. Returns the samples used and the number of freed rows.
+    """
+    counters[VISITED] = counters[LOGGED] = 0
+    used = out.shape[0]
+    taken = 0
+    for i in range(out.shape[0]):
+        if taken == most:
+            used = i
+            break
+        h = _key(ids[i], g0, g1)
+        at = _find(groups, table, ids[i], h)
+        g = np.int64(table[at])
+        if g < 0:
+            g = counters[GROUPS]
+            if g == room:
+                used = i
+                break
+            table[at] = g
+            for c in range(COLUMNS):
+                groups[g, c] = 0
+            groups[g, ID], groups[g, HASH], groups[g, ROOT] = ids[i], np.int64(h), -1
+            counters[GROUPS] = g + 1
+            log[counters[LOGGED], 0], log[counters[LOGGED], 1] = 0, ids[i]
+            counters[LOGGED] += 1
+            if not fixed:
+                n = g + 1
+                if counters[SHARE] == capacity // n:  # a few groups lose their row of the remainder
+                    loser = _rest_push(groups, rest, counters, g, counters[REST] + 1)
+                    while counters[REST] > capacity % n:
+                        loser = _rest_pop(groups, rest, counters)
+                        if mode == QUOTA:
+                            _cut(keys, links, free, holder, visited, groups, counters, log, loser, out)
+                else:
+                    share(groups, rest, counters, capacity)
+                    if mode == QUOTA:
+                        for other in range(g):
+                            _cut(keys, links, free, holder, visited, groups, counters, log, other, out)
+        key = _key(start + i, k0, k1)
+        row = np.int64(-1)
+        out[i] = -1
+        if groups[g, FULL] == 0:
+            wants = groups[g, HELD] < counters[SHARE] + groups[g, EXTRA]
+            if wants or mode != QUOTA:
+                row = _take_free(free, counters, capacity)
+                if row >= 0:
+                    _visit(holder, visited, counters, row, False)
+            if row < 0 and mode == LARGEST:
+                victim = largest_excess(groups, counters[GROUPS], np.int64(0), key)
+                for other in range(counters[GROUPS]):
+                    if groups[other, HELD] == groups[victim, HELD]:
+                        _log(groups, counters, log, other)
+                wants = groups[g, FULL] == 0
+            if row < 0 and wants and mode != QUOTA:
+                if mode == BORROW:
+                    victim = largest_excess(groups, counters[GROUPS], counters[SHARE], np.uint64(0))
+                if victim != g and groups[victim, HELD] > 0:
+                    _log(groups, counters, log, victim)
+                    row = _remove_least(keys, links, groups, victim)
+                    _visit(holder, visited, counters, row, True)
+            if row < 0:
+                _log(groups, counters, log, g)
+        if row < 0 and groups[g, FULL] != 0 and groups[g, HELD] > 0 and key > np.uint64(groups[g, LEAST]):
+            row = _remove_least(keys, links, groups, g)
+            _visit(holder, visited, counters, row, True)
+        if row >= 0:
+            if holder[row] > 0:
+                out[holder[row] - 1] = -1
+            _insert(keys, links, groups, g, row, key)
+            holder[row] = i + 1
+            out[i] = row
+            taken += 1
+    freed = 0
+    for v in range(counters[VISITED]):
+        row = np.int64(visited[v])
+        live = row >= 0
+        if not live:
+            row = ~row
+        if live and holder[row] < 0:
+            visited[freed] = row
+            freed += 1
+        holder[row] = 0
+    return used, freed
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
+    """For a smaller `capacity`: take rows of the smallest keys away, into `lost` (int64), as the mode says; their number.
+
+    QUOTA: of every group what exceeds its quota; otherwise of the group with the largest excess, until the rest fits.
+    """
+    n = counters[GROUPS]
+    count = 0
+    held = 0
+    for g in range(n):
+        while mode == QUOTA and groups[g, HELD] > counters[SHARE] + groups[g, EXTRA]:
+            groups[g, FULL] = 1
+            lost[count] = _remove_least(keys, links, groups, g)
+            count += 1
+        held += groups[g, HELD]
+    while held > capacity:
+        g = largest_excess(groups, n, counters[SHARE] if mode == BORROW else np.int64(0), np.uint64(0))
+        groups[g, FULL] = 1
+        lost[count] = _remove_least(keys, links, groups, g)
+        count += 1
+        held -= 1
+    return count
