@@ -183,16 +183,13 @@ class BalancedBuffer(DataBuffer):
     policy_class: ClassVar[type[Policy]] = BalancedPolicy
     _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
-    def _given(self, adaptive_size: Any, total: Any, borrow: Any) -> None:
+    def _given(self, total: Any, **flags: Any) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or set by `_settle_params`."""
-        for name, value in (("adaptive_size", adaptive_size), ("borrow", borrow)):
+        self._params: dict[str, Any] = {self._total_name: integer(self._total_name, total, 1, 2**31)}
+        for name, value in flags.items():
             if value is not None and not isinstance(value, (bool, np.bool_)):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
-        self._params: dict[str, Any] = {
-            "adaptive_size": None if adaptive_size is None else bool(adaptive_size),
-            self._total_name: integer(self._total_name, total, 1, 2**31),
-            "borrow": None if borrow is None else bool(borrow),
-        }
+            self._params[name] = None if value is None else bool(value)
 
     def _params_given(self) -> dict[str, Any]:
         return self._params
@@ -215,7 +212,9 @@ class BalancedBuffer(DataBuffer):
             raise ArgumentError(f"adaptive_size=False needs {self._total_name}: each group gets max_size // {self._total_name} rows")
         if not adaptive and total > self.max_size:
             raise ArgumentError(f"{total} groups in {self.max_size} rows: each would hold none; raise max_size, or use adaptive_size=True")
-        self._params |= {"adaptive_size": adaptive, "borrow": bool(self._params["borrow"])}
+        self._params["adaptive_size"] = adaptive
+        if "borrow" in self._params:
+            self._params["borrow"] = bool(self._params["borrow"])
 
     def _adopt(self, schema: Schema | None) -> None:
         super()._adopt(schema)
@@ -274,6 +273,16 @@ class BalancedBuffer(DataBuffer):
             return rows[operator.index(group)]
         except (KeyError, TypeError):
             raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
+
+    def _experience(self, given: Any, at: Any, step: int) -> int:
+        """The number of an experience: given, or `step` beyond the largest seen."""
+        number = integer("experience", given, -(2**63), 2**63 - 1)
+        if number is not None:
+            return number
+        if at is not None:
+            raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
+        seen = self._by_group()[1]
+        return max(seen) + step if seen else 0
 
     @property
     def groups(self) -> Groups:
@@ -381,7 +390,7 @@ class ClassBalancedBuffer(BalancedBuffer):
         borrow: bool | None = None,
         **options: Any,
     ) -> None:
-        self._given(adaptive_size, total_num_classes, borrow)
+        self._given(total_num_classes, adaptive_size=adaptive_size, borrow=borrow)
         super().__init__(max_size, path, **options)
 
 
@@ -409,7 +418,7 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         borrow: bool | None = None,
         **options: Any,
     ) -> None:
-        self._given(adaptive_size, num_experiences, borrow)
+        self._given(num_experiences, adaptive_size=adaptive_size, borrow=borrow)
         super().__init__(max_size, path, **options)
 
     def add(  # type: ignore[override]
@@ -435,15 +444,6 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         """As `DataBuffer.update`. experience: number of the experience that the dataset is; None: the next one, from 0 on."""
         with self._lock:
             super().update(dataset, metadata=metadata, group=self._experience(experience, at, 1), at=at)
-
-    def _experience(self, given: Any, at: Any, step: int) -> int:
-        number = integer("experience", given, -(2**63), 2**63 - 1)
-        if number is not None:
-            return number
-        if at is not None:
-            raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
-        seen = self._by_group()[1]
-        return max(seen) + step if seen else 0
 
 
 class ClassBalancingReservoirBuffer(BalancedBuffer):

@@ -123,6 +123,22 @@ class Batch:
         return sources, self.groups[picks]
 
 
+def look_at(dataset: Any, metadata: Any, schema: Schema | None) -> tuple[int, Schema, list[Any]]:
+    """(length, schema, metadata leaves) of a map-style dataset. Raises SchemaError for metadata that does not fit."""
+    n = length(dataset)
+    if n < 0:
+        raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches")
+    if n and schema is None:
+        first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
+        schema = Schema.from_sample(dataset[0], first)
+    if n == 0 or schema is None:
+        return 0, Schema((), (), None), []
+    values = schema.flatten_metadata(metadata)
+    for leaf, field in zip(values, schema.metadata, strict=True):
+        check_leaf(leaf, field, n)
+    return n, schema, values
+
+
 def loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:
     """Sources for a dataset: loads the samples that stay, in order."""
 

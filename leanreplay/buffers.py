@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, as_batch, flat, integer, integers, label, length, loader, plain_array, stack
+from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -442,22 +442,9 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            try:
-                n = len(dataset)
-            except TypeError:
-                raise ArgumentError(
-                    f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches"
-                ) from None
+            n, schema, values = look_at(dataset, metadata, None if store is None else store.table.schema)
             if n == 0:
                 return
-            if store is None:
-                first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
-                schema = Schema.from_sample(dataset[0], first)
-            else:
-                schema = store.table.schema
-            values = schema.flatten_metadata(metadata)
-            for leaf, field in zip(values, schema.metadata, strict=True):
-                check_leaf(leaf, field, n)
             skip = self._skip(at, n, store)
             groups = None
             if group is not None:
@@ -542,7 +529,14 @@ class DataBuffer:
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
                 store.commit(
-                    first + used, policy.state, self._taken[:count], picked + start, picked_groups, sources, policy.freed, log=policy.new_log
+                    first + used,
+                    policy.state,
+                    self._taken[:count],
+                    picked + start,
+                    picked_groups,
+                    sources,
+                    policy.freed,
+                    log=policy.new_log,
                 )
             else:
                 store.commit(first + used, policy.state, freed=policy.freed, log=policy.new_log)
@@ -785,12 +779,11 @@ class DataBuffer:
             if size == self.max_size:
                 return
             policy = self._ready_policy(store)
-            if type(policy).keep is Policy.keep:
+            if type(policy).keep is Policy.keep and type(self)._keep is DataBuffer._keep:
                 raise ArgumentError(f"{type(self).__name__} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
             self._policy_at = -1  # `keep` changes its state: should anything fail from here on, it is derived anew
             live = self._all_rows(store)
-            positions, groups = store.index()
-            keep = live[policy.keep(size, positions[live], groups[live])]
+            keep = live[self._keep(store, policy, size, live)]
             if policy.room(size) < size:
                 warnings.warn(
                     f"resize to {size}: this buffer has already dropped samples at {policy.room(size)} rows and will hold no more than "
@@ -799,6 +792,11 @@ class DataBuffer:
                     stacklevel=2,
                 )
             self._rewrite(store, size, store.table.schema, keep, np.arange(keep.shape[0]), policy.state, policy.log)
+
+    def _keep(self, store: Any, policy: Policy, size: int, live: Ints) -> Ints:
+        """Which of the live rows `resize` keeps, as the policy says."""
+        positions, groups = store.index()
+        return policy.keep(size, positions[live], groups[live])
 
     def _add_field(self, store: Any, name: str, values: Any, rows: Ints) -> None:
         dtype, shape, torch = leaf_type(values, f"metadata/{name}")

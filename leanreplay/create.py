@@ -15,7 +15,7 @@ from .errors import ArgumentError
 from .format import PAGE, Table, round_up
 from .schema import Schema
 
-_JOURNAL_BYTES = 4 << 20
+_JOURNAL_BYTES = 8 << 20
 
 
 class _Sparse(io.RawIOBase):
@@ -87,7 +87,7 @@ def plan_file(
 ) -> tuple[Table, list[tuple[int, bytes]]]:
     """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it.
 
-    slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default what 4 MiB hold.
+    slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default what 8 MiB hold.
     """
     fields = schema.fields
     record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)
