@@ -60,6 +60,9 @@ class BalancedPolicy(Policy):
         self._total = 0 if params.get("adaptive_size", True) else next(params[name] for name in _TOTALS if name in params)
         self._fixed = bool(self._total)
         self._keys01 = (*key_pair("reservoir", seed), *key_pair("group", seed))
+        self._groups: Ints = np.zeros((0, kernel.COLUMNS), np.int64)
+        self._rest: Ints = np.zeros(1, np.int64)
+        self._table = np.zeros(0, np.int32)
 
     @staticmethod
     def log_slots(capacity: int) -> int:
@@ -79,15 +82,13 @@ class BalancedPolicy(Policy):
             raise CorruptionError("the log of groups does not fit the rows; restore the file from a copy")
         self._share(n)
 
-    def _make_room(self, groups: int) -> None:
+    def _make_room(self, least: int) -> None:
         """Arrays for at least so many groups; those that are there stay."""
         n = int(self._counters[kernel.GROUPS])
-        room = max(64, 1 << (groups - 1).bit_length())
-        table = np.zeros((room, kernel.COLUMNS), np.int64)
-        rest = np.zeros(room + 1, np.int64)
-        if n:
-            table[:n], rest[:n] = self._groups[:n], self._rest[:n]
-        self._groups, self._rest = table, rest
+        room = max(64, 1 << (least - 1).bit_length())
+        groups_before, rest_before = self._groups[:n], self._rest[:n]
+        self._groups, self._rest = np.zeros((room, kernel.COLUMNS), np.int64), np.zeros(room + 1, np.int64)
+        self._groups[:n], self._rest[:n] = groups_before, rest_before
         self._new: Ints = np.zeros((2 * room, 2), np.int64)
         self._table = np.full(4 * room, -1, np.int32)
         kernel.index_groups(self._groups, self._table, n)
@@ -137,16 +138,20 @@ class BalancedPolicy(Policy):
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
         if self._total and self._mode != kernel.LARGEST and capacity < self._total:
             raise ArgumentError(f"resize to {capacity} rows for {self._total} groups: each would hold none; give at least {self._total}")
+        self.log = self._whole_log()
         self.load(positions, groups)  # with the rows numbered as here
         self._share(capacity)
         lost = np.empty(positions.shape[0], np.int64)
         count = kernel.keep_balanced(self._keys, self._links, self._groups, self._counters, capacity, self._mode, lost)
-        n = int(self._counters[kernel.GROUPS])
-        full = np.flatnonzero(self._groups[:n, kernel.FULL])
-        self.log = np.array([(0, g) for g in self._known()] + [(1, g) for g in full], np.int64).reshape(-1, 2)
+        self.log = self._whole_log()
         stays = np.ones(positions.shape[0], bool)
         stays[lost[:count]] = False
         return np.flatnonzero(stays)
+
+    def _whole_log(self) -> Ints:
+        """A log that says what the arrays do."""
+        full = np.flatnonzero(self._groups[: int(self._counters[kernel.GROUPS]), kernel.FULL])
+        return np.array([(0, g) for g in self._known()] + [(1, i) for i in full], np.int64).reshape(-1, 2)
 
     def room(self, capacity: int) -> int:
         n = int(self._counters[kernel.GROUPS])
@@ -163,10 +168,10 @@ class BalancedPolicy(Policy):
 class ClassBalancingReservoirPolicy(BalancedPolicy):
     """Class-balancing reservoir sampling (CBRS; Chrysakis and Moens, ICML 2020, Algorithm 1).
 
-    While there are free rows every sample takes one. Then a class is full for ever once it is (one of) the largest: a sample of a full class
-    competes within its class, one of another class takes a row of the largest. With keys instead of draws: the row of the smallest
-    key, and a sample enters its full class if its key exceeds the smallest there; both have the same law. Of several largest classes
-    a hash of the position chooses. O(classes) for a sample of a class that is not full, which happens `max_size` times or so.
+    While there are free rows every sample takes one. Then a class is full for ever once it is one of the largest: a sample of a full
+    class competes within its class, one of another class takes a row of the largest. With keys instead of draws: the row of the
+    smallest key, and a sample enters its full class if its key exceeds the smallest there; both have the same law. Of several largest
+    classes a hash of the position chooses. O(classes) for a sample of a class that is not full, which happens `max_size` times or so.
     """
 
     def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
@@ -181,6 +186,7 @@ class BalancedBuffer(DataBuffer):
     """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the parameters."""
 
     policy_class: ClassVar[type[Policy]] = BalancedPolicy
+    _rows_by_group: tuple[tuple[int, int], dict[int, Ints]] | None
     _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
     def _given(self, total: Any, **flags: Any) -> None:
@@ -263,7 +269,7 @@ class BalancedBuffer(DataBuffer):
             return {g: rows.shape[0] for g, rows in self._by_group()[1].items()}
 
     def group_rows(self, group: int) -> Ints:
-        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`. Raises GroupError for one never seen."""
+        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`. GroupError for one never seen."""
         with self._lock:
             return self._rows_of_group(group).copy()
 
@@ -299,7 +305,7 @@ class BalancedBuffer(DataBuffer):
 
     def _start(self) -> None:
         super()._start()
-        self._rows_by_group: tuple[tuple[int, int], dict[int, Ints]] | None = None
+        self._rows_by_group = None
 
 
 class Group:

@@ -402,7 +402,7 @@ class InfiniteBuffer(DataBuffer):
             self._policy_at = store.sequence
         return self._policy
 
-    def _rewrite(self, store: Any, size: int, schema: Schema, rows: Ints, new_rows: Ints, state: Any, extra: Any = None) -> None:
+    def _rewrite(self, *_: Any) -> None:
         raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
 
     def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:

@@ -134,9 +134,9 @@ class Candidates:
 class ParametricBuffer(BalancedBuffer):
     """Exemplars of each group, chosen by a selection strategy from the whole group whenever it is fed.
 
-    Each `update` (or `add`) is one unit: the samples of each group in it are ranked together with those that the buffer holds of the group, and
-    the best up to the group's quota stay, in one commit. Other groups shrink to their new quotas by dropping their last ranks. So a
-    group's rows are at any time the best prefix of its ranking, `meta["rank"]` (0 is the best) says where each stands.
+    Each `update` (or `add`) is one unit: the samples of each group in it are ranked together with those that the buffer holds of that
+    group, and the best up to the group's quota stay, in one commit. Other groups shrink to their new quotas by dropping their last
+    ranks. So the rows of a group are at any time the best prefix of its ranking; `meta["rank"]` (0 is the best) says where each stands.
 
     Parameters, besides those of `DataBuffer`
     ----------
