@@ -46,6 +46,7 @@ from .policies import (
 )
 from .schema import Field, Schema
 from .store import Problem
+from .weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
 
 __version__ = "0.1.0"
 
@@ -86,5 +87,7 @@ __all__ = [
     "SlidingWindowPolicy",
     "StateError",
     "StorageError",
+    "WeightedReservoirBuffer",
+    "WeightedReservoirPolicy",
     "open",
 ]

@@ -500,7 +500,7 @@ class DataBuffer:
         store = self._store
         if self._rows.shape[0] == 0:
             self._rows, self._samples, self._taken = (np.empty(_CHUNK, np.int64) for _ in range(3))
-        if groups is not None:
+        if groups is not None and self.policy_class.check_groups is not Policy.check_groups:
             self._ready_policy(store).check_groups(groups[skip:])
         done = skip
         while done < n:

@@ -118,6 +118,7 @@ class Store:
         self._slots: npt.NDArray[np.int32] = _NOBODY
         self._stamps: npt.NDArray[np.int32] = _NOBODY
         self._stamp = 1
+        self._journal_ready = 0  # records of the journal whose pages are there for writing
         self._faulted = 0  # rows whose pages are there for writing
         self._written = [0] * len(table.columns)  # file offset up to which a column has been written with zeros ahead
         self._live_rows: tuple[int, Ints] | None = None
@@ -592,6 +593,10 @@ class Store:
             digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
             logging = self._logging()
             counts = self._counts
+            overwritten = min(rows.shape[0], size)
+            if overwritten > self._journal_ready:
+                self._journal_ready = overwritten  # get its pages all at once
+                system.populate(self._require_map(), table.list_at, table.record_at + overwritten * table.record)
             found = kernel.save_rows(
                 mem, cols, first, last, rows, self._stamps if logging else _NOBODY, self._stamp, *self._journal, digests, counts
             )

@@ -21,7 +21,7 @@ BOTTOM = {"errors", "kernels"}
 STORE = BOTTOM | {"schema", "format", "system", "create", "undo"}
 POLICIES = {"kernels", "keys", "format"}
 BUFFERS = STORE | {"store", "policies", "selection", "batches", "keys"}
-CORE = BUFFERS | {"buffers", "infinite", "balanced", "parametric", "merge"}
+CORE = BUFFERS | {"buffers", "infinite", "balanced", "parametric", "weighted", "merge"}
 MAY_IMPORT = {
     "errors": set(),
     "kernels": set(),
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "buffers": BUFFERS,
     "infinite": BUFFERS | {"buffers"},
     "balanced": BUFFERS | {"buffers"},
+    "weighted": BUFFERS | {"buffers"},
     "parametric": BUFFERS | {"buffers", "balanced"},
     "merge": CORE - {"merge"},
     "cli": CORE,

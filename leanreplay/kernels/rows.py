@@ -322,24 +322,32 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
         counts[3] = max(counts[3], rows[i] + 1)
     at = np.uint64(record_at)
     total = _0
+    sums = np.zeros(counts[1], np.uint64)  # the hash of each record, gathered while its columns are copied
     for c in range(cols.shape[0]):
         offset, size = cols[c, 0], cols[c, 1]
+        before = (at - np.uint64(record_at)) >> _3
         for i in range(counts[1]):
             if size > _63 + _1 and i + 1 < counts[1]:
                 s = offset + words[listed + i + 1] * size
                 for j in range((size + _63) >> _6):
                     _prefetch(mem, s + (np.uint64(j) << _6))
             s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
+            part = _0
             if size & _7 == _0:
                 for k in range(size >> _3):
-                    words[(d >> _3) + k] = words[(s >> _3) + k]
+                    word = words[(s >> _3) + k]
+                    words[(d >> _3) + k] = word
+                    part += _term(word, before + np.uint64(k))
             else:
                 words[(d + size) >> _3] = _0  # what pads it
                 for k in range(size):
                     mem[d + k] = mem[s + k]
+                for k in range((size + _7) >> _3):
+                    part += _term(words[(d >> _3) + k], before + np.uint64(k))
+            sums[i] += part
         at += (size + _7) >> _3 << _3
     for i in range(counts[1]):
-        total = _mix(total + _hash_words(words, np.uint64(record_at + i * record), np.uint64(record)))
+        total = _mix(total + _mix(sums[i] + np.uint64(record)))
         r = words[listed + i]
         for f in range(first, last):
             digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
