@@ -1,0 +1,187 @@
+"""Kernels of the weighted reservoir: the key of a sample of some weight, and the reservoir of the best keys.
+
+After Efraimidis and Spirakis (2006): with v uniform in (0, 1), E = -log1p(-v) / w is exponential of rate w, and the samples of the
+smallest E are a weighted sample without replacement. The key is E as a uint64, its order reversed so that, as in all reservoirs,
+the largest stay: 12 bits of exponent and 52 of mantissa. A double could not hold E for the weights it can hold itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from . import njit
+
+_G = np.uint64(0x9E3779B97F4A7C15)
+_S0 = np.uint64(0xBF58476D1CE4E5B9)
+_S1 = np.uint64(0x94D049BB133111EB)
+_12 = np.uint64(12)
+_27 = np.uint64(27)
+_30 = np.uint64(30)
+_31 = np.uint64(31)
+_52 = np.uint64(52)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_MANTISSA = np.uint64(0xFFFFFFFFFFFFF)
+_BIAS = 2048
+_LN2 = math.log(2.0)
+_ULP = 2.0**-53
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fin(x):
+    """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
+    x = (x ^ (x >> _30)) * _S0
+    x = (x ^ (x >> _27)) * _S1
+    return x ^ (x >> _31)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _uniform(position, k0, k1):
+    """v in (0, 1): the middles of 2**52 equal parts, so never 0 or 1, and both v and 1 - v are exact."""
+    h = _fin(_fin(np.uint64(position) * _G + k0) + k1)
+    return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _exponential(v):
+    """-log1p(-v) within 3 units in the last place.
+
+    By additions, multiplications and divisions alone, which give the same bits everywhere: logarithms of C libraries do not, and
+    then what a buffer holds would depend on the machine. 1 - v = m 2**e, m about 1, and log m = 2 atanh((m - 1) / (m + 1)).
+    """
+    m, e = math.frexp(1.0 - v)
+    if m < 0.7071067811865476:
+        m *= 2.0
+        e -= 1
+    s = (m - 1.0) / (m + 1.0)
+    t = s * s
+    y = 1.0 / 23.0
+    y = y * t + 1.0 / 21.0
+    y = y * t + 1.0 / 19.0
+    y = y * t + 1.0 / 17.0
+    y = y * t + 1.0 / 15.0
+    y = y * t + 1.0 / 13.0
+    y = y * t + 1.0 / 11.0
+    y = y * t + 1.0 / 9.0
+    y = y * t + 1.0 / 7.0
+    y = y * t + 1.0 / 5.0
+    y = y * t + 1.0 / 3.0
+    y = y * t + 1.0
+    return -(np.float64(e) * _LN2 + 2.0 * s * y)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _key(v, weight):
+    """The key: larger is better. weight: finite and above 0, denormal or huge."""
+    m, e = math.frexp(_exponential(v))
+    n, f = math.frexp(weight)
+    q, g = math.frexp(m / n)
+    exponent = np.int64(e) - np.int64(f) + np.int64(g) + _BIAS
+    return (np.uint64(exponent) << _52 | np.uint64((2.0 * q - 1.0) / (2.0 * _ULP))) ^ _ALL
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _bound(key):
+    """A bit more than the E of a key, as a double; infinite where that would not be exact."""
+    k = key ^ _ALL
+    exponent = np.int64(k >> _52) - _BIAS
+    if exponent < -900 or exponent > 900:
+        return np.inf
+    return (1.0 + np.float64(k & _MANTISSA) * (2.0 * _ULP)) * math.pow(2.0, np.float64(exponent - 1)) * 1.000000001
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def weighted_keys(positions, weights, k0, k1, out):
+    """out[i] (uint64) = key of positions[i] (int64) with weights[i] (float64). False if a weight is not finite and above 0."""
+    for i in range(positions.shape[0]):
+        w = weights[i]
+        if not (w > 0.0 and w < np.inf):
+            return False
+        out[i] = _key(_uniform(positions[i], k0, k1), w)
+    return True
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sift_down(keys, held, rows, size, i):
+    key, position, row = keys[i], held[i], rows[i]
+    while True:
+        c = 2 * i + 1
+        if c >= size:
+            break
+        if c + 1 < size and (keys[c + 1] < keys[c] or (keys[c + 1] == keys[c] and held[c + 1] > held[c])):
+            c += 1
+        if keys[c] > key or (keys[c] == key and held[c] < position):
+            break
+        keys[i], held[i], rows[i] = keys[c], held[c], rows[c]
+        i = c
+    keys[i], held[i], rows[i] = key, position, row
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
+    """Make the heap of all live rows (position >= 0), the worst on top; its size, or -1 if a weight is not finite and above 0.
+
+    keys (uint64), held (int64: positions), rows (int64): the heap. Of equal keys, which are rare, the younger is worse. O(rows).
+    """
+    size = 0
+    for r in range(positions.shape[0]):
+        if positions[r] >= 0:
+            w = weights[r]
+            if not (w > 0.0 and w < np.inf):
+                return -1
+            keys[size] = _key(_uniform(positions[r], k0, k1), w)
+            held[size], rows[size] = positions[r], r
+            size += 1
+    for i in range(size // 2 - 1, -1, -1):
+        _sift_down(keys, held, rows, size, i)
+    return size
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, out):
+    """Offer positions start, start + 1, ... of weights (float64) to the heap; out[i] (int64) becomes the row of sample i, or -1.
+
+    Stops after out.shape[0] samples, or after `most` of them took a row. Rows are filled in order up to `limit`, then the row of
+    the worst is replaced by what is better. Weight 0 is passed over. Returns the samples used, the size, and whether any sample
+    of a weight above 0 was rejected or dropped.
+    """
+    taken = 0
+    dropped = False
+    bound = _bound(keys[0]) if size >= limit and size > 0 else np.inf
+    for i in range(out.shape[0]):
+        if taken == most:
+            return i, size, dropped
+        out[i] = -1
+        w = weights[i]
+        if not w > 0.0:
+            continue
+        position = start + i
+        v = _uniform(position, k0, k1)
+        if size < limit:
+            key = _key(v, w)
+            j = size
+            while j > 0:  # what is worse than its parent rises
+                p = (j - 1) // 2
+                if keys[p] < key or (keys[p] == key and held[p] > position):
+                    break
+                keys[j], held[j], rows[j] = keys[p], held[p], rows[p]
+                j = p
+            keys[j], held[j], rows[j] = key, position, size
+            out[i] = size
+            size += 1
+            taken += 1
+            if size == limit:
+                bound = _bound(keys[0])
+            continue
+        dropped = True
+        if size == 0 or v > w * bound:  # E >= v / w, so this one is worse: most samples of a long stream need no logarithm
+            continue
+        key = _key(v, w)
+        if key > keys[0] or (key == keys[0] and position < held[0]):
+            out[i] = rows[0]
+            keys[0], held[0] = key, position
+            _sift_down(keys, held, rows, size, 0)
+            taken += 1
+            bound = _bound(keys[0])
+    return out.shape[0], size, dropped

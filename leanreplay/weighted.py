@@ -1,0 +1,177 @@
+"""The reservoir whose samples have weights: policy and buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .batches import length, plain_array
+from .buffers import DataBuffer
+from .errors import ArgumentError, CorruptionError, RowError, SchemaError
+from .format import Table
+from .kernels import weighted as kernel
+from .keys import key_pair
+from .policies import Policy
+from .schema import Schema
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+class WeightedReservoirPolicy(Policy):
+    """The `capacity` samples of the smallest -log1p(-v) / w, v being uniform in (0, 1) and w the weight (Efraimidis and Spirakis 2006).
+
+    Groups are the bits of the weights, float64. Weight 0 is passed over. state[0] is the capacity rule's bound, as in
+    `ReservoirPolicy`. 24 bytes per row; a heap of the keys gives the row to replace.
+    """
+
+    needs_groups = True
+
+    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+        super().__init__(capacity, seed, params)
+        self._k0, self._k1 = key_pair("weighted reservoir", seed)
+        self._keys = np.zeros(0, np.uint64)
+        self._held: Ints = np.zeros(0, np.int64)
+        self._rows: Ints = np.zeros(0, np.int64)
+        self._size = 0
+
+    def load(self, positions: Ints, groups: Ints) -> None:
+        if not self._keys.shape[0]:
+            self._keys = np.empty(self.capacity, np.uint64)
+            self._held, self._rows = np.empty(self.capacity, np.int64), np.empty(self.capacity, np.int64)
+        self._size = 0
+        if positions.shape[0]:
+            weights = groups.view(np.float64)
+            self._size = kernel.build_weighted_heap(positions, weights, self._k0, self._k1, self._keys, self._held, self._rows)
+            if self._size < 0:
+                raise CorruptionError(f"the index holds weights that are not finite and above 0{_ADVICE}")
+
+    def room(self, capacity: int) -> int:
+        return min(capacity, self.state[0] or capacity)
+
+    def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
+        limit = self.room(self.capacity)
+        used, self._size, dropped = kernel.plan_weighted(
+            self._keys, self._held, self._rows, self._size, limit, self._k0, self._k1, start, most, groups.view(np.float64), rows
+        )
+        if dropped:
+            self.state[0] = limit
+        return int(used)
+
+    def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
+        if positions.shape[0] <= capacity:
+            return np.arange(positions.shape[0])
+        self.state[0] = capacity
+        return np.sort(np.lexsort((positions, ~self.keys(positions, groups)))[:capacity])
+
+    def keys(self, positions: Ints, groups: Ints) -> npt.NDArray[np.uint64]:
+        """Keys of these samples, (n,): the largest stay, and of equal ones the oldest."""
+        keys = np.empty(positions.shape[0], np.uint64)
+        if not kernel.weighted_keys(positions, groups.view(np.float64), self._k0, self._k1, keys):
+            raise CorruptionError(f"the index holds weights that are not finite and above 0{_ADVICE}")
+        return keys
+
+
+_ADVICE = "; buffer.check() lists the wrong rows; restore the file from a copy made with save()"
+
+
+def checked_weights(weights: Any, n: int) -> Ints:
+    """The bits of n weights, a copy. Raises SchemaError for anything but n numbers, ArgumentError for a negative or non-finite one."""
+    if weights is None:
+        raise ArgumentError("a weighted reservoir needs weights=(n,) numbers with every batch; use ReservoirBuffer for equal ones")
+    array = plain_array(weights, "weights")
+    if array.shape != (n,) or (array.dtype.kind not in "iufb" and n):
+        raise SchemaError(f"weights: expected {n} real numbers, got {array.dtype} of shape {array.shape}")
+    with np.errstate(over="ignore"):  # of a longdouble: it is then infinite, which is refused
+        found = array.astype(np.float64)
+    wrong = np.flatnonzero(~((found >= 0) & (found < np.inf)))
+    if wrong.shape[0]:
+        i = int(wrong[0])
+        raise ArgumentError(
+            f"weights[{i}] is {found[i]} ({wrong.shape[0]} of {n} are wrong): weights must be finite and not negative; 0 never stays"
+        )
+    return found.view(np.int64)
+
+
+class WeightedReservoirBuffer(DataBuffer):
+    """A weighted sample without replacement of everything seen: as if `max_size` samples were drawn one after the other, each with
+    a chance in proportion to its weight among those not yet drawn (Efraimidis and Spirakis, Information Processing Letters 2006).
+
+    Weights come with every batch, (n,) numbers, finite and not negative; only their ratios matter. A sample of weight 0 is never
+    kept. The weights of what is kept are "weight" in the metadata of samples, float64. Costs as `ReservoirBuffer`, and 70 ns for a
+    sample that may stay. `index/group` of the file holds the bits of the weights.
+
+    >>> import numpy as np
+    >>> from leanreplay import WeightedReservoirBuffer
+    >>> buffer = WeightedReservoirBuffer(100, seed=0)
+    >>> buffer.add(np.arange(1000), weights=np.where(np.arange(1000) < 500, 9.0, 1.0))
+    >>> x, meta = buffer.sample(4)
+    >>> sorted(meta), bool((meta["weight"] == np.where(x < 500, 9.0, 1.0)).all())
+    (['idx', 'position', 'weight'], True)
+    >>> bool((buffer.get_metadata("weight") == 9.0).sum() > 80)
+    True
+    """
+
+    policy_class = WeightedReservoirPolicy
+
+    def add(  # type: ignore[override]
+        self,
+        batch: Any,
+        *,
+        weights: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        at: int | None = None,
+    ) -> None:
+        """As `DataBuffer.add`. weights: (n,) numbers, which must be given: finite, 0 or more.
+
+        Raises ArgumentError, naming the row, for a negative, infinite or NaN weight, and SchemaError for weights of another length or
+        type; nothing of that batch is kept.
+
+        >>> import numpy as np
+        >>> from leanreplay import WeightedReservoirBuffer
+        >>> buffer = WeightedReservoirBuffer(2)
+        >>> buffer.add(np.arange(4), weights=[0, 0.5, 0, 1e-300])
+        >>> buffer.get_metadata("position"), buffer.seen
+        (array([1, 3]), 4)
+        """
+        super().add(batch, metadata=metadata, group=weights, at=at)
+
+    def update(  # type: ignore[override]
+        self,
+        dataset: Any,
+        *,
+        weights: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        at: int | None = None,
+    ) -> None:
+        """As `DataBuffer.update`, with the weights of the whole dataset, as for `add`."""
+        n = length(dataset)
+        super().update(dataset, metadata=metadata, group=None if n < 0 else checked_weights(weights, n), at=at)
+
+    def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
+        return checked_weights(group, n)
+
+    def _plan_file(
+        self, params: dict[str, Any], size: int, seed: int, stream: int, schema: Schema, identity: str, slots: int = 0
+    ) -> tuple[Table, list[tuple[int, bytes]]]:
+        if "weight" in schema.metadata_names:
+            raise SchemaError("metadata/weight: this buffer keeps the weights themselves under that name; choose another")
+        return super()._plan_file(params, size, seed, stream, schema, identity, slots)
+
+    def _index_meta(self, index: Ints) -> dict[str, Any]:
+        return {"position": index[0], "weight": index[1].view(np.float64)}
+
+    def get_metadata(self, name: str, rows: Any = None) -> np.ndarray[Any, Any]:
+        """As `DataBuffer.get_metadata`, and "weight", float64."""
+        if name != "weight":
+            return super().get_metadata(name, rows)
+        with self._lock:
+            store = self._require()
+            if store is None:
+                raise RowError("the buffer is empty: it has no schema before its first batch")
+            found = self._all_rows(store) if rows is None else self._live(store, rows)
+            _, index = store.read(found, self._metadata_index(store, None))
+            return index[1].copy().view(np.float64)
