@@ -153,6 +153,7 @@ class DataBuffer:
         """What a fork needs anew."""
         self._lock = threading.RLock()
         self._rows: Ints = np.empty(0, np.int64)
+        self._before_write: list[Callable[[], None]] = []  # of those who planned reads of the present rows
         _BUFFERS.add(self)
 
     # -- opening and closing -----------------------------------------------------------------------------------------
@@ -324,6 +325,8 @@ class DataBuffer:
         self._replacing = False
 
     def _require_writable(self) -> Any:
+        for settle in tuple(self._before_write):
+            settle()
         store = self._require()
         if self._mode == "r":
             raise ModeError(
@@ -583,17 +586,18 @@ class DataBuffer:
                     store = self._require()
             raise RowError(f"{self.path}: rows keep being freed while they are read")
 
-    def _draw(self, store: Any, n: int, replace: bool, consumer: str, advance: bool = True) -> Ints:
-        """Draw n live rows for a consumer, counting its draws."""
+    def _draw(self, store: Any, n: int, replace: bool, consumer: str, advance: bool = True, counter: int | None = None) -> Ints:
+        """Draw n live rows for a consumer: its draws are counted here, unless it gives a counter of its own."""
         size = 0 if store is None else store.size
         if n > size and not (replace and size):
             raise ArgumentError(
                 f"sample of {n} from a buffer of {size}; add samples first"
                 + ("" if replace or not size else f", draw at most {size}, or use replace=True")
             )
-        counter = self._draws.get(consumer, 0)
-        if advance:
-            self._draws[consumer] = counter = counter + 1
+        if counter is None:
+            counter = self._draws.get(consumer, 0)
+            if advance:
+                self._draws[consumer] = counter = counter + 1
         rows = np.empty(0, np.int64)
         if n:
             keys = self._draw_keys.get(consumer)
@@ -606,7 +610,10 @@ class DataBuffer:
         if store is None:
             raise RowError("the buffer is empty: it has no schema before its first batch")
         arrays, index = store.read(rows)
-        schema: Schema = store.table.schema
+        return self._present(store.table.schema, arrays, index, rows)
+
+    def _present(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> tuple[Any, dict[str, Any]]:
+        """What was read, as `sample` returns it: nested, transformed, with its metadata."""
         split = len(schema.data)
         batch = schema.unflatten(arrays[:split])
         if self.transform is not None or self.target_transform is not None:
@@ -724,7 +731,7 @@ class DataBuffer:
         """Overwrite one metadata field of these rows, by default of all samples in row order. values: (n, ...).
 
         positions: skip rows that no longer hold the sample of that stream position. Rows are written in commits of as many as the
-        journal holds (4 MiB), each whole or not at all. A name that the buffer does not have yet adds a field, which needs
+        journal holds (8 MiB), each whole or not at all. A name that the buffer does not have yet adds a field, which needs
         values for all samples, rewrites the file and ends all restore points.
         """
         with self._lock:

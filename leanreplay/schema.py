@@ -290,9 +290,9 @@ def check_leaf(leaf: Any, field: Field, n: int | None) -> None:
 
 def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
     """One sample's leaf as an array of the field's dtype. Python numbers take it (floats rounded as NumPy does)."""
-    if (type(leaf) is np.ndarray or isinstance(leaf, np.generic)) and leaf.dtype == field.dtype and leaf.shape == field.shape:
-        if field.torch is None:
-            return leaf
+    plain = field.torch is None and (type(leaf) is np.ndarray or isinstance(leaf, np.generic))
+    if plain and leaf.dtype == field.dtype and leaf.shape == field.shape:
+        return leaf  # type: ignore[return-value]  # a single number does what an array does here
     if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic) and field.shape == ():
         kind = "b" if isinstance(leaf, bool) else "iu" if isinstance(leaf, int) else "f" if isinstance(leaf, float) else "c"
         if field.torch is None and field.dtype.kind in kind:

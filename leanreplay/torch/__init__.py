@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .data import BufferDataset, sample
 from .learners import ERLearner, Step
+from .loader import MixedLoader, ReplayLoader
 
-__all__ = ["BufferDataset", "ERLearner", "Step", "sample"]
+__all__ = ["BufferDataset", "ERLearner", "MixedLoader", "ReplayLoader", "Step", "sample"]

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..buffers import DataBuffer
 from ..errors import ArgumentError
+from ..schema import Schema
 
 
 class BufferDataset(Dataset[Any]):
@@ -69,9 +70,13 @@ def sample(buffer: DataBuffer, n: int, device: torch.device | str | None = None,
 
 
 def _bfloat16(buffer: DataBuffer) -> frozenset[str]:
-    """Names of the fields that hold the bits of torch.bfloat16."""
     schema = buffer.schema
-    return frozenset() if schema is None else frozenset(f.name for f in schema.fields if f.torch == "bfloat16")
+    return frozenset() if schema is None else bfloat16_fields(schema)
+
+
+def bfloat16_fields(schema: Schema) -> frozenset[str]:
+    """Names of the fields that hold the bits of torch.bfloat16."""
+    return frozenset(f.name for f in schema.fields if f.torch == "bfloat16")
 
 
 def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None = None, path: str = "data") -> Any:

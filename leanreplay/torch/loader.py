@@ -1,0 +1,389 @@
+"""Replay batches for a training loop: copied ahead in the background, or joined to the batches of the stream."""
+
+from __future__ import annotations
+
+import functools
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..batches import integer
+from ..buffers import DataBuffer
+from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError
+from ..kernels import reservoir
+from ..keys import key_pair
+from .data import bfloat16_fields, sample, to_torch
+
+Ints = npt.NDArray[np.int64]
+
+
+class _Job:
+    """One planned batch. First its rows are copied, under the buffer's lock; then it becomes tensors, outside of it."""
+
+    def __init__(self, buffer: DataBuffer, number: int, plan: Callable[[], Any], finish: Callable[[Any], Any]) -> None:
+        self.buffer, self.number = buffer, number
+        self._plan, self._finish = plan, finish
+        self.ready = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._read: Any = None
+        self.rows: Ints | None = None
+        try:
+            self.rows = plan()
+        except Exception as error:
+            self.error = error
+
+    def copy(self) -> None:
+        """Copy the rows, unless that is done: called before the buffer changes, by whoever comes first."""
+        with self.buffer._lock:
+            if self._read is not None or self.error is not None or self.rows is None:
+                return
+            try:
+                store = self.buffer._require()
+                for _ in range(100):
+                    try:
+                        self._read = (store.table.schema, *store.read(self.rows), self.rows)
+                        break
+                    except RowError:  # a reader may find that the writer has freed a row: its batches are not reproducible anyway
+                        if store.writable:
+                            raise
+                        store = self.buffer._require()
+                        self.rows = self._plan()
+                else:
+                    raise RowError(f"{self.buffer.path}: rows keep being freed while they are read")
+            except BaseException as error:
+                self.error = error
+
+    def run(self) -> None:
+        """Make the batch."""
+        self.copy()
+        if self.error is None and not self.ready.is_set():
+            try:
+                self.result = self._finish(self._read)
+            except BaseException as error:
+                self.error = error
+        self._read = None
+        self._plan, self._finish = list, list  # the loader must not be kept by what it has planned
+        self.ready.set()
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    """The background thread. It holds on to no loader, so that a forgotten one can go."""
+    while (job := jobs.get()) is not None:
+        job.run()
+
+
+class ReplayLoader:
+    """An endless iterator of replay batches, copied ahead in the background while the model trains.
+
+    Each item is (batch, metadata) as of `leanreplay.torch.sample`. Which rows a batch holds is planned when the batch `prefetch` places
+    before it is handed out (the first ones, when the first is asked for), and it holds what these rows held then: before the buffer
+    changes, planned copies are finished, so `add` in the training thread waits for at most `prefetch` of them. So a run depends on
+    the order of calls in the training thread alone, not on the background's timing.
+
+    buffer: any buffer, with at least `batch_size` samples when the first batch is asked for.
+    batch_size: samples in a batch, distinct ones unless `balance` needs more than a group has.
+    device, pin_memory: where the tensors go. prefetch: batches planned ahead, at least 1.
+    batch_transform: called with each batch (without metadata), in the background; the buffer's own transforms ran before, per sample.
+    balance: "class" (the label, second element of a pair) or the name of a metadata field: every batch draws evenly over its values.
+        Costs a pass over that column after every change of the buffer.
+    batches: how many batches one `for` loop gets; None: without end.
+    seed: of the draws; two loaders of one buffer want different ones.
+
+    A batch that cannot be planned or made raises its error when its turn comes; the next call tries that batch again.
+    `state_dict` resumes at the next undelivered batch, bit for bit: it holds the batches that were planned already.
+
+    >>> import numpy as np
+    >>> from leanreplay import ReservoirBuffer
+    >>> from leanreplay.torch import ReplayLoader
+    >>> buffer = ReservoirBuffer(100)
+    >>> buffer.add((np.zeros((40, 3), "float32"), np.arange(40)))
+    >>> with ReplayLoader(buffer, 8, batches=2) as loader:
+    ...     [tuple(x.shape) for (x, y), meta in loader]
+    [(8, 3), (8, 3)]
+    """
+
+    def __init__(
+        self,
+        buffer: DataBuffer,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        batch_transform: Callable[[Any], Any] | None = None,
+        balance: str | None = None,
+        batches: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(buffer, DataBuffer):
+            raise ArgumentError(f"ReplayLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
+        if batch_transform is not None and not callable(batch_transform):
+            raise ArgumentError(f"batch_transform must be a function of a batch, got {batch_transform!r:.200}")
+        if balance is not None and not isinstance(balance, str):
+            raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
+        self.buffer, self.device, self.pin_memory = buffer, device, bool(pin_memory)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.prefetch = _positive("prefetch", prefetch)
+        self.batches = integer("batches", batches, 1, 2**62)
+        self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
+        self.batch_transform, self.balance = batch_transform, balance
+        self._consumer = f"loader {self.seed}"
+        self._planned: list[_Job] = []
+        self._delivered = 0  # batches handed out, ever
+        self._passed = 0  # of them in this pass
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._groups: tuple[Any, list[Ints]] | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        self._hook = functools.partial(_call, weakref.WeakMethod(self._settle))
+        buffer._before_write.append(self._hook)
+        # Whoever forgets to close it leaves no thread behind.
+        self._finalizer = weakref.finalize(self, _give_up, self._queue, weakref.ref(buffer), self._hook)
+
+    # -- iterating ---------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        if self.batches is not None and self._passed >= self.batches:
+            self._passed = 0
+        return self
+
+    def __next__(self) -> tuple[Any, dict[str, Any]]:
+        if self._closed or self._pid != os.getpid():
+            raise ModeError("this ReplayLoader is closed, or was made in another process; make a new one here")
+        if self.batches is not None and self._passed >= self.batches:
+            raise StopIteration
+        self._plan_to(self.prefetch)
+        job = self._planned[0]
+        job.ready.wait()
+        del self._planned[0]
+        if job.error is not None:
+            for later in self._planned:  # their numbers would be one too high
+                later.ready.wait()
+            self._planned.clear()
+            try:
+                raise job.error
+            finally:
+                del job  # a cycle through the traceback would keep the loader, and its thread
+        self._delivered += 1
+        self._passed += 1
+        self._plan_to(self.prefetch)
+        return job.result  # type: ignore[no-any-return]
+
+    def _plan_to(self, count: int) -> None:
+        """Have that many batches planned, fewer at the end of a pass."""
+        if self.batches is not None:
+            count = min(count, self.batches - self._passed)
+        while len(self._planned) < count:
+            number = self._delivered + len(self._planned)
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work, args=(self._queue,), name="leanreplay-loader", daemon=True)
+                self._thread.start()
+            with self.buffer._lock:
+                job = _Job(self.buffer, number, functools.partial(self._rows, number), self._finish)
+                self._queue.put(job)  # before it counts: an interrupt in between must not leave one that nobody makes
+                self._planned.append(job)
+
+    def _settle(self) -> None:
+        """Called by the buffer, under its lock, before it changes."""
+        if self._pid == os.getpid():
+            for job in self._planned:
+                job.copy()
+
+    def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
+        """Arrays to what is handed out."""
+        schema, arrays, index, rows = read
+        batch, meta = self.buffer._present(schema, arrays, index, rows)
+        bits = bfloat16_fields(schema)
+        tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
+        if self.batch_transform is not None:
+            tensors = self.batch_transform(tensors)
+        return _placed((tensors, told), self.device, self.pin_memory)  # type: ignore[no-any-return]
+
+    # -- planning ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, number: int) -> Ints:
+        """The rows of batch `number`, drawn from what the buffer holds now."""
+        store = self.buffer._require()
+        if self.balance is None:
+            return self.buffer._draw(store, self.batch_size, False, self._consumer, counter=number)
+        if store is None or store.size == 0:
+            raise ArgumentError(f"a batch of {self.batch_size} from an empty buffer; add samples first")
+        groups = self._rows_by_value(store)
+        k0, k1 = key_pair(f"draw {self.buffer.stream} {self._consumer} balanced", self.buffer.seed)
+        step = 2 * len(groups) + 2  # draws that one batch may need
+
+        def draw(among: int, count: int, which: int, replace: bool = False) -> Ints:
+            out = np.empty(count, np.int64)
+            reservoir.draw(among, k0, k1, store.seen, number * step + which, replace, out)
+            return out
+
+        each, rest = divmod(self.batch_size, len(groups))
+        counts = np.full(len(groups), each)
+        counts[draw(len(groups), rest, 0)] += 1
+        parts = [
+            rows[draw(rows.shape[0], int(count), 2 + i, replace=bool(count > rows.shape[0]))]
+            for i, (rows, count) in enumerate(zip(groups, counts, strict=True))
+        ]
+        return np.concatenate(parts)[draw(self.batch_size, self.batch_size, 1)]
+
+    def _rows_by_value(self, store: Any) -> list[Ints]:
+        """The live rows of each value of the column that `balance` names."""
+        here = (id(store), store.sequence)
+        if self._groups is None or self._groups[0] != here:
+            schema = store.table.schema
+            rows = self.buffer._all_rows(store)
+            if self.balance == "class" and "class" not in schema.metadata_names:
+                field = schema.label_field
+                if field is None:
+                    raise SchemaError('balance="class" needs samples that are pairs with an integer label; or name a metadata field')
+            else:
+                field = self.buffer._metadata_index(store, str(self.balance))
+            values = store.read(rows, field)[0][0]
+            if values.ndim != 1:
+                raise SchemaError(f"balance={self.balance!r}: entries must be single values, got shape {values.shape[1:]}")
+            order = np.argsort(values, kind="stable")
+            starts = np.unique(values[order], return_index=True)[1]
+            self._groups = (here, np.split(rows[order], starts[1:]))
+        return self._groups[1]
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, taken together with the buffer's: batches handed out, and those that are planned, as tensors on the CPU."""
+        ahead = []
+        for job in self._planned:
+            job.ready.wait()
+            if job.error is not None:
+                break
+            ahead.append(_placed(job.result, "cpu", False))
+        return {"format": 1, "delivered": self._delivered, "passed": self._passed, "ahead": ahead}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the batch that would have come next. Bring the buffer to its state of the same checkpoint first, or after."""
+        wanted = {"format": int, "delivered": int, "passed": int, "ahead": list}
+        if not isinstance(state, Mapping) or any(type(state.get(k)) is not t for k, t in wanted.items()) or state["format"] != 1:
+            raise StateError(f"not a state of a ReplayLoader: expected a dict with {sorted(wanted)}, got {state!r:.200}")
+        self._drop()
+        self._delivered, self._passed = state["delivered"], state["passed"]
+        for i, result in enumerate(state["ahead"]):
+            job = _Job(self.buffer, self._delivered + i, lambda: np.zeros(0, np.int64), self._finish)
+            job.rows, job.result = None, _placed(tuple(result), self.device, self.pin_memory)
+            job.ready.set()
+            self._planned.append(job)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
+
+    def _drop(self) -> None:
+        """Forget what is planned."""
+        planned, self._planned = self._planned, []
+        if self._thread is not None and self._pid == os.getpid():
+            for job in planned:
+                job.ready.wait()
+
+    def close(self) -> None:
+        """End the background thread. Closing twice is fine."""
+        self._closed = True
+        self._finalizer()
+        if self._thread is not None and self._pid == os.getpid():
+            self._thread.join()
+            self._thread = None
+        self._planned.clear()
+
+    def __enter__(self) -> ReplayLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _give_up(jobs: queue.SimpleQueue[_Job | None], buffer: weakref.ref[DataBuffer], hook: Callable[[], None]) -> None:
+    """Tell the background thread to end, and the buffer not to wait for it."""
+    jobs.put(None)
+    there = buffer()
+    if there is not None and hook in there._before_write:
+        there._before_write.remove(hook)
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Call a method if its object still exists."""
+    found = method()
+    if found is not None:
+        found()
+
+
+def _positive(name: str, value: Any) -> int:
+    number = integer(name, value, 1, 2**31)
+    if number is None:
+        raise ArgumentError(f"{name} must be a positive integer, got None")
+    return number
+
+
+def _placed(value: Any, device: Any, pin: bool) -> Any:
+    """Tensors in any nesting on a device; pinned on the way where that helps."""
+    if isinstance(value, torch.Tensor):
+        if pin and value.device.type == "cpu" and torch.cuda.is_available():
+            value = value.pin_memory()
+        return value if device is None else value.to(device, non_blocking=pin)
+    if isinstance(value, Mapping):
+        return {key: _placed(v, device, pin) for key, v in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)([_placed(v, device, pin) for v in value])
+    return value
+
+
+class MixedLoader:
+    """The batches of a stream, each with a replay batch behind it: (x, y, is_replay, meta), for the simplest loops.
+
+    stream_loader: yields pairs (x, y) of tensors or arrays, a DataLoader for instance. Of each, x and y are followed by those of
+    `replay_batch_size` samples drawn from the buffer at that moment (fewer while it holds fewer); is_replay, (n,) bool, says which they
+    are, and meta is the metadata of these. What goes into the buffer is up to the loop, after the step for instance, so no sample is
+    replayed in the batch that it comes with. device: where the batch goes.
+
+    >>> import torch
+    >>> from leanreplay import ReservoirBuffer
+    >>> from leanreplay.torch import MixedLoader
+    >>> buffer, stream = ReservoirBuffer(100), [(torch.zeros(4, 3), torch.arange(4))] * 2
+    >>> for x, y, is_replay, meta in MixedLoader(stream, buffer, 2):
+    ...     print(tuple(x.shape), is_replay.tolist())
+    ...     buffer.add((x[~is_replay], y[~is_replay]))
+    (4, 3) [False, False, False, False]
+    (6, 3) [False, False, False, False, True, True]
+    """
+
+    def __init__(
+        self, stream_loader: Iterable[Any], buffer: DataBuffer, replay_batch_size: int, device: torch.device | str | None = None
+    ) -> None:
+        if not isinstance(buffer, DataBuffer):
+            raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
+        self.stream_loader, self.buffer, self.device = stream_loader, buffer, device
+        self.replay_batch_size = _positive("replay_batch_size", replay_batch_size)
+
+    def __len__(self) -> int:
+        return len(self.stream_loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]]:
+        for item in self.stream_loader:
+            if not isinstance(item, (tuple, list)) or len(item) != 2:
+                raise ArgumentError(
+                    f"MixedLoader wants a stream of pairs (x, y), got {type(item).__name__}; use ReplayLoader beside your loader"
+                )
+            x, y = (torch.as_tensor(part, device=self.device) for part in item)
+            n = min(self.replay_batch_size, len(self.buffer))
+            is_replay = torch.zeros(x.shape[0] + n, dtype=torch.bool, device=x.device)
+            meta: dict[str, Any] = {}
+            if n:
+                batch, meta = sample(self.buffer, n, x.device)
+                if not isinstance(batch, tuple) or len(batch) != 2:
+                    raise ArgumentError("MixedLoader wants a buffer of pairs (x, y); use ReplayLoader beside your loader")
+                x, y = torch.cat([x, batch[0]]), torch.cat([y, batch[1]])
+                is_replay[-n:] = True
+            yield x, y, is_replay, meta
