@@ -37,6 +37,7 @@ from .errors import (
     StorageError,
 )
 from .infinite import InfiniteBuffer
+from .merge import merge
 from .policies import (
     AppendPolicy,
     GreedyClassBalancingPolicy,
@@ -89,5 +90,6 @@ __all__ = [
     "StorageError",
     "WeightedReservoirBuffer",
     "WeightedReservoirPolicy",
+    "merge",
     "open",
 ]

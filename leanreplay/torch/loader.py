@@ -38,7 +38,7 @@ class _Job:
         try:
             self.rows = plan()
         except Exception as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames would keep the loader
 
     def copy(self) -> None:
         """Copy the rows, unless that is done: called before the buffer changes, by whoever comes first."""
