@@ -71,6 +71,9 @@ _PATIENCE = 1.0  # seconds that a reader waits for a commit to end
 _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
 _NO_LIMIT = 2**40
 _CHUNK = 4096
+_LARGE = 512  # bytes of an entry from which on reading ahead of a random one is a waste
+_COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer, or no longer, than that came from the device, or from memory
+_WARM_READS = 16
 _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
@@ -123,6 +126,11 @@ class Store:
         self._written = [0] * len(table.columns)  # file offset up to which a column has been written with zeros ahead
         self._live_rows: tuple[int, Ints] | None = None
         self._log = UndoLog(path, table, points)
+        self._large = [(at, size) for at, size in table.columns[: self._fields] if size >= _LARGE]
+        self._cold = 0  # reads that are still to be advised
+        if path is not None:
+            for at, size in self._large:
+                system.advise(self._map, "RANDOM", at, at + size * table.max_size)
         self._attached = False
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0)
@@ -464,10 +472,36 @@ class Store:
         out = np.empty(self._starts[-1], np.uint8)
         index = np.empty((2, n), np.int64)
         bad = np.empty(n, np.uint8)
-        if kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad):
+        if self._cold:
+            self._fetch(rows, first, last)
+        start = time.perf_counter()
+        wrong = kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad)
+        taken = time.perf_counter() - start
+        if taken > 1e-3 + _COLD * n:
+            self._cold = _WARM_READS
+        elif self._cold and taken < 1e-4 + _WARM * n:
+            self._cold -= 1
+        if wrong:
             self._reread(rows, first, last, out, places, index, bad)
         arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, self._starts, strict=False)]
         return arrays, index
+
+    def _fetch(self, rows: Ints, first: int, last: int) -> None:
+        """Ask the device for the large entries of these rows all at once, where rows were found not to be in memory.
+
+        A random read of a mapped file otherwise waits for one page after the other. Advice costs about a microsecond a row, which
+        a file in memory would pay for nothing: so it is given only after a read that was slow, until several in a row are fast.
+        """
+        view = self._require_map()
+        for at, size in self._large if (first, last) == (0, self._fields) else self.table.columns[first:last]:
+            if size < _LARGE:
+                continue
+            order = np.sort(rows)
+            ends = np.flatnonzero(np.diff(order, append=order[-1:] + 2) > 1) if order.shape[0] else order
+            begin = 0
+            for end in ends.tolist():  # neighbours in one call
+                system.advise(view, "WILLNEED", at + int(order[begin]) * size, at + (int(order[end]) + 1) * size)
+                begin = end + 1
 
     def _reread(self, rows: Ints, first: int, last: int, out: Bytes, places: Ints, index: Ints, bad: Bytes) -> None:
         """Bad rows: an error for the writer; a reader may have met a commit under way, so it tries again for a while."""
@@ -857,6 +891,8 @@ class Store:
         wrong: list[int] = []
         for start in range(0, t.max_size, step):
             stop = min(t.max_size, start + step)
+            for at, size in self._large:
+                system.advise(self._require_map(), "WILLNEED", at + start * size, at + stop * size)
             kernel.verify_rows(self._view, self._cols, start, stop, bad)
             wrong += [start + int(i) for i in np.flatnonzero(bad[: stop - start])]
         if wrong:

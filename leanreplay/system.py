@@ -178,6 +178,15 @@ def populate(view: mmap.mmap, start: int, stop: int) -> None:
             view.madvise(_MADV_POPULATE_WRITE, start, stop - start)
 
 
+def advise(view: mmap.mmap, advice: str, start: int, stop: int) -> None:
+    """madvise with MADV_<advice> on bytes of a map. Does nothing where there is no such advice."""
+    option = getattr(mmap, f"MADV_{advice}", None)
+    if option is not None and start < stop:
+        start -= start % mmap.PAGESIZE
+        with contextlib.suppress(OSError, ValueError):
+            view.madvise(option, start, stop - start)
+
+
 def temporary(path: str) -> tuple[int, str]:
     """A new file beside `path`, which is to take its name once complete."""
     folder, name = os.path.split(os.path.abspath(path))
