@@ -24,7 +24,7 @@ import pytest
 
 import leanreplay
 from leanreplay import kernels
-from leanreplay.kernels import balance, balanced, reservoir, rows
+from leanreplay.kernels import balance, balanced, merge, reservoir, rows
 from leanreplay.keys import key_pair
 
 M64 = 2**64 - 1
@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if request.param == "compiled":
         yield
         return
-    for module in (balance, balanced, reservoir, rows):
+    for module in (balance, balanced, merge, reservoir, rows):
         for name, value in list(vars(module).items()):
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(module, name, value.py_func)
@@ -638,13 +638,15 @@ class Arrays:
         return found
 
 
-def long_tail(n: int, count: int, seed: int) -> list[int]:
-    """n labels of `count` groups, some frequent, some met once, the first ones more often at the beginning."""
+def long_tail(n: int, count: int, seed: int, total: int) -> list[int]:
+    """n labels of `count` groups, some frequent, some met once, the first ones more often at the beginning; the last is of one more."""
     rng = random.Random(seed)
     found = []
     for i in range(n):
         seen = max(1, min(count, 1 + count * i // max(1, n - 20)))
         found.append(IDS[min(int(rng.expovariate(1) * seen / 2), seen - 1)])
+    if n and not total:
+        found[-1] = IDS[count]
     return found
 
 
@@ -660,7 +662,7 @@ CASES = [
 def test_plan_balanced(run: None, mode: str, total: int, capacity: int, count: int, n: int) -> None:
     """One plan, pieces, limits on rows taken, no room for groups, and arrays rebuilt from index and log: always the definition."""
     start, seed = 5 * 2**48, capacity + n
-    ids = long_tail(n, count, seed)
+    ids = long_tail(n, count, seed, total)
     model = Shared(capacity, mode, total, seed)
     moments = {0: (model.rows(), dict(model.held), set())}
     for i, group in enumerate(ids):
@@ -691,7 +693,7 @@ def test_plan_balanced(run: None, mode: str, total: int, capacity: int, count: i
 def test_keep_balanced(run: None, mode: str, total: int, capacity: int, count: int, n: int) -> None:
     """Fewer rows: of every group its largest keys stay; the same number and more take nothing away."""
     seed = n
-    ids = long_tail(n, count, seed)
+    ids = long_tail(n, count, seed, total)
     for fewer in sorted({capacity + 5, capacity, capacity - 1, capacity // 2, max(1, capacity // 4), 1}):
         if total and fewer < total:
             continue
@@ -842,6 +844,42 @@ def test_heaps_of_groups(run: None, n: int) -> None:
         assert value >= last
         last = value
     assert (groups[0, balanced.ROOT], groups[0, balanced.HELD]) == (-1, 0)
+
+
+# -- merge -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("caps", [[0], [1], [5], [3, 0, 1, 20]])
+@pytest.mark.parametrize("n", [0, 1, 4, 60])
+def test_offer(run: None, caps: list[int], n: int) -> None:
+    """Offered in pieces, each heap holds the largest keys of its group, and of equal ones the oldest samples."""
+    rng = random.Random(n)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(caps)])
+    counts, room = np.zeros(len(caps), np.int64), int(starts[-1])
+    best, held, places = np.zeros(room, np.uint64), np.full(room, -9), np.full(room, -9)
+    everything = [(rng.choice([5, 2**63, rng.getrandbits(64)]), p, rng.randrange(len(caps)), rng.randrange(99)) for p in range(n)]
+    rng.shuffle(everything)
+    for source, at in enumerate(range(0, n, 23)):
+        part = everything[at : at + 23]
+        columns = [np.array([e[c] for e in part], np.uint64 if c == 0 else np.int64) for c in range(4)]
+        merge.offer(*map(read_only, columns), source << 40, starts, counts, best, held, places)
+    offered = [(k, p, g, i // 23 << 40 | row) for i, (k, p, g, row) in enumerate(everything)]
+    for g, cap in enumerate(caps):
+        wanted = sorted((e for e in offered if e[2] == g), key=lambda e: (-e[0], e[1]))[:cap]
+        assert counts[g] == len(wanted)
+        at = slice(int(starts[g]), int(starts[g]) + len(wanted))
+        found = zip(best[at].tolist(), held[at].tolist(), places[at].tolist(), strict=True)
+        assert sorted(found) == sorted((k, p, place) for k, p, _, place in wanted)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 10, 101])
+def test_sort_places(run: None, n: int) -> None:
+    """Both arrays in the order of the first."""
+    held = np.random.default_rng(n).permutation(n) * 3
+    places = held * 7 + 1
+    merge.sort_places(held, places)
+    assert held.tolist() == [3 * i for i in range(n)]
+    assert places.tolist() == [21 * i + 1 for i in range(n)]
 
 
 # -- blocks and hashes -------------------------------------------------------------------------------------------------
@@ -1187,7 +1225,7 @@ def test_every_kernel_is_tested() -> None:
     """A new kernel needs a test that calls it, here or in another file of this folder."""
     text = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
-    assert {"balance", "balanced", "reservoir", "rows"} <= set(names)
+    assert {"balance", "balanced", "merge", "reservoir", "rows"} <= set(names)
     for module in names:
         for name in public_kernels(importlib.import_module(f"{kernels.__name__}.{module}")):
             assert re.search(rf"\b{module}\.{name}\(", text), f"{module}.{name} has no test"
