@@ -335,13 +335,16 @@ def test_sizes() -> None:
     with merge([a, b], max_size=10) as buffer:
         assert (buffer.max_size, held(buffer), buffer._store.policy[0]) == (10, expected("reservoir", streams, 10), 10)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CapacityWarning)
         with merge([a, b], max_size=40) as buffer:
             assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", streams, 40), 40)
         with merge([b], max_size=100) as buffer:
             assert (len(buffer), buffer._store.policy[0]) == (30, 0)
             feed("reservoir", buffer, 30 + 100)
             assert len(buffer) == 100
+    c = made("reservoir", None, {2: 30}, 35)[0]
+    with merge([b, c]) as buffer:  # neither dropped a sample, but their union does
+        assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", {1: 30, 2: 30}, 35), 35)
     with pytest.warns(CapacityWarning, match="no more than 40") as caught, merge([b, a], max_size=60) as buffer:
         assert caught[0].filename == __file__
         assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", streams, 40), 40)
@@ -367,9 +370,26 @@ def test_sizes_of_groups() -> None:
         assert buffer.group_sizes()[3] in (7, 8)
         assert buffer.check() == []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CapacityWarning)
         with merge([a, b]) as buffer:
             assert sorted(buffer.group_sizes().values()) == [3, 3, 4]
+
+
+def test_groups_that_were_not_full() -> None:
+    """Groups that no input dropped a sample of, but that have too many together, are full from now on."""
+    parts = []
+    for stream in range(2):
+        part = ClassBalancedBuffer(10, seed=SEED, stream=stream)
+        part.add(np.arange(4), group=[0, 0, 0, 1 + stream])
+        parts.append(part)
+    with merge(parts) as buffer:
+        limit = quotas(range(3), 10)
+        assert buffer.group_sizes() == {0: limit[0], 1: 1, 2: 1}
+        assert full_groups(buffer) == [0]
+        with pytest.warns(CapacityWarning):
+            buffer.resize(60)
+        buffer.add(np.arange(90), group=np.arange(90) % 3)
+        assert buffer.group_sizes() == {0: limit[0], 1: 20, 2: 20}
 
 
 def test_resized_inputs() -> None:
@@ -385,7 +405,7 @@ def test_resized_inputs() -> None:
 def test_more_groups_than_rows() -> None:
     """Which groups keep a row goes by their hashes, however they were spread over the inputs."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CapacityWarning)
         for size in (1, 3, 5):
             parts = made("classes", None, STREAMS, size)
             with merge(parts) as buffer:

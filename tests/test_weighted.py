@@ -54,6 +54,15 @@ def fin(x: int) -> int:
     return x ^ x >> 31
 
 
+def fin_inverse(x: int) -> int:
+    """What `fin` came from."""
+    x ^= x >> 31 ^ x >> 62
+    x = x * pow(0x94D049BB133111EB, -1, 2**64) & M64
+    x ^= x >> 27 ^ x >> 54
+    x = x * pow(0xBF58476D1CE4E5B9, -1, 2**64) & M64
+    return x ^ x >> 30 ^ x >> 60
+
+
 @functools.cache
 def uniform(position: int, seed: int) -> Fraction:
     """v of a position: the middle of one of 2**52 parts of (0, 1)."""
@@ -256,6 +265,23 @@ def test_the_short_way_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(weighted, "_bound", lambda key: np.inf)
     with np.errstate(over="ignore"):
         assert [planned(w, k, 1) for w, k in streams] == found
+
+
+@pytest.mark.parametrize("v", [1, 3, 2**20 + 1, 2**33 + 1, 2**51 + 1, 2**53 - 1])
+@pytest.mark.parametrize("weight", [TINY, 2.0**-1030, 1e-250, 1.0, 3e250, 2.0**1020, HUGE])
+def test_by_a_hair(run: None, v: int, weight: float) -> None:
+    """A sample enters if its key is better than the worst by one unit, however small or large both are, and only then."""
+    x = fin_inverse((v - 1) // 2 << 12)  # the hash that leads to this v: choose k1 so that position 0 has it
+    k0, k1 = np.uint64(7), np.uint64((x - fin(7)) & M64)
+    assert weighted._uniform(0, k0, k1) * 2**53 == v
+    best, weights = np.empty(1, np.uint64), np.array([weight])
+    assert weighted.weighted_keys(np.zeros(1, np.int64), weights, k0, k1, best)
+    for step in (1, 2, 2**20, 2**33, 2**44, 2**52):
+        for sign in (1, -1):
+            keys, kept, rows, out = best - np.uint64(sign * step & M64), np.array([9]), np.array([0]), np.empty(1, np.int64)
+            used, size, dropped = weighted.plan_weighted(keys, kept, rows, 1, 1, k0, k1, 0, 5, weights, out)
+            assert (used, size, dropped) == (1, 1, True)
+            assert out[0] == (0 if sign == 1 else -1), (step, sign)
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------
@@ -462,7 +488,7 @@ def test_zero_weights() -> None:
         buffer.add(samples(53, 300), weights=[0] * 247)
         assert held(buffer) == [50, 51]
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", CapacityWarning)
             buffer.resize(30)
         buffer.add(samples(300, 320), weights=np.ones(20))
         assert held(buffer) == [50, 51, *range(300, 320)]
