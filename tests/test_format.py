@@ -5,7 +5,7 @@
     python -c "import sys; sys.path.insert(0, 'tests'); import test_format; test_format.write_stored_file('tests/data/replay_v1.h5')"
     gzip -9n tests/data/replay_v1.h5
 
-and must not be made again while the version is 1.
+and must not be made again while the version is 1. `data/grouped_v1.h5.gz`, by `write_grouped_file`, stands for those with groups and a log.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from leanreplay import format as fmt
 from leanreplay.create import hash_structure
 from leanreplay.schema import Schema
 
-STORED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "replay_v1.h5.gz")
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+STORED = os.path.join(DATA, "replay_v1.h5.gz")
+GROUPED = os.path.join(DATA, "grouped_v1.h5.gz")
 
 
 def batch(start, n):
@@ -50,6 +52,23 @@ def feed(buffer, start, n):
 def write_stored_file(path):
     with lr.ReservoirBuffer(6, path, seed=7, stream=3) as buffer:
         feed(buffer, 0, 40)
+    os.unlink(path + ".lock")
+
+
+def groups(start, n):
+    """Labels of ever more classes: 7 after 60 samples, the last of a single one; negative and large ones among them."""
+    p = np.arange(start, start + n)
+    return np.where(p == 59, 11, np.array([-5, 0, 2**40, 3, 7, 8, 9, -(2**63), 1, 2])[p % (1 + p // 10)])
+
+
+def feed_grouped(buffer, start, n):
+    buffer.add(batch(start, n), metadata=logits(start, n), group=groups(start, n))
+
+
+def write_grouped_file(path):
+    with lr.ClassBalancedBuffer(15, path, seed=7, stream=3) as buffer:
+        for start in range(0, 60, 10):
+            feed_grouped(buffer, start, 10)
     os.unlink(path + ".lock")
 
 
@@ -226,6 +245,10 @@ def test_opening_does_not_call_hdf5(tmp_path):
 
 HELD = [0, 16, 8, 37, 28, 9]
 AFTER = [126, 118, 55, 101, 111, 88]
+GROUPED_HELD = [0, 16, 59, 57, 53, 55, 28, 47, 58, 52, 26, 43]
+GROUPED_AFTER = [101, 107, 59, 57, 126, 55, 118, 103, 99, 70, 94, 52, 88, 43]
+GROUP_SIZES = {-5: 2, 0: 2, 2**40: 2, 3: 2, 7: 2, 8: 1, 11: 1}
+LOG = [[0, -5], [0, 0], [1, 0], [0, 2**40], [1, 1], [0, 3], [1, 2], [0, 7], [1, 3], [0, 8], [1, 4], [0, 11]]
 
 
 @pytest.fixture
@@ -267,6 +290,90 @@ def test_stored_file_goes_on(stored):
         assert buffer.check() == []
         buffer.load_state_dict(state)
         assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == HELD
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    """A copy of the file of version 1 with groups."""
+    assert os.path.getsize(GROUPED) < 60_000
+    path = str(tmp_path / "grouped.h5")
+    with gzip.open(GROUPED) as packed, open(path, "wb") as file:
+        shutil.copyfileobj(packed, file)
+    return path
+
+
+def log_of(path):
+    """The entries of the log that the header counts, by h5py and the format's words alone."""
+    table = table_of(path)
+    with open(path, "rb") as file:
+        data = file.read()
+    heads = [np.frombuffer(data, np.uint64, fmt.HEADER_WORDS, at) for at in fmt.HEADERS]
+    count = int(max(heads, key=lambda h: int(h[fmt.H_SEQ]))[fmt.H_LOG])
+    with h5py.File(path, "r") as file:
+        log = file["index/log"]
+        assert log.dtype == np.int64 and log.shape == (table.log[1], 2) and log.chunks is None and not log[count:].any()
+        return log[:count].tolist()
+
+
+def test_grouped_file_opens(grouped):
+    """A grouped file of format version 1 opens, checks clean, and holds groups, log and free rows as they were; also by h5py alone."""
+    with lr.open(grouped) as buffer, h5py.File(grouped, "r") as file:
+        assert type(buffer) is lr.ClassBalancedBuffer and (buffer.max_size, buffer.seed, buffer.stream, buffer.seen) == (15, 7, 3, 60)
+        assert buffer.adaptive_size and buffer.check() == []
+        assert buffer.group_sizes() == GROUP_SIZES
+        rows = buffer.get_metadata("idx")
+        held, meta = buffer.get(rows)
+        positions = meta["position"] - (3 << fmt.STREAM_BITS)
+        assert positions.tolist() == GROUPED_HELD
+        for i, p in enumerate(positions.tolist()):
+            assert all(same(leaf(held)[i : i + 1], leaf(batch(p, 1))) for leaf in DATASETS.values()), (i, p)
+            assert same(meta["logits"][i : i + 1], logits(p, 1)["logits"])
+        matches(file, buffer)
+        assert np.array_equal(file["index/group"][:][rows], groups(0, 60)[positions])
+        assert [g for what, g in log_of(grouped) if what == 0] == list(dict.fromkeys(groups(0, 60).tolist()))
+        assert log_of(grouped) == LOG
+
+
+def test_grouped_file_goes_on(grouped):
+    """Fed further, a grouped file of version 1 makes the choices that it has always made, and has the log of one fed at once."""
+    again = grouped + ".again"
+    with lr.open(grouped, "r+") as buffer, lr.ClassBalancedBuffer(15, again, seed=7, stream=3) as anew:
+        state = buffer.state_dict()
+        feed_grouped(anew, 0, 60)
+        for made in (buffer, anew):
+            for start in range(60, 140, 20):
+                feed_grouped(made, start, 20) if start < 100 else made.add(
+                    batch(start, 20), metadata=logits(start, 20), group=groups(80, 20)
+                )
+        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == GROUPED_AFTER
+        assert buffer.group_sizes() == anew.group_sizes() and log_of(grouped) == log_of(again)
+        rows = buffer.get_metadata("idx")
+        for a, b in zip(buffer._store.read(rows)[0], anew._store.read(rows)[0], strict=True):
+            assert same(a, b)
+        assert buffer.check() == []
+        buffer.load_state_dict(state)
+        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == GROUPED_HELD
+        assert buffer.group_sizes() == GROUP_SIZES and buffer.check() == []
+
+
+def test_a_longer_log(tmp_path):
+    """More groups than the log has room for: the file gets a longer one, and h5py sees it; groups and rows are as of any buffer."""
+    path, n = str(tmp_path / "many.h5"), 2500
+    ids = np.random.default_rng(0).permutation(n) * 2**30 - 2**35
+    with lr.ClassBalancedBuffer(5, path) as buffer:
+        buffer.add((np.zeros((2000, 1)), ids[:2000]))
+        slots = table_of(path).log[1]
+        buffer.add((np.zeros((n - 2000, 1)), ids[2000:]))
+        assert buffer.check() == [] and sum(buffer.group_sizes().values()) == 5 and list(buffer.group_sizes()) == sorted(ids.tolist())
+        assert table_of(path).log[1] > slots
+        log = log_of(path)
+        assert [g for what, g in log if what == 0] == ids.tolist()
+        full = [int(ids[i]) for what, i in log if what == 1]
+        assert sorted(full) == [g for g, held in buffer.group_sizes().items() if not held]  # their one sample had to go, or found no room
+    with lr.open(path, "r+") as buffer:
+        assert buffer.check() == []
+        buffer.add((np.ones((10, 1)), np.array(full[:10])))
+        assert log_of(path) == log
 
 
 # -- damaged files -------------------------------------------------------------------------------------------------------
@@ -432,6 +539,40 @@ def test_tables_that_lie(path, case):
     refused(path, "inconsistent table")
 
 
+GROUPED_TABLES = {
+    "log before": lambda t: {"log": (0, t.log[1])},
+    "log in the table": lambda t: {"log": (fmt.TABLE_AT, t.log[1])},
+    "log overlaps": lambda t: {"log": (t.columns[0][0], t.log[1])},
+    "log in the journal": lambda t: {"log": (t.journal, t.log[1])},
+    "log negative": lambda t: {"log": (-fmt.PAGE, t.log[1])},
+    "log odd": lambda t: {"log": (t.log[0] + 16, t.log[1])},
+    "log beyond": lambda t: {"log": (t.file_size, t.log[1])},
+    "log huge offset": lambda t: {"log": (HUGE, t.log[1])},
+    "log longer": lambda t: {"log": (t.log[0], t.file_size)},
+    "log huge": lambda t: {"log": (t.log[0], HUGE)},
+    "log overflow": lambda t: {"log": (t.log[0], 2**60 - 1)},
+    "log of -1": lambda t: {"log": (t.log[0], -1)},
+    "log float": lambda t: {"log": (t.log[0], 16.0)},
+    "log bool": lambda t: {"log": (t.log[0], True)},
+    "log text": lambda t: {"log": ["a", "b"]},
+    "log number": lambda t: {"log": 5},
+    "log None": lambda t: {"log": None},
+    "log of one": lambda t: {"log": [t.log[0]]},
+    "log over freed rows": lambda t: {"max_size": t.max_size + 2**20},
+    "journal at the end": lambda t: {"journal": t.file_size - fmt.PAGE},
+}
+
+
+@pytest.mark.parametrize("case", GROUPED_TABLES)
+def test_tables_that_lie_about_the_log(grouped, case):
+    """G7: a log, or a journal with room for freed rows, that lies outside the file or on top of something else is refused."""
+    table = table_of(grouped)
+    data = crafted(table, **GROUPED_TABLES[case](table))
+    overwrite(grouped, 0, data[: fmt.PAGE])
+    overwrite(grouped, fmt.TABLE_AT, data[fmt.TABLE_AT :])
+    refused(grouped, "inconsistent table")
+
+
 class Raw:
     """A schema of any JSON."""
 
@@ -520,7 +661,7 @@ def test_tables_that_are_none(path, text):
 
 
 def headers(path, **changes):
-    """Write both headers with some words changed, sealed as right ones are."""
+    """Write both headers with some words changed, sealed as right ones are; a function is given the word's value."""
     from leanreplay.kernels import rows as kernel
 
     for at in fmt.HEADERS:
@@ -530,7 +671,8 @@ def headers(path, **changes):
         if not kernel.read_block(block, 0, words):
             continue
         for name, value in changes.items():
-            words[getattr(fmt, name)] = value
+            word = getattr(fmt, name)
+            words[word] = value(int(words[word])) if callable(value) else value
         made = np.zeros(8 * fmt.HEADER_WORDS, np.uint8)
         kernel.seal_block(made, 0, words, fmt.H_STATE)
         overwrite(path, at, made.tobytes())
@@ -545,6 +687,8 @@ def headers(path, **changes):
         ({"H_SIZE": 5, "H_HIGH": 4}, "counts 5"),
         ({"H_SEEN": 2**63}, "header"),
         ({"H_TAG": 5}, "neither header"),
+        ({"H_LOG": 1}, "log has 1 of 0 entries"),
+        ({"H_LOG": 2**64 - 1}, "of 0 entries"),
     ],
     ids=str,
 )
@@ -556,6 +700,112 @@ def test_headers_that_lie(path, changes, word, monkeypatch):
         with pytest.raises(lr.FormatError, match=word) as caught:
             lr.ReservoirBuffer(path=path, mode=mode)
         assert "restore the file" in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [lambda n: 4097, lambda n: 2**60, lambda n: 2**63, lambda n: 2**64 - 1])
+def test_headers_that_count_too_many_entries_of_a_log(grouped, count, monkeypatch):
+    """G7: a log longer than the file has room for is refused, whatever its hash."""
+    monkeypatch.setattr("leanreplay.store._PATIENCE", 0.0)
+    headers(grouped, H_LOG=count)
+    for mode in ("r", "r+"):
+        with pytest.raises(lr.FormatError, match=r"its log has \d+ of 4096 entries; restore the file"):
+            lr.open(grouped, mode)
+
+
+@pytest.mark.parametrize("changes", [{"H_LOG": lambda n: n + 1}, {"H_LOG": 0}, {"H_LOG": 4096}, {"H_LOG_HASH": lambda h: h ^ 1}], ids=str)
+def test_logs_that_do_not_match(grouped, changes, monkeypatch):
+    """G7: a log whose hash is not the header's: rows can be read, but groups and writing are refused, and check() says so."""
+    monkeypatch.setattr("leanreplay.store._PATIENCE", 0.0)
+    headers(grouped, **changes)
+    for mode in ("r", "r+"):
+        with lr.open(grouped, mode) as buffer:
+            assert len(buffer.sample(12)[1]["idx"]) == 12
+            assert any("log fails its checksum" in p.what for p in buffer.check())
+            for action in (buffer.group_sizes, lambda b=buffer: b.group_rows(0), lambda b=buffer: b.groups[0]):
+                with pytest.raises(lr.CorruptionError, match="log fails its checksum"):
+                    action()
+            if mode == "r+":
+                before = snapshot_of(grouped)
+                for action in (lambda b=buffer: feed_grouped(b, 60, 3), lambda b=buffer: b.resize(5)):
+                    with pytest.raises(lr.CorruptionError, match="log fails its checksum"):
+                        action()
+                assert snapshot_of(grouped) == before
+
+
+def snapshot_of(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def test_every_byte_of_the_log_is_checked(grouped, monkeypatch):
+    """G7: any changed byte of the entries that count is noticed; one behind them does not matter."""
+    monkeypatch.setattr("leanreplay.store._PATIENCE", 0.0)
+    at = table_of(grouped).log[0]
+    data = snapshot_of(grouped)
+    for byte in range(16 * len(LOG) + 16):
+        overwrite(grouped, at + byte, bytes([data[at + byte] ^ (1 << byte % 8)]))
+        with lr.open(grouped) as buffer:
+            if byte < 16 * len(LOG):
+                with pytest.raises(lr.CorruptionError, match="log fails its checksum"):
+                    buffer.group_sizes()
+            else:
+                assert buffer.group_sizes() == GROUP_SIZES
+        overwrite(grouped, at + byte, data[at + byte : at + byte + 1])
+
+
+PARAMS = {
+    "total missing": {"adaptive_size": False},
+    "total None": {"adaptive_size": False, "total_num_classes": None},
+    "total 0": {"adaptive_size": False, "total_num_classes": 0},
+    "total negative": {"adaptive_size": False, "total_num_classes": -5, "borrow": False},
+    "total huge": {"adaptive_size": False, "total_num_classes": 2**70},
+    "total more than rows": {"adaptive_size": False, "total_num_classes": 16},
+    "total text": {"adaptive_size": False, "total_num_classes": "7"},
+    "total float": {"adaptive_size": False, "total_num_classes": 7.5},
+    "total list": {"adaptive_size": False, "total_num_classes": [7]},
+    "total bool": {"adaptive_size": False, "total_num_classes": True},
+    "adaptive text": {"adaptive_size": "no", "total_num_classes": 7},
+    "adaptive list": {"adaptive_size": [], "total_num_classes": 7},
+    "borrow list": {"adaptive_size": True, "borrow": [1]},
+    "nothing": {},
+    "another's": {"first": 3, "num_experiences": -1, "adaptive_size": False},
+}
+PARAMS_WORK = """
+import sys, warnings
+import numpy as np
+import leanreplay as lr
+warnings.simplefilter("ignore")
+for mode in ("r", "r+"):
+    try:
+        buffer = lr.open(sys.argv[1], mode)
+    except lr.FormatError as error:
+        print("refused")
+        continue
+    x, _ = buffer.get(buffer.get_metadata("idx")[[0] * 9])
+    z = {"logits": np.zeros((9, 2), np.float32)}
+    for action in (
+        lambda: buffer.get_group_lengths(3), buffer.group_sizes, buffer.check, lambda: buffer.adaptive_size, lambda: repr(buffer),
+        lambda: buffer.add(x, metadata=z, group=np.array([0, 7, 11] * 3)), lambda: buffer.add(x, metadata=z, group=np.arange(9)),
+        lambda: buffer.resize(9), lambda: buffer.resize(3), buffer.group_sizes, buffer.check,
+    ):
+        try:
+            action()
+        except lr.LeanReplayError as error:
+            assert str(error)
+    buffer.close()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("case", PARAMS)
+def test_parameters_that_lie(grouped, case):
+    """G7: parameters of the wrong kind or out of range under a right checksum: refused, or no worse than other parameters."""
+    data = crafted(table_of(grouped), params=PARAMS[case])
+    overwrite(grouped, 0, data[: fmt.PAGE])
+    overwrite(grouped, fmt.TABLE_AT, data[fmt.TABLE_AT :])
+    command = [sys.executable, "-c", PARAMS_WORK, grouped]  # in a process of its own: a wrong number could crash a kernel
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0 and ran.stdout.endswith("done\n"), (ran.returncode, ran.stderr[-600:])
 
 
 def test_headers_that_count_too_few(path, monkeypatch):
