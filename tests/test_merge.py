@@ -323,6 +323,18 @@ def test_open_buffers_and_paths() -> None:
         feed("reservoir", part, 70)
 
 
+def test_inputs_that_saw_but_hold_nothing() -> None:
+    """Samples of weight 0 count as seen in the result too."""
+    parts = [WeightedReservoirBuffer(5, seed=SEED, stream=stream) for stream in range(2)]
+    for part in parts:
+        part.add(np.arange(20), weights=np.zeros(20))
+    with merge(parts) as buffer:
+        assert (len(buffer), buffer.seen) == (0, 40)
+        assert buffer.check() == []
+        buffer.add(np.arange(3), weights=np.ones(3))
+        assert buffer.get_metadata("position").tolist() == [2 * STREAM + 40 + i for i in range(3)]
+
+
 # -- sizes and the capacity rule -------------------------------------------------------------------------------------------
 
 
@@ -631,6 +643,17 @@ def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with merge(parts, tmp_path / "all.h5") as buffer:
         assert held(buffer) == expected("reservoir", STREAMS, 30)
     feed("reservoir", parts[0], 100)
+
+
+def test_somebody_else_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With mode "x" a file that appears under the name meanwhile stays, whoever made it."""
+    parts = made("reservoir", None, STREAMS)
+    offer = kernel.offer
+    monkeypatch.setattr(kernel, "offer", lambda *args: ((tmp_path / "all.h5").write_text("mine"), offer(*args)))
+    with pytest.raises(ExistsError):
+        merge(parts, tmp_path / "all.h5")
+    assert (tmp_path / "all.h5").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.h5", "all.h5.lock"]
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
