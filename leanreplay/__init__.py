@@ -35,9 +35,11 @@ from .errors import (
     SchemaError,
     StateError,
     StorageError,
+    WorkerError,
 )
 from .infinite import InfiniteBuffer
 from .merge import merge
+from .parametric import ParametricBuffer, ParametricPolicy
 from .policies import (
     AppendPolicy,
     GreedyClassBalancingPolicy,
@@ -46,6 +48,13 @@ from .policies import (
     SlidingWindowPolicy,
 )
 from .schema import Field, Schema
+from .selection import (
+    ClosestToCenterSelection,
+    FeatureBasedSelection,
+    HerdingSelection,
+    RandomSelection,
+    SelectionStrategy,
+)
 from .store import Problem
 from .weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
 
@@ -60,15 +69,18 @@ __all__ = [
     "ClassBalancedBuffer",
     "ClassBalancingReservoirBuffer",
     "ClassBalancingReservoirPolicy",
+    "ClosestToCenterSelection",
     "CorruptionError",
     "DataBuffer",
     "ExistsError",
     "ExperienceBalancedBuffer",
+    "FeatureBasedSelection",
     "Field",
     "FormatError",
     "GreedyClassBalancingBuffer",
     "GreedyClassBalancingPolicy",
     "GroupError",
+    "HerdingSelection",
     "InfiniteBuffer",
     "LeanReplayError",
     "LockedError",
@@ -76,20 +88,25 @@ __all__ = [
     "MismatchError",
     "MissingError",
     "ModeError",
+    "ParametricBuffer",
+    "ParametricPolicy",
     "Policy",
     "Problem",
+    "RandomSelection",
     "RecoveryError",
     "ReservoirBuffer",
     "ReservoirPolicy",
     "RowError",
     "Schema",
     "SchemaError",
+    "SelectionStrategy",
     "SlidingWindowBuffer",
     "SlidingWindowPolicy",
     "StateError",
     "StorageError",
     "WeightedReservoirBuffer",
     "WeightedReservoirPolicy",
+    "WorkerError",
     "merge",
     "open",
 ]

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from .batches import integer
 from .buffers import DataBuffer, places
-from .errors import ArgumentError, CorruptionError, GroupError
+from .errors import ArgumentError, CorruptionError, FormatError, GroupError
+from .format import Table
 from .kernels import balanced as kernel
 from .keys import key_pair
 from .policies import NO_LOG, NO_ROWS, Policy
@@ -153,16 +154,15 @@ class BalancedPolicy(Policy):
         full = np.flatnonzero(self._groups[: int(self._counters[kernel.GROUPS]), kernel.FULL])
         return np.array([(0, g) for g in self._known()] + [(1, i) for i in full], np.int64).reshape(-1, 2)
 
-    def room(self, capacity: int) -> int:
+    def capacity_warning(self, capacity: int) -> str | None:
         n = int(self._counters[kernel.GROUPS])
-        if not n or not self._groups[:n, kernel.FULL].any():
-            return capacity
         held, full = self._groups[:n, kernel.HELD], self._groups[:n, kernel.FULL] != 0
-        if self._mode != kernel.QUOTA:
-            return capacity if not full.all() else int(held.sum())
-        quotas = group_quotas(capacity, self._groups[:n, kernel.HASH].view(np.uint64)) if not self._fixed else None
-        most = np.full(n, capacity // self._total) if quotas is None else quotas
-        return int(np.where(full, np.minimum(held, most), most).sum()) + (0 if quotas is not None else capacity - int(most.sum()))
+        if capacity <= self.capacity or not full.any():
+            return None
+        return (
+            f"{int(full.sum())} of {n} groups have already dropped samples and will hold no more than the {int(held[full].sum())} rows "
+            "that they hold now, because they would no longer be uniform; only the others, and new groups, use more"
+        )
 
 
 class ClassBalancingReservoirPolicy(BalancedPolicy):
@@ -223,8 +223,19 @@ class BalancedBuffer(DataBuffer):
             self._params["borrow"] = bool(self._params["borrow"])
 
     def _adopt(self, schema: Schema | None) -> None:
+        if self._store.table.kind == self.kind:
+            self._check_params(self._store.table)
         super()._adopt(schema)
         self._params = dict(self._store.table.params)
+
+    def _check_params(self, table: Table) -> None:
+        """Raise FormatError for parameters that no buffer writes: they decide which rows kernels touch."""
+        p = table.params
+        total, adaptive = p.get(self._total_name), p.get("adaptive_size")
+        right = type(adaptive) is bool and self._total_name in p and type(p.get("borrow", False)) is bool
+        right &= total is None or (type(total) is int and 1 <= total < 2**31)
+        if not right or (not adaptive and (total is None or total > table.max_size)):
+            raise FormatError(f"{self.path}: inconsistent parameters {p!r:.200}; restore the file from a copy")
 
     @property
     def adaptive_size(self) -> bool:
@@ -251,15 +262,18 @@ class BalancedBuffer(DataBuffer):
         store = self._require()
         if store is None:
             return None, {}
-        here = (id(store), store.sequence)
-        if self._rows_by_group is None or self._rows_by_group[0] != here:
+        if self._rows_by_group is None or self._rows_by_group[0] != (id(store), store.sequence):
+            positions, groups = store.snapshot()
+            here = (id(store), store.sequence)
             log = store.log()
-            live = self._all_rows(store)
-            ids = store.index()[1][live]
-            order = np.argsort(ids, kind="stable")
-            found, starts = np.unique(ids[order], return_index=True)
-            rows = dict.fromkeys(sorted(log[log[:, 0] == 0, 1].tolist()), NO_ROWS)
+            live = np.flatnonzero(positions >= 0)
+            order = np.argsort(groups[live], kind="stable")
+            found, starts = np.unique(groups[live[order]], return_index=True)
+            known = np.union1d(log[log[:, 0] == 0, 1], found)
+            rows = dict.fromkeys(known.tolist(), NO_ROWS)
             rows |= dict(zip(found.tolist(), np.split(live[order], starts[1:]), strict=False))
+            if store.sequence != here[1]:  # a reader met a commit: what is found is right, but of which state?
+                return self._by_group()
             self._rows_by_group = (here, rows)
         return store, self._rows_by_group[1]
 
@@ -474,6 +488,10 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
 
     def _settle_params(self) -> None:
         """There are none."""
+
+    def _check_params(self, table: Table) -> None:
+        if set(table.params) & {"adaptive_size", "borrow", *_TOTALS}:
+            raise FormatError(f"{self.path}: inconsistent parameters {table.params!r:.200}; restore the file from a copy")
 
     def get_group_lengths(self, num_groups: int) -> list[int]:
         """What so many classes come to hold if each has samples enough."""

@@ -516,7 +516,8 @@ class DataBuffer:
             used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, store.most)
             if used == 0 and store.table.log[1]:
                 live = self._all_rows(store)
-                self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), 4 * store.table.log[1])
+                slots = 4 * store.table.log[1]
+                self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
                 store = self._store
                 continue
             count = store.keep_last(rows[:used], self._samples, self._taken) if 0 < used <= m else -1
@@ -781,7 +782,13 @@ class DataBuffer:
             if size is None:
                 raise ArgumentError("resize needs the new max_size")
             if store is None:
-                self.max_size = self._max_size = size
+                before, self.max_size = self.max_size, size
+                try:
+                    self._settle_params()
+                except BaseException:
+                    self.max_size = before
+                    raise
+                self._max_size = size
                 return
             if size == self.max_size:
                 return
@@ -791,13 +798,9 @@ class DataBuffer:
             self._policy_at = -1  # `keep` changes its state: should anything fail from here on, it is derived anew
             live = self._all_rows(store)
             keep = live[self._keep(store, policy, size, live)]
-            if policy.room(size) < size:
-                warnings.warn(
-                    f"resize to {size}: this buffer has already dropped samples at {policy.room(size)} rows and will hold no more than "
-                    "that, because a larger sample would no longer be uniform; start a new buffer to use more rows",
-                    CapacityWarning,
-                    stacklevel=2,
-                )
+            warning = policy.capacity_warning(size)
+            if warning:
+                warnings.warn(f"resize to {size}: {warning}", CapacityWarning, stacklevel=2)
             self._rewrite(store, size, store.table.schema, keep, np.arange(keep.shape[0]), policy.state, policy.log)
 
     def _keep(self, store: Any, policy: Policy, size: int, live: Ints) -> Ints:
@@ -832,8 +835,12 @@ class DataBuffer:
         log: Ints,
         slots: int = 0,
         extra: Any = None,
+        keep_points: bool = False,
     ) -> None:
-        """Replace the file by one of another size or schema: rows[i] becomes new_rows[i]. Whole or not at all."""
+        """Replace the file by one of another size or schema: rows[i] becomes new_rows[i]. Whole or not at all.
+
+        keep_points: restore points stay, because neither rows nor schema change.
+        """
         old: Table = store.table
         table, pieces = self._plan_file(old.params, size, old.seed, old.stream, schema, old.uuid, max(slots, 2 * log.shape[0]))
         fields = schema.fields
@@ -853,7 +860,10 @@ class DataBuffer:
         if self._where is not None:
             system.remove_temporaries(self._where)
         self._replacing = True
-        created = Store.create(self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill)
+        heir = store if keep_points else None
+        created = Store.create(
+            self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill, heir_of=heir
+        )
         self._store, self.max_size, self._max_size = created, size, size
         self._policy_at = -1
         self._replacing = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LeanReplayError(Exception):
     """Base class of every error that leanreplay raises on purpose."""
@@ -67,6 +69,12 @@ class StateError(LeanReplayError, ValueError):
 
 class LossError(LeanReplayError, ArithmeticError):
     """A loss that is not finite: going on would spoil the model."""
+
+
+class WorkerError(LeanReplayError, RuntimeError):
+    """A job failed in a background worker, or the worker was killed. sample: what the job was to load, None if that is not known."""
+
+    sample: Any = None
 
 
 class CapacityWarning(UserWarning):

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from . import selection
 from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas
 from .batches import Batch, Fetch, flat, integers, length, loader, look_at, plain_array
-from .errors import ArgumentError, ModeError, SchemaError
-from .format import STREAM_BITS
+from .errors import ArgumentError, CorruptionError, FormatError, ModeError, SchemaError
+from .format import STREAM_BITS, Table
 from .policies import NO_ROWS, Policy
 from .schema import Field, Schema, entry
-from .selection import RandomSelection, SelectionStrategy, checked_order
+from .selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
 
 Ints = npt.NDArray[np.int64]
 Arrays = list[np.ndarray[Any, Any]]
@@ -24,6 +23,7 @@ Arrays = list[np.ndarray[Any, Any]]
 GROUPBY = (None, "class", "task", "experience")
 _RANK = Field("metadata/rank", np.dtype(np.int64), ())
 _NO_FLAGS = np.zeros(0, bool)
+_BUILT_IN = {c.__name__: c for c in (ClosestToCenterSelection, HerdingSelection, RandomSelection)}
 _BATCH = 256  # samples that a function of features is given at a time
 
 
@@ -37,7 +37,11 @@ class ParametricPolicy(Policy):
     def load(self, positions: Ints, groups: Ints) -> None:
         self.known = self.log[self.log[:, 0] == 0, 1]
         self.full = np.zeros(self.known.shape[0], bool)
-        self.full[self.log[self.log[:, 0] == 1, 1]] = True
+        full = self.log[self.log[:, 0] == 1, 1]
+        n = self.known.shape[0]
+        if n + full.shape[0] != self.log.shape[0] or np.unique(self.known).shape[0] != n or (full < 0).any() or (full >= n).any():
+            raise CorruptionError("the log of groups is wrong; restore the file from a copy")
+        self.full[full] = True
 
     def quotas(self, known: Ints, capacity: int, held: Ints) -> Ints:
         """How many rows each of these groups may hold; `held` by them now."""
@@ -197,8 +201,14 @@ class ParametricBuffer(BalancedBuffer):
     def _adopt(self, schema: Schema | None) -> None:
         super()._adopt(schema)
         name = self._params["selection_strategy"]
-        if self.selection_strategy is None and name in selection.__all__:
-            self.selection_strategy = getattr(selection, name)()
+        if self.selection_strategy is None and name in _BUILT_IN:
+            self.selection_strategy = _BUILT_IN[name]()
+
+    def _check_params(self, table: Table) -> None:
+        super()._check_params(table)
+        p = table.params
+        if p.get("groupby") not in ("nothing", *GROUPBY[1:]) or type(p.get("uniform")) is not bool or _RANK not in table.schema.metadata:
+            raise FormatError(f"{self.path}: inconsistent parameters {p!r:.200}; restore the file from a copy")
 
     def _create(self, schema: Schema) -> None:
         super()._create(_with_rank(schema))
@@ -356,7 +366,7 @@ class ParametricBuffer(BalancedBuffer):
         if store.log().shape[0] + log.shape[0] > store.table.log[1]:
             live = self._all_rows(store)
             slots = max(4 * store.table.log[1], 4 * known.shape[0])
-            self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots)
+            self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
             store = self._store
             source.store = store
         samples, ranks, groups = new.sorted()
@@ -478,7 +488,7 @@ class _Source:
                     f"{type(self._strategy).__name__} chooses by features: give features=(n, d) or a function of a batch, "
                     'metadata "features", or the strategy a model and layer'
                 )
-            return self._strategy.features_of(candidates)
+            return self._strategy.features_of(candidates)  # type: ignore[attr-defined]  # it has a model, see above
         parts = []
         for i in range(0, n, _BATCH):
             batch = self.schema.unflatten(read(np.arange(i, min(i + _BATCH, n)))[:split])

@@ -84,6 +84,16 @@ class Policy:
         """How many rows a buffer of this capacity could come to hold in the present state."""
         return capacity
 
+    def capacity_warning(self, capacity: int) -> str | None:
+        """What the user who resizes to this capacity should know of the capacity rule; None if it changes nothing."""
+        room = self.room(capacity)
+        if room >= capacity:
+            return None
+        return (
+            f"this buffer has already dropped samples at {room} rows and will hold no more than that, because a larger sample would no "
+            "longer be uniform; start a new buffer to use more rows"
+        )
+
 
 class ReservoirPolicy(Policy):
     """The `capacity` samples of the largest keys: a uniform sample without replacement of the stream (Vitter's problem, 1985).

@@ -152,10 +152,12 @@ class Store:
         durable: bool = False,
         points: int = 2,
         fill: Any = None,
+        heir_of: Store | None = None,
     ) -> Store:
         """Make a file, complete before it appears under its name, and open it for writing.
 
         fill: called with the store before it appears; the rows that it commits are there from the beginning.
+        heir_of: a store of the same state, whose restore points go on with the new file.
         """
         with system.storage_errors(f"creating {path or 'a buffer in memory'} of {table.file_size} bytes"):
             fd, temp = (system.memory_file("leanreplay", table.file_size), "") if path is None else system.temporary(path)
@@ -179,11 +181,19 @@ class Store:
                 store._attached = True  # undo files under this name belong to the file that is being replaced
                 if fill is not None:
                     fill(store)
+                if heir_of is not None:
+                    heir_of._attach()
+                    if heir_of._log.segments:
+                        heir_of._log.close_tail(int(heir_of.head[H_STATE]))
                 if path is not None:
                     os.fsync(fd)
                     system.publish(temp, path, replace)
                     system.sync_folder(path)
-                    store._log.clear()
+                    if heir_of is None:
+                        store._log.clear()
+                if heir_of is not None:
+                    store._log.take_over(heir_of._log)
+                    store._stamps, store._stamp = heir_of._stamps, heir_of._stamp
                 return store
             except BaseException:
                 if store is not None:
@@ -418,13 +428,40 @@ class Store:
         (p, _), (g, _) = self.table.columns[-3:-1]
         return self._view[p : p + 8 * high].view(np.int64), self._view[g : g + 8 * high].view(np.int64)
 
+    def snapshot(self) -> tuple[Ints, Ints]:
+        """As `index`, for a reader whatever the writer does meanwhile, or did when it was killed: copies, exactly as the header says."""
+        if self.writable:
+            return self.index()
+        deadline = time.monotonic() + _PATIENCE
+        head = np.zeros(HEADER_WORDS, np.uint64)
+        while True:
+            self.refresh()
+            positions, groups = (column.copy() for column in self.index())
+            if self.pending():  # undo the commit in the copies
+                t, s, high = self.table, self._seal, self.high
+                live, count = int(s[J_LIVE]), int(s[J_COUNT])
+                rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64).copy()
+                old = np.full((count, 2), -1, np.int64)
+                place = t.record_at + t.record - 16 - 8 * self._fields
+                old[:live] = np.ndarray((live, 2), np.int64, self._view, place, (t.record, 8))
+                freed = self._freed(int(s[J_FREED])).copy()
+                rows, old = np.concatenate([rows, freed[:, 0]]), np.concatenate([old, freed[:, 1:]])
+                inside = (rows >= 0) & (rows < high)
+                positions[rows[inside]], groups[rows[inside]] = old[inside].T
+            self._newest(head)
+            if head[H_SEQ] == self.head[H_SEQ] and head[H_STATE] == self.head[H_STATE]:
+                return positions, groups
+            if time.monotonic() > deadline:
+                raise RowError(f"{self.path or 'this buffer'} changes faster than its index can be read; try again")
+
     def live_rows(self) -> Ints | None:
         """The live rows in order; None where they are simply 0 to size - 1."""
         if self.size == self.high:
             return None
         sequence = int(self.head[H_SEQ])
         if self._live_rows is None or self._live_rows[0] != sequence:
-            found = np.flatnonzero(self.index()[0] >= 0)
+            found = np.flatnonzero(self.snapshot()[0] >= 0)
+            sequence = int(self.head[H_SEQ])
             if found.shape[0] != self.size:
                 # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
                 raise (CorruptionError if self.writable else RowError)(

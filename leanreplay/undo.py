@@ -311,6 +311,10 @@ class UndoLog:
                 "(file and undo files come from different copies); load a saved copy instead"
             )
 
+    def take_over(self, other: UndoLog) -> None:
+        """Go on with the segments of a store that this one's replaces, row for row the same."""
+        self.segments, other.segments = other.segments, []
+
     def close_tail(self, state: int) -> None:
         """Say that the log is complete up to this state, with no commit pending."""
         self._write_tail(self.segments[-1], state, self.segments[-1].length)

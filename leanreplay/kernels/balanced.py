@@ -400,7 +400,7 @@ def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
     count = 0
     held = 0
     for g in range(n):
-        while mode == QUOTA and groups[g, HELD] > counters[SHARE] + groups[g, EXTRA]:
+        while mode == QUOTA and groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
             groups[g, FULL] = 1
             lost[count] = _remove_least(keys, links, groups, g)
             count += 1
