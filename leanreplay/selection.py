@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -24,8 +24,9 @@ Floats = npt.NDArray[np.float64]
 _GRAM_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
 _GRAM_WORTH = 32  # u * u * d in one product of matrices costs as much as u / 32 products of the matrix with a vector (both measured)
 _PIECE = 1 << 20  # numbers looked at in one piece where temporary copies are made
-_UNIT = 2.0**-53
+_UNIT = 1.01 * 2.0**-53  # of rounding, and what terms of higher order may add
 _TINY = 2.0**-1000  # far above what underflow can lose, far below what counts in rows of ordinary size
+_SHORTEST = 2.0**-499  # shorter rows count as this long: their squares underflow, and with them the length
 
 
 class Candidates(Protocol):
@@ -138,13 +139,16 @@ class FeatureBasedSelection(SelectionStrategy):
     """The base of strategies that choose by features: overrides `sorted_indices`, and may hold what makes the features.
 
     model, layer: a torch module and the name of one of its layers (`model.named_modules()`), whose activations are the features where
-    none are given. batch_size: samples that go through the model at a time.
+    none are given. batch_size: samples that go through the model at a time. transform: makes of a batch of inputs, a tensor (B, ...), what
+    the model wants (`lambda x: x.float() / 255` for images stored as uint8); default: inputs as they are.
     """
 
-    def __init__(self, model: Any = None, layer: str | None = None, *, batch_size: int = 256) -> None:
+    def __init__(
+        self, model: Any = None, layer: str | None = None, *, batch_size: int = 256, transform: Callable[[Any], Any] | None = None
+    ) -> None:
         if (model is None) != (layer is None):
             raise ArgumentError(f"model and layer go together: got model={type(model).__name__}, layer={layer!r:.200}")
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.transform = model, layer, transform
         self.batch_size = _integer("batch_size", batch_size, 1, 2**63 - 1)
 
     def features_of(self, dataset: Any) -> npt.NDArray[np.float32]:
@@ -156,7 +160,7 @@ class FeatureBasedSelection(SelectionStrategy):
             )
         # The core never imports torch (it may be missing, and takes a second): only who has a torch model in hand comes here.
         module = importlib.import_module("leanreplay.torch.features")
-        return module.features(self.model, self.layer, dataset, self.batch_size, progress=False)
+        return module.features(self.model, self.layer, dataset, self.batch_size, transform=self.transform, progress=False)
 
     def sorted_indices_of(self, dataset: Any, count: int | None = None) -> Ints:
         """`sorted_indices` of the activations of the layer. One pass of the samples through the model."""
@@ -175,6 +179,7 @@ class HerdingSelection(FeatureBasedSelection):
     gives the same order except where two distinct rows are closer to a tie than its rounding.)
 
     normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as iCaRL does; default: features as given.
+    model, layer, batch_size, transform: as for `FeatureBasedSelection`.
 
     Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.05 s for n=2,000, d=512 on two
     cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: a float64 copy of features of other dtypes, and
@@ -185,8 +190,8 @@ class HerdingSelection(FeatureBasedSelection):
     array([3, 2, 1, 4, 0])
     """
 
-    def __init__(self, model: Any = None, layer: str | None = None, *, batch_size: int = 256, normalize: bool = False) -> None:
-        super().__init__(model, layer, batch_size=batch_size)
+    def __init__(self, model: Any = None, layer: str | None = None, *, normalize: bool = False, **options: Any) -> None:
+        super().__init__(model, layer, **options)
         self.normalize = bool(normalize)
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
@@ -202,14 +207,14 @@ class ClosestToCenterSelection(FeatureBasedSelection):
     """Samples by the distance of their features from the mean of all, the closest first.
 
     The order is that of exact arithmetic on the features, taken as float64; where distances tie, the lowest index comes first.
-    normalize: as for `HerdingSelection`. Costs O(n * d), and a float64 copy of features of other dtypes.
+    All arguments are those of `HerdingSelection`. Costs O(n * d), and a float64 copy of features of other dtypes.
 
     >>> ClosestToCenterSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 0, 4])
     """
 
-    def __init__(self, model: Any = None, layer: str | None = None, *, batch_size: int = 256, normalize: bool = False) -> None:
-        super().__init__(model, layer, batch_size=batch_size)
+    def __init__(self, model: Any = None, layer: str | None = None, *, normalize: bool = False, **options: Any) -> None:
+        super().__init__(model, layer, **options)
         self.normalize = bool(normalize)
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
@@ -328,7 +333,7 @@ class _Rows:
         else:
             self.weight, self.scores, self.drift = float(self.n), self.n * squares, w @ (counts @ w)
         self.w = w
-        self.lengths = np.sqrt(squares)
+        self.lengths = np.maximum(np.sqrt(squares), _SHORTEST)
         self.mean_length = float(counts @ self.lengths) / self.n
         self.terms = d + u
         self.unit, self.tiny = (_UNIT, _TINY) if self.rounded else (0.0, 0.0)
@@ -393,7 +398,10 @@ def _herd(rows: _Rows, stop: int) -> Ints:
 
 
 def _distinct(x: Floats) -> tuple[Ints, Ints, Ints]:
-    """Lowest index of each distinct row, (u,); for each index, (n,), its distinct row, and the next index of an equal row, or -1."""
+    """Lowest index of each distinct row, (u,); for each index, (n,), its distinct row, and the next index of an equal row, or -1.
+
+    Where all are distinct the rows stand in their own order.
+    """
     n, d = x.shape
     factors, hashes = np.empty(d, np.uint64), np.empty(n, np.uint64)
     reservoir.position_keys(np.arange(d), *key_pair("equal rows", 0), factors)
@@ -414,6 +422,8 @@ def _distinct(x: Floats) -> tuple[Ints, Ints, Ints]:
         labels = np.unique(x + 0.0, axis=0, return_inverse=True)[1].reshape(-1)  # + 0.0: of -0.0 too
         order = np.argsort(labels, kind="stable")
     _, first = np.unique(labels, return_index=True)
+    if first.shape[0] == n:
+        return np.arange(n), np.arange(n), none
     equal = labels[order[1:]] == labels[order[:-1]]
     none[order[:-1][equal]] = order[1:][equal]
     return first, labels, none

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .data import BufferDataset, sample
+from .features import features
 from .learners import ERLearner, Step
 from .loader import MixedLoader, ReplayLoader
 
-__all__ = ["BufferDataset", "ERLearner", "MixedLoader", "ReplayLoader", "Step", "sample"]
+__all__ = ["BufferDataset", "ERLearner", "MixedLoader", "ReplayLoader", "Step", "features", "sample"]

@@ -1,0 +1,742 @@
+"""Selection strategies: orders against the definition, in rational numbers where rounding could decide; ties; input; user strategies.
+
+`exact` works the definition out in fractions, `whole` in integers, `direct` in float64 as anybody would write it. Distinct rows that
+tie exactly are the first two's business: what a direct implementation makes of them is up to its rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import leanreplay
+from leanreplay import (
+    ArgumentError,
+    ClosestToCenterSelection,
+    FeatureBasedSelection,
+    HerdingSelection,
+    RandomSelection,
+    ReservoirBuffer,
+    SelectionStrategy,
+    selection,
+)
+from leanreplay.kernels import herding, reservoir
+from leanreplay.selection import checked_order
+
+LIMIT = 4.8  # of z: 1 in a million for a right implementation with new seeds; these seeds are fixed
+FEATURES = [HerdingSelection, ClosestToCenterSelection]
+
+
+@pytest.fixture(params=["compiled", "python"])
+def run(request, monkeypatch):
+    """Run a test with compiled kernels, and with the Python functions that they are made from."""
+    if request.param == "python":
+        for module, names in ((herding, ("hash_rows", "herd")), (reservoir, ("position_keys",))):
+            for name in names:
+                kernel = getattr(module, name)
+                plain = getattr(kernel, "py_func", kernel)
+
+                def quiet(*args, plain=plain):
+                    with np.errstate(over="ignore"):  # keys wrap around
+                        return plain(*args)
+
+                monkeypatch.setattr(module, name, quiet)
+
+
+@pytest.fixture(params=["matrix", "vectors"])
+def path(request, monkeypatch):
+    """Run a test with one matrix of all products, and with the products of one row at a time."""
+    if request.param == "vectors":
+        monkeypatch.setattr(selection, "_GRAM_BYTES", 0)
+    else:
+        monkeypatch.setattr(selection, "_GRAM_WORTH", 10**9)
+
+
+# -- oracles -----------------------------------------------------------------------------------------------------------
+
+
+def exact(x):
+    """Herding by the definition, in rational numbers: the squared distance is smallest where the distance is."""
+    rows = [[Fraction(v) for v in row] for row in np.asarray(x, np.float64).tolist()]
+    n = len(rows)
+    mean = [sum(column) / n for column in zip(*rows, strict=True)]
+    chosen, left, order = [Fraction(0)] * len(mean), list(range(n)), []
+    for k in range(1, n + 1):
+        cost = {i: sum((m - (v + s) / k) ** 2 for m, v, s in zip(mean, rows[i], chosen, strict=True)) for i in left}
+        best = min(left, key=lambda i: (cost[i], i))
+        order.append(best)
+        left.remove(best)
+        chosen = [s + v for s, v in zip(chosen, rows[best], strict=True)]
+    return order
+
+
+def exact_center(x):
+    rows = [[Fraction(v) for v in row] for row in np.asarray(x, np.float64).tolist()]
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return sorted(range(len(rows)), key=lambda i: (sum((v - m) ** 2 for v, m in zip(rows[i], mean, strict=True)), i))
+
+
+def whole(x):
+    """Herding of small integers, times n so that everything stays an integer."""
+    x = np.asarray(x, np.int64)
+    n, total, order = len(x), x.sum(0), []
+    chosen, taken = np.zeros_like(total), np.zeros(n, bool)
+    for k in range(1, n + 1):
+        cost = ((k * total - n * (chosen + x)) ** 2).sum(1)
+        assert cost.max() < 2**62
+        best = int(np.argmin(np.where(taken, 2**62, cost)))
+        order.append(best)
+        taken[best] = True
+        chosen = chosen + x[best]
+    return order
+
+
+def direct(x):
+    """Herding by the definition, in float64."""
+    x = np.asarray(x, np.float64)
+    mean, chosen, taken, order = x.mean(0), np.zeros(x.shape[1]), np.zeros(len(x), bool), []
+    for k in range(1, len(x) + 1):
+        distance = np.linalg.norm(mean - (chosen + x) / k, axis=1)
+        best = int(np.argmin(np.where(taken, np.inf, distance)))
+        order.append(best)
+        taken[best] = True
+        chosen = chosen + x[best]
+    return order
+
+
+def direct_center(x):
+    x = np.asarray(x, np.float64)
+    return np.argsort(np.linalg.norm(x - x.mean(0), axis=1), kind="stable").tolist()
+
+
+def herd(x, count=None, **options):
+    order = HerdingSelection(**options).sorted_indices(x, count)
+    assert order.dtype == np.int64
+    return order.tolist()
+
+
+def center(x, count=None, **options):
+    order = ClosestToCenterSelection(**options).sorted_indices(x, count)
+    assert order.dtype == np.int64
+    return order.tolist()
+
+
+# -- orders ------------------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+POINTS = RNG.normal(size=(8, 3))
+# Exact ties of distinct rows, on and off grids; cancellation; magnitudes whose squares overflow, underflow or differ beyond float64.
+HARD = {
+    "random": RNG.normal(size=(24, 4)),
+    "one": RNG.normal(size=(1, 4)),
+    "pair": RNG.normal(size=(2, 5)),
+    "pairs": RNG.normal(size=(2, 40)),
+    "constant": np.full((7, 3), 0.1),
+    "zeros": np.zeros((5, 2)),
+    "signed zeros": np.array([[0.0, 1.0], [-0.0, 1.0], [0.0, -1.0], [-0.0, 1.0], [0.0, -1.0], [0.0, 3.0]]),
+    "integers": RNG.integers(0, 3, (40, 3)),
+    "tenths": RNG.integers(0, 3, (30, 3)) * 0.1,
+    "sums of tenths": RNG.integers(0, 3, (25, 3)) * 0.1 + RNG.integers(0, 2, (25, 3)) * 0.3,
+    "roots": np.sqrt(RNG.integers(0, 3, (30, 3))),
+    "cube": np.array(list(itertools.product([0.0, math.pi], repeat=4))),
+    "cube off the grid": np.array(list(itertools.product([1.0, 1.0 + 2**-40], repeat=4))),
+    "simplex": np.eye(10) * 0.3 + np.eye(10)[::-1] * 0.7,
+    "repeated": POINTS[RNG.integers(0, 8, 30)],
+    "mirrored": np.concatenate([POINTS, -POINTS]),
+    "mirrored and swapped": np.concatenate([POINTS, -POINTS, POINTS[:, [1, 0, 2]], POINTS[:, [1, 0, 2]]]),
+    "half": RNG.normal(size=(20, 1)).astype(np.float16),
+    "far away": RNG.normal(size=(24, 4)) + 1e9,
+    "far away and close": RNG.integers(0, 3, (24, 4)) * 2.0**-20 + 1e9 / 3,
+    "outlier": np.concatenate([RNG.normal(size=(15, 3)), [[1e17, -1e17, 1e16]]]),
+    "tiny": RNG.normal(size=(16, 3)) * 1e-200,
+    "huge": RNG.normal(size=(16, 3)) * 1e200,
+    "largest": np.array([[1.7e308, -1.7e308], [1.6e308, 1.7e308], [-1.7e308, 0.0], [0.0, 5e-324], [5e-324, 1.0]]),
+    "denormal": RNG.integers(-3, 4, (16, 2)) * 5e-324,
+    "every size": RNG.normal(size=(14, 3)) * 10.0 ** RNG.integers(-300, 300, (14, 3)),
+    "one column": RNG.integers(0, 50, (30, 1)) / 7,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.usefixtures("run", "path")
+def test_herding_exact(name):
+    """The order of the definition, and its prefix for every count."""
+    x = HARD[name]
+    order = exact(x)
+    assert herd(x) == order
+    for count in range(len(x) + 2):
+        assert herd(x, count) == order[:count], count
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.usefixtures("run")
+def test_center_exact(name):
+    x = HARD[name]
+    order = exact_center(x)
+    for count in (None, *range(len(x) + 2)):
+        assert center(x, count) == order[:count], count
+
+
+@pytest.mark.parametrize("name", ["pair", "cube off the grid", "mirrored", "far away and close", "outlier"])
+def test_hard_cases_are_hard(name, monkeypatch):
+    """The cases above mean something only if exact scores are asked for."""
+    asked = []
+    scores = selection.Exact.scores
+    monkeypatch.setattr(selection.Exact, "scores", lambda *args: asked.append(1) or scores(*args))
+    herd(HARD[name])
+    assert asked
+
+
+@pytest.mark.parametrize("name", ["integers", "tenths", "cube", "denormal", "zeros", "constant"])
+def test_grids_need_no_exact_scores(name, monkeypatch):
+    """Small multiples of one number add up without rounding: ties cost nothing."""
+    monkeypatch.setattr(selection.Exact, "scores", lambda *args: pytest.fail("asked"))
+    assert herd(HARD[name]) == exact(HARD[name])
+    assert center(HARD[name]) == exact_center(HARD[name])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("path")
+def test_integers(seed):
+    """Many duplicates and many ties of distinct rows, at sizes beyond fractions."""
+    rng = np.random.default_rng(seed)
+    for n, d, high in ((400, 4, 3), (300, 6, 2), (500, 2, 9), (200, 40, 2)):
+        x = rng.integers(-high if seed % 2 else 0, high + 1, (n, d))
+        order = whole(x)
+        assert herd(x) == order
+        for dtype in (np.int8, np.float16, np.float32, np.float64, np.int64):
+            assert herd(x.astype(dtype), 60) == order[:60]
+        assert herd(x * float(np.float32(0.7)), 90) == order[:90]  # exact products
+        squares = ((x.sum(0) - n * x) ** 2).sum(1)
+        assert center(x) == np.argsort(squares, kind="stable").tolist()
+
+
+def test_pixels():
+    """Integers near the end of what is exact in float64, and beyond."""
+    for n, d in ((120, 3072), (60, 12)):
+        x = np.random.default_rng(n).integers(0, 256, (n, d)).astype(np.uint8)
+        assert herd(x) == direct(x)
+    x = np.random.default_rng(1).integers(0, 2**40, (40, 3))
+    assert herd(x) == exact(x)
+    assert herd(x * 3 // 3 * 1024) == exact(x)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (3, 2), (50, 8), (200, 64), (600, 5), (300, 512)])
+@pytest.mark.usefixtures("path")
+def test_random_direct(n, d, dtype):
+    """The same order as a direct float64 implementation of the definition; rectified features too, which are far from the origin."""
+    x = np.random.default_rng([n, d]).normal(size=(n, d)).astype(dtype)
+    order = direct(x)
+    assert herd(x) == order
+    assert herd(x, n // 3) == order[: n // 3]
+    assert center(x) == direct_center(x)
+    y = np.maximum(x, 0) + dtype(0.5)
+    assert herd(y) == direct(y)
+    assert center(y) == direct_center(y)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.usefixtures("path")
+def test_duplicates_direct(dtype):
+    """Equal rows tie in any implementation: the lowest index first."""
+    rng = np.random.default_rng(3)
+    for n, distinct in ((200, 7), (200, 60), (300, 290), (90, 1)):
+        x = rng.normal(size=(distinct, 16)).astype(dtype)[rng.integers(0, distinct, n)]
+        order = herd(x)
+        if distinct > 1:
+            assert order == direct(x)
+        assert center(x) == direct_center(x)
+        for row in np.unique(x, axis=0):
+            mine = [i for i in order if np.array_equal(x[i], row)]
+            assert mine == sorted(mine)
+
+
+def test_count_does_not_matter():
+    """A few of many are chosen by products of one row at a time, many by a matrix: the order is one."""
+    x = np.random.default_rng(5).normal(size=(1200, 24))
+    x[600:] = x[:600] * [1] * 12 + x[:600] * 0  # every row twice
+    order = herd(x)
+    for count in (1, 2, 20, 36, 37, 38, 39, 100, 1199, 1200, 5000, np.int64(7)):
+        assert herd(x, count) == order[:count]
+    assert 37 * selection._GRAM_WORTH < 1200 < 38 * selection._GRAM_WORTH or len({tuple(r) for r in x}) != 1200
+    assert sorted(order) == list(range(1200))
+
+
+def test_prefixes_have_the_mean():
+    """What herding is for: the mean of 20 chosen is far closer to the mean of all than that of 20 random ones."""
+    x = np.random.default_rng(0).normal(size=(2000, 32))
+    gap = np.linalg.norm(x[herd(x, 20)].mean(0) - x.mean(0))
+    assert gap < 0.5 * min(np.linalg.norm(x[RandomSelection(s).sorted_indices(x, 20)].mean(0) - x.mean(0)) for s in range(20))
+
+
+def test_normalize():
+    """Each row by its length first; rows of zeros stay."""
+    x = np.random.default_rng(2).normal(size=(80, 6)) * np.random.default_rng(3).uniform(0.1, 10, (80, 1))
+    y = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert herd(x, normalize=True) == direct(y) != direct(x)
+    assert center(x, normalize=True) == direct_center(y) != direct_center(x)
+    for scale in (1e-200, 1e200, 2.0**-1040):
+        assert herd(x * scale, normalize=True, count=40)[:5] == direct(y)[:5]
+    x[7] = 0
+    x[9] = 0
+    y[[7, 9]] = 0
+    assert herd(x, normalize=True) == direct(y)
+    assert herd(np.array([[3.0, 4], [6, 8], [3, 4]]), normalize=True) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_bounds_hold(name):
+    """Scores are as close to the exact ones as the kernel believes, at every step. Differences of two rows: a constant is left out."""
+    x = HARD[name].astype(np.float64)
+    n = len(x)
+    rows = selection._Rows(x, False, n)
+    u = len(rows.first)
+    scale = np.float64(1.0)
+    if not rows.rounded:
+        pytest.skip("nothing is rounded")
+    if not 2.0**-300 < np.abs(x).max() < 2.0**300:
+        scale = 2.0 ** -math.frexp(np.abs(x).max())[1]
+    true = [[Fraction(v) * Fraction(scale) for v in row] for row in x[rows.first].tolist()]
+    counts = np.bincount(rows.of)
+    mean = [sum(v * int(c) for v, c in zip(column, counts, strict=True)) / n for column in zip(*true, strict=True)]
+    chosen, head, order, total, last = [Fraction(0)] * len(mean), rows.first.copy(), np.zeros(n, np.int64), 0.0, 0
+    for step in range(n):
+        products = (rows.w @ rows.w[last])[None] if step else np.zeros((1, u))
+        args = (rows.weight, rows.drift, rows.lengths, total, rows.mean_length, rows.terms)
+        # tiny so large that no step is decided
+        found = herding.herd(products, 0, step, step + 1, *args, 1.0, 1e300, rows.scores, head, rows.follow, order)
+        if u > 1 and (head >= 0).sum() > 1:
+            assert found[0] == step
+        live = np.flatnonzero(head >= 0)
+        bound = rows.bound(step + 1, total)
+        r = [(step + 1) * m - c for m, c in zip(mean, chosen, strict=True)]
+        for i, j in itertools.pairwise(live.tolist()):
+            e = [sum(v * v - 2 * v * t for v, t in zip(true[h], r, strict=True)) for h in (i, j)]
+            off = abs(Fraction(float(rows.scores[i])) - Fraction(float(rows.scores[j])) - e[0] + e[1])
+            assert off <= Fraction(float(bound[i])) + Fraction(float(bound[j]))
+        if found[0] == step:
+            last = int(live[step % len(live)])
+            head[last] = rows.follow[head[last]]
+            if head[last] < 0:
+                rows.scores[last] = np.inf
+        else:
+            last = int(found[1])
+        total += float(rows.lengths[last])
+        chosen = [c + v for c, v in zip(chosen, true[last], strict=True)]
+
+
+@pytest.mark.usefixtures("run")
+def test_exact_scores():
+    """Integers over one power of two, whatever the range of the numbers, many rows or few."""
+    rng = np.random.default_rng(0)
+    for x in (
+        *(HARD[k].astype(np.float64) for k in ("every size", "largest", "denormal", "half", "outlier", "one")),
+        rng.normal(size=(3000, 2)),
+    ):
+        counts = rng.integers(1, 5, len(x)).astype(np.float64)
+        n, picks, k = int(counts.sum()), rng.integers(0, len(x), 6), 7
+        scorer = selection.Exact(x, counts)
+        among = np.arange(min(len(x), 10))
+        assert len(list(scorer.scores(among, 3, picks[:2]))) == len(among)
+        found = list(scorer.scores(among, k, picks))
+        rows = [[Fraction(v) for v in row] for row in x.tolist()]
+        total = [sum(int(c) * v for c, v in zip(counts, column, strict=True)) for column in zip(*rows, strict=True)]
+        chosen = [sum(rows[p][j] for p in picks) for j in range(x.shape[1])]
+        want = [sum(n * v * v - 2 * v * (k * t - n * c) for v, t, c in zip(rows[i], total, chosen, strict=True)) for i in among]
+        assert [Fraction(f) * Fraction(2) ** (2 * scorer.low) for f in found] == want
+
+
+# -- equal rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("run")
+def test_distinct():
+    rng = np.random.default_rng(0)
+    for n, d, high in ((1, 1, 1), (50, 2, 3), (50, 3, 9), (80, 0, 1), (64, 7, 100)):
+        x = rng.integers(0, high + 1, (n, d)) * rng.choice([-1.0, 1.0], (n, d))
+        first, of, follow = selection._distinct(x)
+        seen = {}
+        for i, row in enumerate(x.tolist()):
+            seen.setdefault(tuple(row), []).append(i)  # 0.0 and -0.0 are one key
+        assert sorted(first.tolist()) == sorted(v[0] for v in seen.values())
+        for mine in seen.values():
+            assert set(of[mine]) == {of[mine[0]]} and first[of[mine[0]]] == mine[0]
+            assert follow[mine].tolist() == [*mine[1:], -1]
+
+
+@pytest.mark.parametrize("name", ["random", "repeated", "signed zeros", "constant", "integers"])
+def test_hashes_may_collide(name, monkeypatch):
+    """The hash only says where to look."""
+    monkeypatch.setattr(herding, "hash_rows", lambda words, factors, out: out.fill(5))
+    assert herd(HARD[name]) == exact(HARD[name])
+    assert center(HARD[name]) == exact_center(HARD[name])
+    monkeypatch.setattr(herding, "hash_rows", lambda words, factors, out: np.copyto(out, words[:, 0] & np.uint64(2**52)))
+    x = HARD[name].astype(np.float64) + 0.0
+    assert herd(x) == exact(x)
+
+
+@pytest.mark.usefixtures("run")
+def test_hash_rows():
+    """Equal rows have equal hashes, in any memory; other rows of many kinds have others."""
+    factors = np.array([3, 5, 2**63 + 7], np.uint64)
+
+    def hashes(x):
+        x = np.ascontiguousarray(x, np.float64)
+        out = np.empty(len(x), np.uint64)
+        words = x.view(np.uint64)
+        words.setflags(write=False)
+        herding.hash_rows(words, factors, out)
+        return out
+
+    def plain(row):
+        words = [int(np.float64(v + 0.0).view(np.uint64)) for v in row]
+        return sum((w ^ w >> 32) * int(f) for w, f in zip(words, factors, strict=True)) % 2**64
+
+    x = RNG.normal(size=(20, 3))
+    x[3] = [0.0, -0.0, 1.0]
+    assert hashes(x).tolist() == [plain(row) for row in x]
+    assert hashes([[0.0, 1, -0.0]])[0] == hashes([[-0.0, 1, 0.0]])[0]
+    assert hashes(np.zeros((0, 3))).shape == (0,)
+
+
+def test_no_collisions_of_small_integers():
+    """The rows of which only a few high bits differ are told apart by their hash alone."""
+    x = np.array(list(itertools.product(range(6), repeat=5)), np.float64)
+    out = np.empty(len(x), np.uint64)
+    factors = np.empty(5, np.uint64)
+    reservoir.position_keys(np.arange(5), *leanreplay.keys.key_pair("equal rows", 0), factors)
+    herding.hash_rows(x.view(np.uint64), factors | np.uint64(1), out)
+    assert len(set(out.tolist())) == len(x)
+
+
+def test_common_divisor():
+    def divisor(x, least=0.0):
+        return selection._common_divisor(np.asarray(x, np.float64).reshape(len(x), -1), least)
+
+    assert divisor([6.0, -9, 15, 0]) == 3
+    assert divisor([0.0, 0.0]) == 1
+    assert divisor([0.75, 0.5]) == 0.25
+    assert divisor([0.1, 0.2, 0.4]) == 0.1
+    assert divisor([0.1, 0.30000000000000004], 1e-3) == 0  # the second is 3 * 0.1 rounded: not a multiple
+    assert divisor([5e-324, 1.5e-323]) == 5e-324
+    assert divisor([1e300, 3e300], 1e290) in (0.0, 1e300)
+    assert divisor([*range(1, 200_000), 0.5]) == 0.5  # told late
+    assert divisor([7.0 * i for i in range(100_000)]) == 7
+    assert divisor([math.pi * 2**i for i in range(9)]) == math.pi
+
+
+# -- input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+def test_kinds_of_input(strategy):
+    x = np.random.default_rng(1).integers(0, 9, (30, 4))
+    order = strategy().sorted_indices(x).tolist()
+    dtypes = [np.bool_, *(np.dtype(c) for c in "bBhHiIlLefd"), np.dtype(">f4"), np.dtype(">i2")]
+    for dtype in dtypes:
+        y = x.astype(dtype)
+        assert strategy().sorted_indices(y).tolist() == (strategy().sorted_indices(x > 0).tolist() if dtype == np.bool_ else order)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int64):
+        tensor = torch.from_numpy(x).to(dtype)
+        assert strategy().sorted_indices(tensor).tolist() == order
+    assert strategy().sorted_indices(torch.from_numpy(x).float().requires_grad_()).tolist() == order
+    assert strategy().sorted_indices(x.tolist()).tolist() == order
+    assert strategy().sorted_indices(np.asfortranarray(x)).tolist() == order
+    assert strategy().sorted_indices(np.repeat(x, 2, 1)[:, ::2]).tolist() == order
+    assert strategy().sorted_indices(x[::-1][::-1]).tolist() == order
+    fixed = x.astype(np.float64)
+    fixed.setflags(write=False)
+    assert strategy().sorted_indices(fixed).tolist() == order
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+def test_input_is_not_changed(strategy):
+    for x in (np.random.default_rng(1).normal(size=(40, 4)), np.random.default_rng(1).normal(size=(40, 4)) + 1e6, np.ones((5, 2))):
+        before = x.copy()
+        for normalize in (False, True):
+            strategy(normalize=normalize).sorted_indices(x)
+        assert np.array_equal(x, before)
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+def test_empty_and_single(strategy):
+    for d in (0, 1, 5):
+        for count in (None, 0, 3):
+            order = strategy().sorted_indices(np.zeros((0, d)), count)
+            assert order.shape == (0,) and order.dtype == np.int64
+        assert strategy().sorted_indices(np.ones((1, d))).tolist() == [0]
+        assert strategy(normalize=True).sorted_indices(np.ones((1, d), np.float32), 5).tolist() == [0]
+    assert strategy().sorted_indices(np.zeros((4, 0))).tolist() == [0, 1, 2, 3]
+    assert strategy().sorted_indices(np.full((500, 3), 1 / 3)).tolist() == list(range(500))
+    assert strategy().sorted_indices(np.ones((4, 2)), 0).tolist() == []
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite(strategy, dtype, bad):
+    """Refused, naming the row."""
+    x = np.ones((10, 3), dtype)
+    x[7, 1] = bad
+    x[8, 0] = np.nan
+    for count in (None, 0, 2):
+        with pytest.raises(ArgumentError, match=rf"row 7 holds {bad} in column 1"):
+            strategy().sorted_indices(x, count)
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+def test_wrong_input(strategy):
+    s = strategy()
+    for x in (np.zeros(3), np.zeros((2, 3, 4)), 5, np.float64(3)):
+        with pytest.raises(ArgumentError, match=r"expected \(n, d\)"):
+            s.sorted_indices(x)
+    for x in (np.zeros((2, 2), complex), np.array([["a", "b"]]), np.zeros((2, 2), object), np.zeros((1, 1), "M8[s]")):
+        with pytest.raises(ArgumentError, match="real numbers"):
+            s.sorted_indices(x)
+    if np.dtype(np.longdouble).itemsize > 8:
+        with pytest.raises(ArgumentError, match="64 bits"):
+            s.sorted_indices(np.zeros((2, 2), np.longdouble))
+    for x in ([[1.0], [1.0, 2.0]], torch.zeros(2, 2, device="meta"), torch.zeros(2, 2).to_sparse()):
+        with pytest.raises(ArgumentError, match="cannot become an array"):
+            s.sorted_indices(x)
+    with pytest.raises(ArgumentError, match="masked"):
+        s.sorted_indices(np.ma.masked_array(np.zeros((2, 2)), mask=np.eye(2)))
+    for count, words in ((-1, "from 0"), (1.0, "an integer"), (True, "an integer"), ("3", "an integer"), (2**63, "from 0")):
+        for x in (np.zeros((3, 2)), np.zeros((0, 2))):
+            with pytest.raises(ArgumentError, match=f"count must be {words}"):
+                s.sorted_indices(x, count)
+
+
+def test_memory():
+    """No matrix of all products beyond the limit: here it would take 72 MB."""
+    x = np.random.default_rng(0).normal(size=(3000, 4))
+    tracemalloc.start()
+    order = herd(x, 300)
+    matrix = tracemalloc.get_traced_memory()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "_GRAM_BYTES", 70_000_000)
+        tracemalloc.reset_peak()
+        assert herd(x, 300) == order
+        vectors = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert matrix > 72_000_000 and vectors < 8_000_000
+
+
+# -- random ------------------------------------------------------------------------------------------------------------
+
+
+class Given:
+    """Candidates of a buffer."""
+
+    def __init__(self, positions, seed=0, features=None, dataset=()):
+        self.positions, self.seed, self.dataset, self._features = np.asarray(positions, np.int64), seed, dataset, features
+
+    def __len__(self):
+        return len(self.positions)
+
+    def features(self):
+        if self._features is None:
+            raise ArgumentError("no features here")
+        return self._features
+
+
+def z_of(counts, cells, trials):
+    mean, df = trials / cells, cells - 1
+    statistic = sum((c - mean) ** 2 / mean for c in counts.values()) + (cells - len(counts)) * mean
+    return ((statistic / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+
+
+def test_random_is_uniform():
+    """All 120 orders of 5, and all pairs that 2 of 20 can be, over seeds."""
+    trials = 24_000
+    orders = Counter(tuple(RandomSelection(seed).sorted_indices(np.zeros((5, 1)))) for seed in range(trials))
+    assert abs(z_of(orders, 120, trials)) < LIMIT
+    pairs = Counter(frozenset(RandomSelection(seed).sorted_indices(range(20), 2).tolist()) for seed in range(trials))
+    assert abs(z_of(pairs, 190, trials)) < LIMIT
+    orders = Counter(tuple(RandomSelection().order(Given(range(7, 12), seed))) for seed in range(trials))
+    assert abs(z_of(orders, 120, trials)) < LIMIT
+
+
+@pytest.mark.usefixtures("run")
+def test_random_depends_on_seed_and_number_alone():
+    s = RandomSelection(seed=3)
+    order = s.sorted_indices(np.zeros((50, 2)))
+    assert order.dtype == np.int64 and sorted(order.tolist()) == list(range(50))
+    for features in (np.full((50, 7), np.nan), list("x" * 50), torch.zeros(50, 1), range(50)):
+        assert s.sorted_indices(features).tolist() == s.sorted_indices_of(features).tolist() == order.tolist()
+    for count in (0, 1, 20, 50, 70):
+        assert s.sorted_indices(range(50), count).tolist() == order[:count].tolist()
+    assert RandomSelection(4).sorted_indices(range(50)).tolist() != order.tolist()
+    assert s.sorted_indices([]).tolist() == []
+    assert RandomSelection(-(2**127)).sorted_indices(range(3)).shape == (3,)
+
+
+@pytest.mark.usefixtures("run")
+def test_random_in_a_buffer_is_the_reservoir():
+    """Every prefix is what a reservoir of that size and seed holds; ranking what stayed with what comes gives the same as ranking all."""
+    for seed in range(5):
+        order = RandomSelection(seed=99).order(Given(range(300), seed))
+        for k in (1, 10, 77):
+            buffer = ReservoirBuffer(k, seed=seed)
+            buffer.add(np.arange(300))
+            assert sorted(order[:k].tolist()) == sorted(buffer.get_metadata("position").tolist())
+            assert RandomSelection().order(Given(range(300), seed), k).tolist() == order[:k].tolist()
+        positions = np.zeros(0, np.int64)
+        for start in range(0, 300, 60):
+            both = np.concatenate([np.arange(start, start + 60), positions])
+            positions = both[RandomSelection().order(Given(both, seed), 12)]
+        assert positions.tolist() == order[:12].tolist()
+
+
+def test_random_wrong():
+    for seed in (1.5, "1", True, None, 2**127, -(2**127) - 1):
+        with pytest.raises(ArgumentError, match="seed must be"):
+            RandomSelection(seed)
+    with pytest.raises(ArgumentError, match="dataset with len"):
+        RandomSelection().sorted_indices(5)
+    with pytest.raises(ArgumentError, match="count must be"):
+        RandomSelection().order(Given(range(3)), -1)
+
+
+# -- strategies of one's own -------------------------------------------------------------------------------------------
+
+
+class ByNorm(SelectionStrategy):
+    def sorted_indices(self, features, count=None):
+        return np.argsort(np.linalg.norm(features, axis=1), kind="stable")[:count]
+
+
+class ByValue(SelectionStrategy):
+    needs_features = False
+
+    def sorted_indices_of(self, dataset, count=None):
+        return sorted(range(len(dataset)), key=lambda i: dataset[i])[:count]
+
+
+def test_own_strategies():
+    x = np.array([[3.0], [1], [2]])
+    assert ByNorm().order(Given(range(3), features=x)).tolist() == [1, 2, 0]
+    assert ByNorm().order(Given(range(3), features=x), 1).tolist() == [1]
+    with pytest.raises(ArgumentError, match="no features here"):
+        ByNorm().order(Given(range(3)))
+    assert list(ByValue().order(Given(range(3), dataset=[5, 9, 1]))) == [2, 0, 1]
+    assert list(ByValue().order(Given(range(3), dataset=[5, 9, 1], features=x), 2)) == [2, 0]
+
+    class Forgot(ByValue):
+        needs_features = True
+
+    assert list(Forgot().order(Given(range(3), dataset=[5, 9, 1]))) == [2, 0, 1]
+
+    class Both(ByValue, ByNorm):
+        pass
+
+    assert list(Both().order(Given(range(3), dataset=[5, 9, 1], features=x))) == [2, 0, 1]
+    Both.needs_features = True
+    assert list(Both().order(Given(range(3), dataset=[5, 9, 1], features=x))) == [1, 2, 0]
+
+
+def test_what_is_missing_is_said():
+    x = np.zeros((3, 1))
+    for call, words in (
+        (lambda: SelectionStrategy().sorted_indices(x), "SelectionStrategy does not choose by features.*override"),
+        (lambda: SelectionStrategy().sorted_indices_of([1]), "SelectionStrategy does not look at samples.*override"),
+        (lambda: SelectionStrategy().order(Given([1], features=x)), "override"),
+        (lambda: ByValue().sorted_indices(x), "ByValue does not choose by features: use sorted_indices_of"),
+        (lambda: ByNorm().sorted_indices_of([1]), "ByNorm does not look at samples: give sorted_indices their features"),
+        (lambda: FeatureBasedSelection().sorted_indices(x), "override"),
+        (lambda: HerdingSelection().sorted_indices_of([1]), r"HerdingSelection\(model, layer\)"),
+        (lambda: HerdingSelection().features_of([1]), "chooses by features"),
+        (lambda: HerdingSelection(model=torch.nn.ReLU()), "go together"),
+        (lambda: HerdingSelection(layer="fc"), "go together"),
+        (lambda: HerdingSelection(batch_size=0), "batch_size must be from 1"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            call()
+
+
+def test_checked_order():
+    s = ByNorm()
+    for order in ([2, 0], np.array([2, 0], np.uint8), torch.tensor([2, 0]), (2, 0)):
+        found = checked_order(order, 3, s)
+        assert found.tolist() == [2, 0] and found.dtype == np.int64
+    for order in ([], np.zeros(0), np.zeros(0, np.int64)):
+        assert checked_order(order, 3, s).tolist() == [] and checked_order(order, 0, s).dtype == np.int64
+    assert checked_order(range(5), 5, s).tolist() == [0, 1, 2, 3, 4]
+    for order, words in (
+        ([0, 3], "from 0 to 2, got from 0 to 3"),
+        ([-1, 0], "got from -1 to 0"),
+        (np.array([2**63], np.uint64), "from 0 to 2"),
+        ([1, 2, 1], "at most once, got 1 2 times"),
+        ([0.0, 1.0], "integers, got float64"),
+        ([True, False], "integers, got bool"),
+        ([[0, 1]], r"of shape \(1, 2\)"),
+        (1, r"of shape \(\)"),
+        (None, "integers, got object"),
+        ([[0], [1, 2]], "cannot become an array"),
+    ):
+        with pytest.raises(ArgumentError, match=f"ByNorm.*{words}"):
+            checked_order(order, 3, s)
+    with pytest.raises(ArgumentError, match="ByNorm"):
+        checked_order([0], 0, s)
+
+
+# -- with a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", FEATURES)
+def test_with_a_model(strategy):
+    """Features come from the layer, for samples as they are stored."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    with torch.no_grad():
+        features = model[:2](torch.from_numpy(x)).numpy()
+    s = strategy(model, "1", batch_size=50)
+    assert np.allclose(s.features_of([(v, 0) for v in x]), features, atol=1e-6)
+    order = s.sorted_indices(s.features_of(x))
+    assert s.sorted_indices_of([(v, 0) for v in x]).tolist() == order.tolist()
+    assert s.sorted_indices_of([(v, 0) for v in x], 5).tolist() == order[:5].tolist()
+    assert s.order(Given(range(50), features=features[::-1])).tolist() == strategy().sorted_indices(features[::-1]).tolist()
+    bytes_ = np.random.default_rng(0).integers(0, 256, (20, 4)).astype(np.uint8)
+    s = strategy(model, "1", transform=lambda b: b.float() / 255)
+    want = strategy().sorted_indices(s.features_of(bytes_))
+    assert s.sorted_indices_of([(v, 0) for v in bytes_]).tolist() == want.tolist()
+
+
+def test_core_without_torch():
+    """G8: choosing by features that are given does not import torch."""
+    code = (
+        "import sys, numpy as np, leanreplay as lr\n"
+        "x = np.random.default_rng(0).normal(size=(20, 3))\n"
+        "for s in (lr.HerdingSelection, lr.ClosestToCenterSelection, lr.RandomSelection):\n"
+        "    s().sorted_indices(x)\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_threads_do_not_matter():
+    """The order is the same whatever BLAS makes of its threads."""
+    code = (
+        "import numpy as np, leanreplay as lr\n"
+        "x = np.random.default_rng(0).integers(0, 3, (300, 6)) * np.pi + 100 / 3\n"
+        "print(lr.HerdingSelection().sorted_indices(x).tolist())\n"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, timeout=120, capture_output=True, env={**os.environ, "OPENBLAS_NUM_THREADS": threads}
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(found) == 1
