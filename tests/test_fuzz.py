@@ -1,7 +1,7 @@
 """G7: a file with a changed byte anywhere never crashes or hangs the interpreter, and never gives wrong rows without an error.
 
 20,000 single-byte mutants, over every part of the file and of an undo file. Forked children work through them; a watchdog in the
-parent names the mutant at which a child died or stood still.
+parent names the mutant at which a child died or stood still. Then files with logs and journals that lie under right checksums.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import struct
 import time
 import traceback
+from collections import Counter
 
 import h5py  # noqa: F401  (loaded before the children fork)
 import numpy as np
@@ -41,18 +42,28 @@ def batch(start, n):
     return {"batch": (x, positions % 5), "metadata": {"logits": (positions[:, None] * 0.5 + np.arange(3)).astype(np.float32)}}
 
 
+def groups(positions):
+    """Groups for buffers that want them: ever more come, and rows become free for them."""
+    return positions % (1 + positions // 8)
+
+
 def feed(buffer, start, n):
     values = batch(start, n)
-    buffer.add(values["batch"], metadata=values["metadata"])
+    extra = {"group": groups(np.arange(start, start + n))} if isinstance(buffer, lr.BalancedBuffer) else {}
+    buffer.add(values["batch"], metadata=values["metadata"], **extra)
 
 
-def contents(buffer):
-    """{row: position} of all rows. Raises AssertionError where one holds anything but the sample of its position."""
+def contents(buffer, rows_alone=False):
+    """{row: position} of all rows. Raises AssertionError where one holds anything but the sample of its position, or groups differ."""
     (x, y), meta = buffer.sample(len(buffer))
     for i, position in enumerate(meta["position"].tolist()):
         true = batch(position, 1)
         same = np.array_equal(x[i], true["batch"][0][0]) and y[i] == true["batch"][1][0]
         assert same and np.array_equal(meta["logits"][i], true["metadata"]["logits"][0]), f"row {meta['idx'][i]} is not sample {position}"
+    if isinstance(buffer, lr.BalancedBuffer) and not rows_alone:
+        right, sizes = Counter(groups(meta["position"]).tolist()), buffer.group_sizes()
+        assert {g: n for g, n in sizes.items() if n} == right, f"{sizes} of {right} rows"
+        assert set(sizes) >= set(groups(np.arange(buffer.seen)).tolist()), f"{sizes} after {buffer.seen}"
     return dict(zip(meta["idx"].tolist(), meta["position"].tolist(), strict=True))
 
 
@@ -60,7 +71,7 @@ class Base:
     """An unharmed file (and its undo file), with what is true about it."""
 
     def __init__(self, name, folder, cls, fed, then=0, pending=False):
-        self.name, self.files, self.state, self.states = name, {}, None, []
+        self.name, self.pending, self.files, self.state, self.states = name, pending, {}, None, []
         path = os.path.join(folder, f"{name}.h5")
         with cls(CAPACITY, path) as buffer:
             for start in range(0, fed - 5, 5):
@@ -77,7 +88,7 @@ class Base:
                 self.states.append(contents(buffer))
             if pending:
                 self._interrupt(buffer, path, fed)
-            self.table = buffer._store.table
+            self.table, self.logged = buffer._store.table, len(buffer._store.log())
             self.fed, self.seen = fed, fed + then
         for suffix in ("", ".undo.0"):
             if os.path.exists(path + suffix):
@@ -126,6 +137,9 @@ class Base:
             "structure": [(at, at + n) for at, n in t.structure],
             "anything": [(0, self.size[""])],
         }
+        if t.log[1]:
+            spans["log"] = [(t.log[0], t.log[0] + 16 * (self.logged + 4))]
+            spans["freed"] = [(t.freed_at, t.freed_at + 24 * 6)]
         found = {name: ("", ranges) for name, ranges in spans.items()}
         if ".undo.0" in self.files:
             found["undo file"] = (".undo.0", [(0, self.size[".undo.0"])])
@@ -143,6 +157,8 @@ def bases(tmp_path_factory):
         Base("window", folder, lr.SlidingWindowBuffer, 40, pending=True),
         Base("greedy", folder, lr.GreedyClassBalancingBuffer, 40),
         Base("undo", folder, lr.SlidingWindowBuffer, 40, then=15),
+        Base("balanced", folder, lr.ClassBalancedBuffer, 40, pending=True),
+        Base("balanced undo", folder, lr.ClassBalancedBuffer, 40, then=15),
     ]
     return {b.name: b for b in made}
 
@@ -154,7 +170,7 @@ def read(base, path, check):
     """Open for reading, read all rows, check. Returns whether anything was reported."""
     with lr.open(path) as buffer:
         found = contents(buffer)
-        assert any(found.items() <= state.items() for state in base.states) or base.name == "window", "rows of no state"
+        assert any(found.items() <= state.items() for state in base.states) or base.pending, "rows of no state"
         return bool(check and buffer.check())
 
 
@@ -235,7 +251,8 @@ def mutants(base, region, n, seed):
 
 def child(base, work, todo, first, progress, results, folder):
     """Work through the mutants from number `first`; one line per mutant that is worth one."""
-    store_module._PATIENCE = 0.0  # a reader would wait a second for a writer that does not exist
+    # A reader would wait a second for a writer that does not exist; it looks into the journal after some 3 ms.
+    store_module._PATIENCE = 0.01 if base.pending else 0.0
     path = os.path.join(folder, "replay.h5")
     lay_out(base, path)
     for i in range(first, len(todo)):
@@ -331,6 +348,21 @@ PLAN = [
     ("undo", roll_back, "headers", 500),
     ("undo", roll_back, "index", 400),
     ("undo", roll_back, "rows", 300),
+    ("balanced", read, "log", 400),
+    ("balanced", read, "seal", 400),
+    ("balanced", read, "freed", 300),
+    ("balanced", read, "headers", 400),
+    ("balanced", read, "index", 400),
+    ("balanced", read, "table", 300),
+    ("balanced", write, "log", 400),
+    ("balanced", write, "seal", 400),
+    ("balanced", write, "freed", 300),
+    ("balanced", write, "headers", 300),
+    ("balanced", write, "index", 400),
+    ("balanced undo", roll_back_damaged, "undo tails", 300),
+    ("balanced undo", roll_back_damaged, "undo frames", 400),
+    ("balanced undo", roll_back, "log", 300),
+    ("balanced undo", roll_back, "headers", 300),
 ]
 
 
@@ -341,7 +373,16 @@ def test_number_of_mutants():
 
 @pytest.mark.parametrize(
     ("name", "work"),
-    [("full", read), ("full", write), ("partly", write), ("greedy", write), ("undo", roll_back), ("undo", roll_back_damaged)],
+    [
+        ("full", read),
+        ("full", write),
+        ("partly", write),
+        ("greedy", write),
+        ("undo", roll_back),
+        ("undo", roll_back_damaged),
+        ("balanced undo", roll_back),
+        ("balanced undo", roll_back_damaged),
+    ],
 )
 def test_unharmed(bases, tmp_path, name, work):
     """The files are right to begin with; this also compiles the kernels before anything forks."""
@@ -349,10 +390,11 @@ def test_unharmed(bases, tmp_path, name, work):
     assert outcome(work, bases[name], str(tmp_path / "replay.h5"), True) == "clean"
 
 
+@pytest.mark.parametrize("name", ["window", "balanced"])
 @pytest.mark.parametrize("work", [read, write])
-def test_unharmed_interrupted(bases, tmp_path, work):
+def test_unharmed_interrupted(bases, tmp_path, work, name):
     """A file cut off in the middle of a commit reads as its last state, and is repaired by a writer."""
-    base, path = bases["window"], str(tmp_path / "replay.h5")
+    base, path = bases[name], str(tmp_path / "replay.h5")
     lay_out(base, path)
     with lr.open(path) as buffer:
         assert contents(buffer) == base.states[-1] and buffer.seen == base.seen and buffer.check()
@@ -376,5 +418,157 @@ def test_mutants(bases, tmp_path, name, work, region, n):
         wanted = range(0, n, 2) if region == "structure" else range(n)
         missed = [todo[i] for i in wanted if found[i] == "clean"]
         assert not missed, f"seed {seed}: {len(missed)} unreported: {missed[:5]}"
-    elif region in ("undo frames", "undo tails", "seal"):
+    elif region in ("undo frames", "undo tails", "seal", "freed"):
         assert reported
+    elif region == "log":
+        inside = [at < base.table.log[0] + 16 * base.logged for _, at, _ in todo]
+        missed = [mutant for mutant, result, counts in zip(todo, found, inside, strict=True) if counts and result == "clean"]
+        assert not missed and "clean" in found, f"seed {seed}: {len(missed)} unreported: {missed[:5]}"
+
+
+# -- crafted logs and journals -------------------------------------------------------------------------------------------
+
+
+def sealed(data, at, count, state, change):
+    """Change the words of a block in `data` (a bytearray) and seal them as right ones are."""
+    words = np.frombuffer(bytes(data[at : at + 8 * count]), np.uint64).copy()
+    change(words)
+    block = np.zeros(8 * count, np.uint8)
+    kernel.seal_block(block, 0, words, state)
+    data[at : at + 8 * count] = block.tobytes()
+
+
+def with_log(base, entries):
+    """The file with another log, both headers saying that it is right."""
+    data, t = bytearray(base.files[""]), base.table
+    log = np.array(entries, np.int64).reshape(-1, 2)
+    data[t.log[0] : t.log[0] + 16 * len(log)] = log.tobytes()
+    for at in fmt.HEADERS:
+
+        def change(words):
+            words[fmt.H_LOG], words[fmt.H_LOG_HASH] = len(log), kernel.hash_log(np.uint64(0), log)
+
+        sealed(data, at, fmt.HEADER_WORDS, fmt.H_STATE, change)
+    return data
+
+
+def with_journal(base, freed=None, **counts):
+    """The file in the middle of a commit whose journal frees other rows, or says other numbers, under a right seal."""
+    data, t = bytearray(base.files[""]), base.table
+    head = max((np.frombuffer(data, np.uint64, fmt.HEADER_WORDS, at).copy() for at in fmt.HEADERS), key=lambda w: int(w[fmt.H_SEQ]))
+    words = np.frombuffer(bytes(data[t.journal : t.journal + 8 * fmt.SEAL_WORDS]), np.uint64).copy()
+    assert words[fmt.J_SEQ] == head[fmt.H_SEQ] + np.uint64(1) and words[fmt.J_FREED]
+    if freed is not None:
+        data[t.freed_at : t.freed_at + 24 * len(freed)] = np.array(freed, np.int64).tobytes()
+        words[fmt.J_FREED] = len(freed)
+    for name, value in counts.items():
+        words[getattr(fmt, name)] = value
+    live, count, gone = (int(words[i]) for i in (fmt.J_LIVE, fmt.J_COUNT, fmt.J_FREED))
+    if live <= count <= t.journal_rows and gone <= CAPACITY:
+        view = np.frombuffer(bytes(data), np.uint8)
+        found = int(kernel.hash_records(view, t.list_at, t.record_at, t.record, live, count)) + int(
+            kernel.hash_freed(view, t.freed_at, gone)
+        )
+        words[fmt.J_HASH] = found % 2**64
+    sealed(data, t.journal, fmt.SEAL_WORDS, 0, lambda block: block.__setitem__(slice(None), words))
+    return data
+
+
+KNOWN = [(0, g) for g in range(7)]  # the groups of the first 55 samples
+MANY = [(0, g) for g in range(4096)]
+CRAFTED = {
+    "log empty": lambda b: with_log(b, []),
+    "log short": lambda b: with_log(b, KNOWN[:3]),
+    "log of none": lambda b: with_log(b, [*KNOWN, (2, 0)]),
+    "log negative": lambda b: with_log(b, [*KNOWN, (-1, -1)]),
+    "log huge": lambda b: with_log(b, [*KNOWN, (2**63 - 1, -(2**63))]),
+    "log twice": lambda b: with_log(b, [*KNOWN, KNOWN[0]]),
+    "log twice at once": lambda b: with_log(b, [KNOWN[0], *KNOWN]),
+    "log full twice": lambda b: with_log(b, [*KNOWN, (1, 0), (1, 0), (1, 0)]),
+    "log full before": lambda b: with_log(b, [(1, 0), *KNOWN]),
+    "log full outside": lambda b: with_log(b, [*KNOWN, (1, 7)]),
+    "log full negative": lambda b: with_log(b, [*KNOWN, (1, -1)]),
+    "log full huge": lambda b: with_log(b, [*KNOWN, (1, 2**62)]),
+    "log nobody full": lambda b: with_log(b, KNOWN),
+    "log other order": lambda b: with_log(b, KNOWN[::-1]),
+    "log strangers": lambda b: with_log(b, [*KNOWN, *((0, 2**40 + g) for g in range(2000))]),
+    "log without room": lambda b: with_log(b, MANY),
+    "log full of one": lambda b: with_log(b, [*KNOWN, *[(1, 0)] * 4000]),
+    "freed below": lambda b: with_journal(b, [(-1, 1, 1)]),
+    "freed beyond": lambda b: with_journal(b, [(CAPACITY, 1, 1)]),
+    "freed far below": lambda b: with_journal(b, [(-(2**63), 1, 1)]),
+    "freed far beyond": lambda b: with_journal(b, [(2**62, 1, 1), (0, 1, 1)]),
+    "freed wraps": lambda b: with_journal(b, [(2**61, 1, 1)]),
+    "freed twice": lambda b: with_journal(b, [(3, 1, 1), (3, 2, 0)]),
+    "freed all": lambda b: with_journal(b, [(r, 2**40 + r, r) for r in range(CAPACITY)]),
+    "freed positions": lambda b: with_journal(b, [(r, -5, 2**62) for r in range(CAPACITY)]),
+    "freed none": lambda b: with_journal(b, []),
+    "freed more than rows": lambda b: with_journal(b, J_FREED=CAPACITY + 1),
+    "freed huge": lambda b: with_journal(b, J_FREED=2**62),
+    "freed largest": lambda b: with_journal(b, J_FREED=2**64 - 1),
+    "count huge": lambda b: with_journal(b, J_COUNT=2**62),
+    "live huge": lambda b: with_journal(b, J_LIVE=2**62, J_COUNT=2**62),
+    "live beyond count": lambda b: with_journal(b, J_LIVE=5, J_COUNT=2),
+}
+# What can be true of the rows, and so is not noticed.
+TRUE_ENOUGH = ("log full twice", "log nobody full", "log other order", "log strangers", "freed none")
+
+
+def look_around(path, mode):
+    """Do everything that looks at groups and the journal, rows first; "right" if nothing raised and check() found nothing."""
+    reported = False
+    with lr.open(path, mode) as buffer:
+        actions = [
+            lambda: contents(buffer, rows_alone=True),
+            buffer.check,
+            lambda: [buffer.get(buffer.group_rows(g)) for g in buffer.groups],
+        ]
+        if mode == "r+":
+            many = {"group": np.arange(9000) + 2**50}
+            values = batch(0, 9000)
+            actions += [
+                lambda: feed(buffer, buffer.seen, 7),
+                lambda: contents(buffer, rows_alone=True),
+                lambda: buffer.add(values["batch"], metadata=values["metadata"], **many),
+                buffer.group_sizes,
+                lambda: buffer.resize(9),
+                buffer.check,
+            ]
+        for action in actions:
+            try:
+                found = action()
+                reported |= action == buffer.check and bool(found)
+            except lr.LeanReplayError:
+                reported = True
+    return "reported" if reported else "right"
+
+
+@pytest.mark.filterwarnings("ignore::leanreplay.CapacityWarning")
+@pytest.mark.parametrize("case", CRAFTED)
+def test_crafted_logs_and_journals(bases, tmp_path, case):
+    """G7: entries that are no groups, rows outside, and counts that cannot be, with every checksum right: no crash, no wrong row."""
+    base, path = bases["balanced undo" if case.startswith("log") else "balanced"], str(tmp_path / "replay.h5")
+    for mode in ("r", "r+"):
+        with open(path, "wb") as file:
+            file.write(CRAFTED[case](base))
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.alarm(int(STANDSTILL))
+                store_module._PATIENCE = 0.01
+                text = look_around(path, mode)
+            except lr.LeanReplayError:
+                text = "refused"
+            except BaseException:
+                text = traceback.format_exc()[-2000:]
+            finally:
+                os.write(write_end, text.encode())
+                os._exit(0)
+        os.close(write_end)
+        status = os.waitpid(pid, 0)[1]
+        text = os.read(read_end, 4000).decode()
+        os.close(read_end)
+        assert status == 0, f"{case}, mode {mode!r}: crash or hang, wait status {status}"
+        assert text in ("right", "reported", "refused"), f"{case}, mode {mode!r}: {text}"
+        assert mode == "r" or (text == "right") == (case in TRUE_ENOUGH), f"{case}: {text}"
