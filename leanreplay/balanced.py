@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .batches import integer
+from .batches import integer, required
 from .buffers import DataBuffer, places
 from .errors import ArgumentError, CorruptionError, FormatError, GroupError
 from .format import Table
@@ -64,6 +64,7 @@ class BalancedPolicy(Policy):
         self._groups: Ints = np.zeros((0, kernel.COLUMNS), np.int64)
         self._rest: Ints = np.zeros(1, np.int64)
         self._table = np.zeros(0, np.int32)
+        self._counters: Ints = np.zeros(kernel.COUNTERS, np.int64)
 
     @staticmethod
     def log_slots(capacity: int) -> int:
@@ -186,12 +187,13 @@ class BalancedBuffer(DataBuffer):
     """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the parameters."""
 
     policy_class: ClassVar[type[Policy]] = BalancedPolicy
+    _params: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
     _rows_by_group: tuple[tuple[int, int], dict[int, Ints]] | None
     _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
     def _given(self, total: Any, **flags: Any) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or set by `_settle_params`."""
-        self._params: dict[str, Any] = {self._total_name: integer(self._total_name, total, 1, 2**31)}
+        self._params = {self._total_name: integer(self._total_name, total, 1, 2**31)}
         for name, value in flags.items():
             if value is not None and not isinstance(value, (bool, np.bool_)):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
@@ -210,13 +212,14 @@ class BalancedBuffer(DataBuffer):
             return self._items(self._require(), rows[places(indices, rows.shape[0])])
 
     def _settle_params(self) -> None:
-        total, adaptive = self._params[self._total_name], self._params["adaptive_size"]
+        self._params = dict(self._params)
+        total, adaptive = self._params.get(self._total_name), self._params.get("adaptive_size")
         if total is not None and adaptive is None:
             raise ArgumentError(f"{self._total_name}={total} is for fixed quotas: give adaptive_size=False too, or leave it out")
         adaptive = adaptive is None or adaptive
         if not adaptive and total is None:
             raise ArgumentError(f"adaptive_size=False needs {self._total_name}: each group gets max_size // {self._total_name} rows")
-        if not adaptive and total > self.max_size:
+        if not adaptive and (total or 0) > self.max_size:
             raise ArgumentError(f"{total} groups in {self.max_size} rows: each would hold none; raise max_size, or use adaptive_size=True")
         self._params["adaptive_size"] = adaptive
         if "borrow" in self._params:
@@ -249,7 +252,7 @@ class BalancedBuffer(DataBuffer):
         >>> ClassBalancedBuffer(10).get_group_lengths(3)
         [4, 3, 3]
         """
-        n = integer("num_groups", num_groups, 0, 2**31) or 0
+        n = required("num_groups", num_groups, 0, 2**31)
         if self.adaptive_size:
             return sorted(group_quotas(self.max_size, np.arange(n, dtype=np.uint64)).tolist(), reverse=True)
         total = self._params[self._total_name]
@@ -302,7 +305,10 @@ class BalancedBuffer(DataBuffer):
         if at is not None:
             raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
         seen = self._by_group()[1]
-        return max(seen) + step if seen else 0
+        newest = max(seen) + step if seen else 0
+        if newest >= 2**63:
+            raise ArgumentError(f"experience {newest} does not fit into int64; give the number: experience=...")
+        return newest
 
     @property
     def groups(self) -> Groups:
@@ -495,5 +501,5 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
 
     def get_group_lengths(self, num_groups: int) -> list[int]:
         """What so many classes come to hold if each has samples enough."""
-        n = integer("num_groups", num_groups, 0, 2**31) or 0
+        n = required("num_groups", num_groups, 0, 2**31)
         return sorted(group_quotas(self.max_size, np.arange(n, dtype=np.uint64)).tolist(), reverse=True)

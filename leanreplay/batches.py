@@ -32,6 +32,14 @@ def integer(name: str, value: Any, low: int, high: int) -> int | None:
     return number
 
 
+def required(name: str, value: Any, low: int, high: int) -> int:
+    """`integer`, but None is an error too."""
+    number = integer(name, value, low, high)
+    if number is None:
+        raise ArgumentError(f"{name} must be an integer, got None")
+    return number
+
+
 def length(value: Any) -> int:
     try:
         return len(value)

@@ -427,6 +427,7 @@ class DataBuffer:
             if n == skip:
                 return
             if store is None:
+                self._new_policy(self._params_given()).check_groups(groups[skip:])
                 self._create(schema)
             self._feed(n, skip, groups, checked.fetch)
 
@@ -461,6 +462,8 @@ class DataBuffer:
             if n == skip:
                 return
             if store is None:
+                if groups is not None:
+                    self._new_policy(self._params_given()).check_groups(groups[skip:])
                 self._create(schema)
             self._feed(n, skip, groups, loader(dataset, values, schema, groups))
 
@@ -487,12 +490,15 @@ class DataBuffer:
             raise ArgumentError(f"at={position}, but the buffer has seen only {seen} samples: {position - seen} between would be missing")
         return min(n, seen - position)
 
+    def _new_policy(self, params: dict[str, Any]) -> Policy:
+        return self.policy_class(self.max_size, self.seed, params)
+
     def _ready_policy(self, store: Any) -> Policy:
         """The policy in the state of the store: derived anew from the index after anything unexpected."""
         policy = self._policy
         if policy is None or self._policy_at != store.sequence:
             store.verify_index()
-            policy = self._policy = self.policy_class(self.max_size, self.seed, store.table.params)
+            policy = self._policy = self._new_policy(store.table.params)
             policy.state, policy.log, policy.slots = store.policy, store.log(), store.table.log[1]
             policy.load(*store.index())
             self._policy_at = store.sequence

@@ -167,6 +167,7 @@ class ParametricBuffer(BalancedBuffer):
     policy_class: ClassVar[type[Policy]] = ParametricPolicy
     _total_name = "total_num_groups"
     _whole = True
+    selection_strategy: SelectionStrategy | None = None
 
     def __init__(
         self,
@@ -193,7 +194,7 @@ class ParametricBuffer(BalancedBuffer):
         super()._settle_params()
         self.selection_strategy = self.selection_strategy or RandomSelection()
         self._params |= {
-            "groupby": self._params["groupby"] or "nothing",
+            "groupby": self._params.get("groupby") or "nothing",
             "selection_strategy": type(self.selection_strategy).__name__,
             "uniform": bool(self.selection_strategy.uniform),
         }
@@ -303,6 +304,9 @@ class ParametricBuffer(BalancedBuffer):
         if n == skip:
             return
         if store is None:
+            fresh: Any = self._new_policy(self._params)
+            fresh.load(NO_ROWS, NO_ROWS)
+            fresh.quotas(np.unique(groups[skip:]), self.max_size, NO_ROWS)
             self._create(schema)
             store = self._store
         policy: Any = self._ready_policy(store)

@@ -320,7 +320,7 @@ def plan_balanced(
         g = np.int64(table[at])
         if g < 0:
             g = counters[GROUPS]
-            if g == room:
+            if g >= room:
                 used = i
                 break
             table[at] = g
