@@ -19,7 +19,17 @@ import numpy as np
 import pytest
 
 import leanreplay
-from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, LeanReplayError, ReservoirBuffer, SlidingWindowBuffer, system
+from leanreplay import (
+    BalancedBuffer,
+    ClassBalancedBuffer,
+    ClassBalancingReservoirBuffer,
+    GreedyClassBalancingBuffer,
+    InfiniteBuffer,
+    LeanReplayError,
+    ReservoirBuffer,
+    SlidingWindowBuffer,
+    system,
+)
 from leanreplay import format as fmt
 from leanreplay.kernels import rows as kernel
 
@@ -30,8 +40,10 @@ KINDS: dict[str, Callable[..., Any]] = {
     "window": lambda path, **o: SlidingWindowBuffer(ROWS, path, seed=5, **o),
     "greedy": lambda path, **o: GreedyClassBalancingBuffer(ROWS, path, seed=5, **o),
     "infinite": lambda path, **o: InfiniteBuffer(path, rows_per_part=70, seed=5, **o),
+    "balanced": lambda path, **o: ClassBalancedBuffer(ROWS, path, seed=5, **o),
+    "cbrs": lambda path, **o: ClassBalancingReservoirBuffer(ROWS, path, seed=5, **o),
 }
-TRIALS = 260  # per buffer: 1,040 in all
+TRIALS = 260  # per buffer: 1,560 in all
 
 
 def stream(start: int, stop: int) -> tuple[Any, Any]:
@@ -41,9 +53,18 @@ def stream(start: int, stop: int) -> tuple[Any, Any]:
     return x, np.minimum(p * 7919 % 11, 5)
 
 
+def add(buffer: Any, start: int, stop: int) -> None:
+    """Feed a batch; to buffers that balance, of ever more groups, so that commits free rows and lengthen the log."""
+    p = np.arange(start, stop)
+    if isinstance(buffer, BalancedBuffer):
+        buffer.add(stream(start, stop), group=p * 31 % (1 + p // 20))
+    else:
+        buffer.add(stream(start, stop))
+
+
 def feed(buffer: Any, stop: int, step: int = 17) -> None:
     while buffer.seen < stop:
-        buffer.add(stream(buffer.seen, min(stop, buffer.seen + step)))
+        add(buffer, buffer.seen, min(stop, buffer.seen + step))
 
 
 def files(path: str) -> list[str]:
@@ -76,7 +97,7 @@ def expected(kind: str, seen: int) -> tuple[list[Any], list[tuple[bytes, ...]]]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "b.h5")
         with KINDS[kind](path) as buffer:
-            buffer.add(stream(0, seen))
+            add(buffer, 0, seen)
         return rows_of(path)
 
 
@@ -121,6 +142,12 @@ def write(contents: dict[str, bytes]) -> None:
         pathlib.Path(name).write_bytes(data)
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers wait a second for a writer to end its commit; here there is none."""
+    monkeypatch.setattr("leanreplay.store._PATIENCE", 0.01)
+
+
 @pytest.fixture
 def folder(tmp_path: Any) -> Iterator[str]:
     """In memory where possible."""
@@ -136,6 +163,9 @@ def examine(path: str, kind: str, mode: str, note: str) -> tuple[int, int]:
     with leanreplay.open(path, mode=mode) as buffer:
         problems = buffer.check()
         seen = buffer.seen
+        if not problems and isinstance(buffer, BalancedBuffer):
+            p = np.arange(seen)
+            assert list(buffer.group_sizes()) == np.unique(p * 31 % (1 + p // 20)).tolist(), f"{note}, mode {mode!r}, seen={seen}"
         heads, rows = rows_of(path)
     right_heads, right = expected(kind, seen) if seen else ([], [])
     wrong = {r for r in range(max(len(rows), len(right))) if (rows[r : r + 1] or [()]) != (right[r : r + 1] or [()])}
@@ -208,6 +238,29 @@ def test_writing_on_after_a_bad_power_cut_is_refused(folder: str) -> None:
         assert snapshot(path) == before
 
 
+def test_a_lost_page_of_the_log(folder: str) -> None:
+    """G3: rows, index and header are there, but the log is that of the flush: check() says so, and nothing is written on top."""
+    path = os.path.join(folder, "b.h5")
+    with ClassBalancedBuffer(ROWS, path, seed=5) as buffer:
+        feed(buffer, 90)
+        buffer.flush()
+        old = snapshot(path)
+        feed(buffer, 200)
+        new, at = snapshot(path), buffer._store.table.log[0]
+    assert (path, at // PAGE) in differing(old, new)
+    write(mix(old, new, lambda name, page: page == at // PAGE))
+    for mode in ("r", "r+"):
+        assert examine(path, "balanced", mode, "log") == (200, 0)
+        with leanreplay.open(path, mode=mode) as buffer:
+            assert ["log fails its checksum" in str(p) for p in buffer.check()] == [True]
+            assert len(buffer.sample(30)[1]["idx"]) == 30
+            if mode == "r+":
+                before = snapshot(path)
+                with pytest.raises(leanreplay.CorruptionError, match="log fails its checksum"):
+                    add(buffer, 200, 210)
+                assert snapshot(path) == before
+
+
 class Syncs:
     """Snapshots of the buffer's files whenever something is made durable, each with what was committed by then."""
 
@@ -274,12 +327,13 @@ def test_durable_commits_survive(kind: str, points: bool, folder: str, monkeypat
     assert tried > 20
 
 
-def test_power_cut_while_recovering(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G3: with durable=True a second power cut, during recovery, finds the journal or the rows it restored."""
+@pytest.mark.parametrize("kind", ["reservoir", "balanced"])
+def test_power_cut_while_recovering(kind: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: with durable=True a second power cut, during recovery, finds the journal or the rows it restored, freed ones too."""
     rng = random.Random("recovery")
     path = os.path.join(folder, "b.h5")
     syncs = Syncs(path)
-    with ReservoirBuffer(ROWS, path, seed=5, durable=True) as buffer:
+    with KINDS[kind](path, durable=True) as buffer:
         feed(buffer, 60)
         with monkeypatch.context() as patched:
             syncs.install(patched)
@@ -292,23 +346,24 @@ def test_power_cut_while_recovering(folder: str, monkeypatch: pytest.MonkeyPatch
         again.take()
         with monkeypatch.context() as patched:
             again.install(patched)
-            with ReservoirBuffer(path=path, mode="r+", durable=True) as buffer:
+            with leanreplay.open(path, mode="r+", durable=True) as buffer:
                 assert buffer.seen == 60
             again.take()
         for note, _, contents in again.crashes(rng, 4):
             write(contents)
-            assert examine(path, "reservoir", "r+", note) == (60, 0)
+            assert examine(path, kind, "r+", note) == (60, 0)
             with leanreplay.open(path) as reader:
                 assert reader.check() == [], note
             tried += 1
     assert tried > 20
 
 
-def test_pages_lost_within_a_rollback(folder: str) -> None:
+@pytest.mark.parametrize("kind", ["reservoir", "balanced"])
+def test_pages_lost_within_a_rollback(kind: str, folder: str) -> None:
     """G3: pages lost of a rollback since the last flush: an error that says so, or every wrong row is named."""
     rng = random.Random("rollback")
     path = os.path.join(folder, "b.h5")
-    with ReservoirBuffer(ROWS, path, seed=5) as buffer:
+    with KINDS[kind](path) as buffer:
         feed(buffer, 60)
         state = buffer.state_dict()
         feed(buffer, 120)
@@ -330,5 +385,5 @@ def test_pages_lost_within_a_rollback(folder: str) -> None:
             assert "rollback was cut off" in str(error), note
             refused += 1
             continue
-        examine(path, "reservoir", "r+", note)
+        examine(path, kind, "r+", note)
     assert refused < 60
