@@ -188,10 +188,11 @@ def main() -> None:
     rows = int(options.gb * 1e9 / (SAMPLE_BYTES + 40))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = os.path.join(folder, "cold.h5")
+        warm = warm_reads(folder, 500)
         took = seconds(lambda: fill(path, rows))
-        found = cold_reads(path, rows, 200)
+        found = cold_reads(path, rows, 400)
         found.append(training(path, 200))
-        found.append(warm_reads(folder, 500))
+        found.append(warm)
     print(machine())
     print(f"{options.gb:g} GB, {rows:,} rows; filled in {took:.0f} s")
     print()

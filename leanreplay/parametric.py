@@ -306,7 +306,8 @@ class ParametricBuffer(BalancedBuffer):
         if store is None:
             fresh: Any = self._new_policy(self._params)
             fresh.load(NO_ROWS, NO_ROWS)
-            fresh.quotas(np.unique(groups[skip:]), self.max_size, NO_ROWS)
+            ids = np.unique(groups[skip:])
+            fresh.quotas(ids, self.max_size, np.zeros_like(ids))
             self._create(schema)
             store = self._store
         policy: Any = self._ready_policy(store)

@@ -62,9 +62,14 @@ def storage_errors(what: str) -> Iterator[None]:
         raise StorageError(error.errno, f"{what}: {os.strerror(error.errno or 0)}; {hint}") from error
 
 
+def memory_size() -> int:
+    """Bytes of physical memory; 2**62 where that is not known."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
+
+
 def memory_file(name: str, size: int) -> int:
     """A descriptor of `size` bytes of zeros in shared memory; an unlinked temporary file where memfd_create is missing."""
-    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if size > memory_size():
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
