@@ -23,12 +23,15 @@ import pytest
 
 import leanreplay
 from leanreplay import (
+    ClassBalancedBuffer,
+    ClassBalancingReservoirBuffer,
     GreedyClassBalancingBuffer,
     InfiniteBuffer,
     LockedError,
     ModeError,
     RecoveryError,
     ReservoirBuffer,
+    RowError,
     SlidingWindowBuffer,
     store,
 )
@@ -122,6 +125,13 @@ def compiled() -> None:
             buffer.load_state_dict(state)
             buffer.sample(3)
             assert buffer.check() == []
+    for make in GROUPED.values():
+        with tempfile.TemporaryDirectory() as folder, make(os.path.join(folder, "b.h5")) as buffer:
+            feed_groups(buffer, 150)
+            state = buffer.state_dict()
+            feed_groups(buffer, 200)
+            buffer.load_state_dict(state)
+            buffer.group_sizes()
 
 
 @pytest.fixture
@@ -396,6 +406,152 @@ def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int
         assert (buffer.get(rows)[0][0] == x).all()
     with leanreplay.open(path) as reader:
         assert reader.check() == []
+
+
+# -- readers of groups -------------------------------------------------------------------------------------------------
+
+GROUPED: dict[str, Callable[..., Any]] = {
+    "balanced": lambda path, **o: ClassBalancedBuffer(60, path, seed=1, **o),
+    "borrowing": lambda path, **o: ClassBalancedBuffer(60, path, seed=1, borrow=True, **o),
+    "cbrs": lambda path, **o: ClassBalancingReservoirBuffer(60, path, seed=1, **o),
+}
+
+
+def group(p: Any) -> Any:
+    """Ever more groups, 20 in the end."""
+    return p * 31 % np.minimum(1 + p // 40, 20)
+
+
+def feed_groups(buffer: Any, stop: int, step: int = 20) -> None:
+    while buffer.seen < stop:
+        start, end = buffer.seen, min(stop, buffer.seen + step)
+        buffer.add(**stream(start, end), group=group(np.arange(start, end)))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> None:
+    """While a writer adds groups, and rolls back to when there were three: whole rows, and sizes that are those of one moment."""
+    ends = time.monotonic() + SECONDS / 5
+    first, last = 100, 1000
+
+    def write(pipe: int) -> int:
+        rng = random.Random(0)
+        turns = 0
+        with GROUPED[kind](path) as buffer:
+            feed_groups(buffer, first)
+            state = buffer.state_dict()
+            os.write(pipe, b" ")
+            while time.monotonic() < ends:
+                while buffer.seen < last and time.monotonic() < ends:
+                    feed_groups(buffer, min(last, buffer.seen + rng.randint(1, 40)), 40)
+                buffer.load_state_dict(state)
+                turns += 1
+        return turns
+
+    def read_on(number: int) -> Callable[[int], Any]:
+        def work(_: int) -> Any:
+            found, items, rng = {}, 0, random.Random(number)
+            with leanreplay.open(path) as reader:
+                while time.monotonic() < ends:
+                    if number:
+                        drawn = reader.sample(20)
+                        assert_whole(drawn)
+                        items += 20
+                        with contextlib.suppress(RowError):  # they may be free by now
+                            g = rng.randrange(3)
+                            for (x, y), meta in reader.groups[g].__getitems__([0, -1]):
+                                assert_whole(((x[None], np.array([y])), {"position": np.array([meta["position"]]), "z": meta["z"][None]}))
+                                assert group(meta["position"]) == g, (g, meta["position"])
+                        continue
+                    before = reader.seen, reader._store.sequence
+                    sizes, held = reader.group_sizes(), len(reader)
+                    if (reader.seen, reader._store.sequence) == before:
+                        assert sum(sizes.values()) == held
+                        text = json.dumps(sorted(sizes.items()))
+                        assert found.setdefault(before[0], text) == text, before
+            return [items, sorted(found.items())]
+
+        return work
+
+    writer = child(write, limit=SECONDS + 60)
+    assert os.read(writer[1], 1) == b" "
+    readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
+    (_, moments), (items, _) = [reap(*reader) for reader in readers]
+    assert reap(*writer) > 2
+    assert items > 200
+    assert len(moments) > 20
+    with GROUPED[kind](None) as model:
+        for seen, sizes in moments:
+            feed_groups(model, seen)
+            assert sizes == json.dumps(sorted(model.group_sizes().items())), seen
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert buffer.check() == []
+        assert buffer.seen == first
+
+
+STAGES = ["seal", "field 0", "field 2", "index", "log"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", GROUPED)
+def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str, path: str) -> None:
+    """Killed after the journal, a field, the index with the freed rows, or the log: a reader gets the old rows and groups."""
+    with GROUPED[kind](path) as buffer:
+        feed_groups(buffer, 158)
+        rows, sizes = buffer.get_metadata("idx"), buffer.group_sizes()
+        (x, y), meta = buffer.get(rows)
+        members = {g: buffer.group_rows(g).tolist() for g in sizes}
+    assert group(164) not in sizes
+
+    def work(_: int) -> None:
+        write_field, seal_block, append_log, fields = kernel.write_field, kernel.seal_block, store.Store._append_log, 0
+
+        def die(here: str) -> None:
+            if here == stage:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+
+        def sealing(mem: Any, at: int, words: Any, state: int) -> None:
+            seal_block(mem, at, words, state)
+            die("seal" if words.shape[0] == 8 else "")
+
+        def writing(*args: Any) -> None:
+            nonlocal fields
+            write_field(*args)
+            die(f"field {fields}")
+            fields += 1
+
+        def logging(*args: Any) -> None:
+            die("index")
+            append_log(*args)
+            die("log")
+
+        with leanreplay.open(path, mode="r+") as writer:
+            kernel.write_field, kernel.seal_block, store.Store._append_log = writing, sealing, logging  # type: ignore[method-assign]
+            feed_groups(writer, 170)
+
+    killed(*child(work))
+    with leanreplay.open(path) as reader:
+        assert reader.seen == 158
+        assert any("cut off" in str(p) for p in reader.check())
+        assert reader.group_sizes() == sizes
+        assert {g: reader.group_rows(g).tolist() for g in sizes} == members
+        drawn = reader.get(rows)
+        assert (drawn[0][0] == x).all()
+        assert (drawn[0][1] == y).all()
+        assert (drawn[1]["position"] == meta["position"]).all()
+        for g, n in sizes.items():
+            assert [group(m["position"]) for _, m in reader.groups[g]] == [g] * n
+        for n in (5, len(rows)):
+            drawn = reader.sample(n)
+            assert_whole(drawn)
+            assert drawn[1]["position"].max() < 158
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert buffer.check() == []
+        assert (buffer.seen, buffer.group_sizes()) == (158, sizes)
+        assert (buffer.get(rows)[0][0] == x).all()
+        feed_groups(buffer, 300)
+        assert buffer.check() == []
 
 
 # -- pickled buffers ---------------------------------------------------------------------------------------------------
