@@ -25,8 +25,7 @@ _GRAM_BYTES = 256 << 20  # the most that the products of all pairs of rows may t
 _GRAM_WORTH = 32  # u * u * d in one product of matrices costs as much as u / 32 products of the matrix with a vector (both measured)
 _PIECE = 1 << 20  # numbers looked at in one piece where temporary copies are made
 _UNIT = 1.01 * 2.0**-53  # of rounding, and what terms of higher order may add
-_TINY = 2.0**-1000  # far above what underflow can lose, far below what counts in rows of ordinary size
-_SHORTEST = 2.0**-499  # shorter rows count as this long: their squares underflow, and with them the length
+_SHORTEST = 2.0**-499  # shorter rows count as this long: their squares underflow, but what that loses is below 2.0**-53 * _SHORTEST**2
 
 
 class Candidates(Protocol):
@@ -336,7 +335,7 @@ class _Rows:
         self.lengths = np.maximum(np.sqrt(squares), _SHORTEST)
         self.mean_length = float(counts @ self.lengths) / self.n
         self.terms = d + u
-        self.unit, self.tiny = (_UNIT, _TINY) if self.rounded else (0.0, 0.0)
+        self.unit = _UNIT if self.rounded else 0.0
 
     def bound(self, k: int, total: float) -> Floats:
         """How far scores of step k may be off, `total` being the sum of the lengths of rows chosen: the same as in `herding.herd`.
@@ -347,7 +346,7 @@ class _Rows:
         """
         a = self.unit * (2.0 * k * self.mean_length * (self.terms + 4 + 2 * k) + 2.0 * total * (self.terms + 3 + 2 * k))
         b = self.unit * (self.terms + 4 + 2 * k)
-        return self.lengths * (a + b * self.lengths) + self.tiny
+        return self.lengths * (a + b * self.lengths)
 
     def places(self, scores: Floats) -> Ints:
         """The place of each distinct row in the order of scores at step 1, (u,); the same place for rows that tie exactly."""
@@ -382,7 +381,7 @@ def _herd(rows: _Rows, stop: int) -> Ints:
         aim = stop if whole else step + 1
         step, last, total = herding.herd(
             products, last if whole else 0, step, aim, rows.weight, rows.drift, rows.lengths, total, rows.mean_length, rows.terms,
-            rows.unit, rows.tiny, rows.scores, head, rows.follow, order,
+            rows.unit, rows.scores, head, rows.follow, order,
         )  # fmt: skip
         if step < aim:  # too close to call
             bound = rows.bound(step + 1, total)

@@ -187,7 +187,7 @@ def test_center_exact(name):
         assert center(x, count) == order[:count], count
 
 
-@pytest.mark.parametrize("name", ["pair", "cube off the grid", "mirrored", "far away and close", "outlier"])
+@pytest.mark.parametrize("name", ["cube off the grid", "far away and close", "mirrored", "outlier", "pair"])
 def test_hard_cases_are_hard(name, monkeypatch):
     """The cases above mean something only if exact scores are asked for."""
     asked = []
@@ -195,6 +195,41 @@ def test_hard_cases_are_hard(name, monkeypatch):
     monkeypatch.setattr(selection.Exact, "scores", lambda *args: asked.append(1) or scores(*args))
     herd(HARD[name])
     assert asked
+
+
+def test_too_large_for_a_grid():
+    """Integers whose sums of squares float64 does not hold are not taken for exact."""
+    p = np.random.default_rng(0).integers(-(4 * 10**6), 4 * 10**6, (3, 400))
+    x = np.concatenate([p, p[:, ::-1], p[:, np.arange(400) ^ 1]]).astype(np.float64)
+    assert selection._common_divisor(x, 1.0) == 1
+    assert selection._Rows(x, False, 9).rounded and not selection._Rows(np.sign(x), False, 9).rounded
+    assert herd(x) == exact(x)
+
+
+def test_far_away_costs_nothing(monkeypatch):
+    """Features far from the origin are no closer to ties than others."""
+    monkeypatch.setattr(selection.Exact, "scores", lambda *args: pytest.fail("asked"))
+    x = np.random.default_rng(0).normal(size=(300, 8))
+    assert herd(x) == direct(x)
+    y = x + 2.0**30
+    assert herd(y) == direct(y - 2.0**30)
+    assert center(y) == direct_center(y - 2.0**30)
+
+
+@pytest.mark.parametrize("name", ["cube off the grid", "far away and close", "mirrored", "outlier", "pair"])
+@pytest.mark.usefixtures("run", "path")
+def test_bounds_count_all_chosen(name, monkeypatch):
+    """The length of everything chosen so far, by rounded scores or exact ones, goes into the bound."""
+    x, asked, made = HARD[name], [], []
+    init, bound = selection._Rows.__init__, selection._Rows.bound
+    monkeypatch.setattr(selection._Rows, "__init__", lambda self, *args: made.append(self) or init(self, *args))
+    monkeypatch.setattr(selection._Rows, "bound", lambda self, k, total: asked.append((k, total)) or bound(self, k, total))
+    order = herd(x)
+    (rows,) = made
+    lengths = rows.lengths[rows.of[order]]
+    assert asked
+    for k, total in asked:
+        assert math.isclose(total, lengths[: k - 1].sum(), rel_tol=1e-9, abs_tol=0)
 
 
 @pytest.mark.parametrize("name", ["integers", "tenths", "cube", "denormal", "zeros", "constant"])
@@ -314,8 +349,8 @@ def test_bounds_hold(name):
     for step in range(n):
         products = (rows.w @ rows.w[last])[None] if step else np.zeros((1, u))
         args = (rows.weight, rows.drift, rows.lengths, total, rows.mean_length, rows.terms)
-        # tiny so large that no step is decided
-        found = herding.herd(products, 0, step, step + 1, *args, 1.0, 1e300, rows.scores, head, rows.follow, order)
+        # a unit so large that no step is decided
+        found = herding.herd(products, 0, step, step + 1, *args, 1e300, rows.scores, head, rows.follow, order)
         if u > 1 and (head >= 0).sum() > 1:
             assert found[0] == step
         live = np.flatnonzero(head >= 0)

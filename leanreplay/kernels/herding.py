@@ -29,7 +29,7 @@ def hash_rows(words, factors, out):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def herd(products, last, step, stop, weight, drift, lengths, total, mean_length, terms, unit, tiny, scores, head, follow, order):
+def herd(products, last, step, stop, weight, drift, lengths, total, mean_length, terms, unit, scores, head, follow, order):
     """Greedy steps `step` to `stop` (exclusive) over u distinct rows; returns (steps done, last row chosen, total of their lengths).
 
     products: (u, u) of all rows, or (1, u) those with the row chosen last, `last` being 0 then. drift: (u,) `weight` times the products
@@ -37,8 +37,8 @@ def herd(products, last, step, stop, weight, drift, lengths, total, mean_length,
     k * mean - sum of chosen: the order of |r - x|. head: (u,) the lowest index of the samples equal to row u that are not chosen yet,
     else -1; follow: (n,) the next index of an equal sample, else -1. order: (n,) int64, the indices chosen.
 
-    unit: 0 if nothing here is ever rounded, else 2**-53: scores are then known within lengths * (a + b * lengths) + tiny, and a step where
-    that does not decide is left to the caller: returns with fewer steps done, the scores being those of the step that is left.
+    unit: 0 if nothing here is ever rounded, else 2**-53: scores are then known within lengths * (a + b * lengths), and a step where that
+    does not decide is left to the caller: returns with fewer steps done, the scores being those of the step that is left.
     terms: d + u, what a product of rows and the mean add up.
     """
     while step < stop:
@@ -53,11 +53,11 @@ def herd(products, last, step, stop, weight, drift, lengths, total, mean_length,
                 scores[u] += 2.0 * (weight * products[last, u] - drift[u])
         best = np.inf
         for u in range(scores.shape[0]):
-            best = min(best, scores[u] + (lengths[u] * (a + b * lengths[u]) + tiny))
+            best = min(best, scores[u] + lengths[u] * (a + b * lengths[u]))
         found = 0
         pick = -1
         for u in range(scores.shape[0]):
-            if scores[u] - (lengths[u] * (a + b * lengths[u]) + tiny) <= best:
+            if scores[u] - lengths[u] * (a + b * lengths[u]) <= best:
                 found += 1
                 if pick < 0 or head[u] < head[pick]:
                     pick = u
