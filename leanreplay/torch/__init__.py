@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
 from .features import features
+from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
 from .learners import ERLearner, Step
 from .loader import MixedLoader, ReplayLoader
 
-__all__ = ["BufferDataset", "ERLearner", "MixedLoader", "ReplayLoader", "Step", "features", "sample"]
+__all__ = [
+    "AsyncReservoir",
+    "BufferDataset",
+    "ERLearner",
+    "InterleavedSampler",
+    "InterleavedSamplerConfig",
+    "MixedLoader",
+    "ReplayLoader",
+    "SamplerIntervalConfig",
+    "ShuffleSampler",
+    "Step",
+    "features",
+    "sample",
+]
