@@ -266,6 +266,8 @@ class BalancedBuffer(DataBuffer):
         if store is None:
             return None, {}
         if self._rows_by_group is None or self._rows_by_group[0] != (id(store), store.sequence):
+            if store.writable:
+                store.verify_index()
             positions, groups = store.snapshot()
             here = (id(store), store.sequence)
             log = store.log()
