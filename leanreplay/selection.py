@@ -312,24 +312,23 @@ class _Rows:
         if normalize:
             y = _normalized(y)
         self.exact = Exact(y, counts)
-        top = max(float(y.max(initial=0.0)), -float(y.min(initial=0.0)))
+        w, exponent, squares = _well_scaled(y)
         # Sums of up to 4 * n * (steps + 1) products of rows: integers below 2**53 add up exactly, in any order.
         share = 2.0**53 / (4.0 * self.n * (steps + 1))
-        grid = _common_divisor(y, top / math.sqrt(share))
-        w = y / grid if grid else y
-        squares = np.einsum("ij,ij->i", w, w)
-        self.rounded = not (grid and squares.max() <= share)
+        least = math.sqrt(squares.max() / share)
+        grid = _common_divisor(y, math.ldexp(min(least, 0.5), exponent) if exponent else least)
+        whole = y / grid if grid else y
+        self.rounded = not grid or _squares(whole).max() > share
         if self.rounded:
-            w = _well_scaled(y, top)
             mean = counts @ w / self.n
-            squares = np.einsum("ij,ij->i", w, w)
             spread = counts @ squares / self.n
             if spread - mean @ mean < spread / 16:  # far from the origin: distances would cancel
                 w = w - mean
                 mean = counts @ w / self.n
-                squares = np.einsum("ij,ij->i", w, w)
+                squares = _squares(w)
             self.weight, self.scores, self.drift = 1.0, squares, w @ mean
         else:
+            w, squares = whole, _squares(whole)
             self.weight, self.scores, self.drift = float(self.n), self.n * squares, w @ (counts @ w)
         self.w = w
         self.lengths = np.maximum(np.sqrt(squares), _SHORTEST)
@@ -431,13 +430,24 @@ def _distinct(x: Floats) -> tuple[Ints, Ints, Ints]:
 def _normalized(y: Floats) -> Floats:
     """Rows divided by their lengths; rows of zeros stay."""
     y = np.ldexp(y, -np.frexp(np.abs(y).max(axis=1, keepdims=True, initial=0.0))[1])  # exact, so that no square overflows
-    lengths = np.sqrt(np.einsum("ij,ij->i", y, y))
+    lengths = np.sqrt(_squares(y))
     return y / np.where(lengths > 0, lengths, 1.0)[:, None]
 
 
-def _well_scaled(y: Floats, top: float) -> Floats:
-    """Times a power of two, if need be, such that squares stay within float64. top: the largest magnitude in y."""
-    return y if 2.0**-300 < top < 2.0**300 else np.ldexp(y, -math.frexp(top)[1])
+def _squares(y: Floats) -> Floats:
+    """Squared lengths of rows, (u,)."""
+    return np.einsum("ij,ij->i", y, y)
+
+
+def _well_scaled(y: Floats) -> tuple[Floats, int, Floats]:
+    """y / 2**e for an e such that squares stay within float64 (0 if they do); e; and the squared lengths of rows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = _squares(y)
+    if 2.0**-600 < squares.max() < 2.0**600:
+        return y, 0, squares
+    exponent = math.frexp(max(float(y.max(initial=0.0)), -float(y.min(initial=0.0))))[1]
+    y = np.ldexp(y, -exponent)
+    return y, exponent, _squares(y)
 
 
 def _common_divisor(y: Floats, least: float) -> float:
