@@ -712,7 +712,11 @@ def test_headers_that_count_too_many_entries_of_a_log(grouped, count, monkeypatc
             lr.open(grouped, mode)
 
 
-@pytest.mark.parametrize("changes", [{"H_LOG": lambda n: n + 1}, {"H_LOG": 0}, {"H_LOG": 4096}, {"H_LOG_HASH": lambda h: h ^ 1}], ids=["one more", "none", "all", "hash"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"H_LOG": lambda n: n + 1}, {"H_LOG": 0}, {"H_LOG": 4096}, {"H_LOG_HASH": lambda h: h ^ 1}],
+    ids=["one more", "none", "all", "hash"],
+)
 def test_logs_that_do_not_match(grouped, changes, monkeypatch):
     """G7: a log whose hash is not the header's: rows can be read, but groups and writing are refused, and check() says so."""
     monkeypatch.setattr("leanreplay.store._PATIENCE", 0.0)
@@ -751,6 +755,26 @@ def test_every_byte_of_the_log_is_checked(grouped, monkeypatch):
             else:
                 assert buffer.group_sizes() == GROUP_SIZES
         overwrite(grouped, at + byte, data[at + byte : at + byte + 1])
+
+
+def test_a_damaged_index_is_noticed_before_it_is_used(grouped):
+    """G7: any changed byte of a live row's position or group: a writer neither plans with it nor tells of groups by it."""
+    table = table_of(grouped)
+    data = snapshot_of(grouped)
+    with lr.open(grouped) as buffer:
+        rows = buffer.get_metadata("idx").tolist()
+    for at, _ in table.columns[-3:-1]:
+        for byte in (at + 8 * row + i for row in rows for i in range(8)):
+            overwrite(grouped, byte, bytes([data[byte] ^ (1 << byte % 7)]))
+            with lr.open(grouped, "r+") as buffer:
+                before = snapshot_of(grouped)
+                for action in (buffer.group_sizes, lambda b=buffer: feed_grouped(b, 60, 3), lambda b=buffer: b.groups[0]):
+                    with pytest.raises(lr.CorruptionError, match=r"checksums|do not add up|live rows"):
+                        action()
+            assert snapshot_of(grouped) == before, byte
+            overwrite(grouped, byte, data[byte : byte + 1])
+    with lr.open(grouped, "r+") as buffer:
+        assert buffer.check() == []
 
 
 PARAMS = {
