@@ -379,6 +379,43 @@ def test_tensors_hold_no_descriptors():
             assert len(os.listdir("/proc/self/fd")) < before + 25
 
 
+TENSORS = {
+    "plain": lambda: torch.arange(6.0).reshape(2, 3),
+    "number": lambda: torch.tensor(3),
+    "bool": lambda: torch.tensor([True, False]),
+    "empty": lambda: torch.zeros(0, 3),
+    "strided": lambda: torch.arange(12).reshape(3, 4).t()[::2],
+    "expanded": lambda: torch.tensor([1, 2]).expand(3, 2),
+    "bfloat16": lambda: torch.arange(4).to(torch.bfloat16),
+    "complex": lambda: torch.tensor([1 + 2j]),
+    "conjugate": lambda: torch.tensor([1 + 2j]).conj(),
+    "gradient": lambda: torch.ones(3, requires_grad=True),
+    "parameter": lambda: torch.nn.Parameter(torch.ones(3)),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+def make_tensor(name):
+    return TENSORS[name]()
+
+
+def test_tensors_of_every_kind_come_back_as_they_were():
+    with processes(list(TENSORS), make_tensor, most=20, min_reservoir_samples=len(TENSORS), deterministic=True) as reservoir:
+        found = dict(zip(TENSORS, reservoir, strict=True))
+    for name, tensor in found.items():
+        wanted = make_tensor(name)
+        assert type(tensor) is type(wanted)
+        assert (tensor.dtype, tensor.shape, tensor.layout, tensor.requires_grad) == (
+            wanted.dtype, wanted.shape, wanted.layout, wanted.requires_grad,
+        )  # fmt: skip
+        assert torch.equal(tensor.to_dense(), wanted.to_dense())
+    found["plain"].add_(1)  # and can be written to, without a warning
+
+
+def test_a_view_is_sent_without_the_rest():
+    assert len(async_reservoir._dumps(torch.zeros(1_000_000)[:10])) < 1000
+
+
 def test_performance():
     with threads(range(9), min_reservoir_samples=4, deterministic=True) as reservoir:
         assert reservoir.performance["waiting"] == {"seconds": 0.0, "count": 0, "average": 0.0}

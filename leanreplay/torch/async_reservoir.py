@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import inspect
+import io
 import logging
 import multiprocessing
 import operator
@@ -633,14 +634,14 @@ def _job(sample: bytes, seed: int) -> bytes:
     try:
         text, value = _attempt(_work, pickle.loads(sample))
         if text is None:
-            return pickle.dumps((None, value), 5)
+            return _dumps((None, value))
         error = value
     except BaseException as wrong:
         text, error = traceback.format_exc(), wrong
     packed = None
     with contextlib.suppress(Exception):
-        packed = pickle.dumps(error, 5)
-    return pickle.dumps((text, packed), 5)
+        packed = _dumps(error)
+    return _dumps((text, packed))
 
 
 def _attempt(function: Callable[[Any], Any], sample: Any) -> tuple[str | None, Any]:
@@ -757,12 +758,32 @@ def _uid(value: Any) -> Any:
 
 def _pickled(value: Any, name: str) -> bytes:
     try:
-        return pickle.dumps(value, 5)
+        return _dumps(value)
     except Exception as error:
         raise ArgumentError(
             f"{name} cannot be sent to a worker process: {error!r:.200}; define functions and classes at the top of a module, "
             "or use executor='thread'"
         ) from error
+
+
+class _Pickler(pickle.Pickler):
+    """Plain tensors go as arrays: twenty times as fast as torch's own way for small ones, and a view without what it is a view of."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is torch.Tensor:
+            with contextlib.suppress(TypeError, RuntimeError):  # bfloat16, on another device, sparse, with a gradient, ...
+                return _tensor, (value.numpy(),)
+        return NotImplemented
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def _dumps(value: Any) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file, 5).dump(value)
+    return file.getvalue()
 
 
 def _unpickled(value: bytes | None) -> Any:
