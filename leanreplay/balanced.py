@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .batches import integer, required
 from .buffers import DataBuffer, places
-from .errors import ArgumentError, CorruptionError, FormatError, GroupError
+from .errors import ArgumentError, CorruptionError, FormatError, GroupError, RowError
 from .format import Table
 from .kernels import balanced as kernel
 from .keys import key_pair
@@ -188,7 +188,7 @@ class BalancedBuffer(DataBuffer):
 
     policy_class: ClassVar[type[Policy]] = BalancedPolicy
     _params: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
-    _rows_by_group: tuple[tuple[int, int], dict[int, Ints]] | None
+    _rows_by_group: tuple[Any, int, dict[int, Ints]] | None
     _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
     def _given(self, total: Any, **flags: Any) -> None:
@@ -208,8 +208,22 @@ class BalancedBuffer(DataBuffer):
 
     def _items_of_group(self, group: int, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
         with self._lock:
-            rows = self._rows_of_group(group)
-            return self._items(self._require(), rows[places(indices, rows.shape[0])])
+            for _ in range(100):
+                rows = self._rows_of_group(group)
+                store = self._require()
+                chosen = rows[places(indices, rows.shape[0])]
+                if not chosen.shape[0]:
+                    return []
+                try:
+                    arrays, index = store.read(chosen)
+                except RowError:
+                    if store.writable:
+                        raise
+                    continue
+                if store.writable or (index[1] == group).all():
+                    return self._items_of(store.table.schema, arrays, index, chosen)
+                self._rows_by_group = None  # a reader: the row has gone to another group since
+            raise RowError(f"{self.path}: the rows of group {group} keep changing while they are read")
 
     def _settle_params(self) -> None:
         self._params = dict(self._params)
@@ -265,11 +279,12 @@ class BalancedBuffer(DataBuffer):
         store = self._require()
         if store is None:
             return None, {}
-        if self._rows_by_group is None or self._rows_by_group[0] != (id(store), store.sequence):
+        known_of = self._rows_by_group
+        if known_of is None or known_of[0] is not store or known_of[1] != store.sequence:
             if store.writable:
                 store.verify_index()
             positions, groups = store.snapshot()
-            here = (id(store), store.sequence)
+            sequence = store.sequence
             log = store.log()
             live = np.flatnonzero(positions >= 0)
             order = np.argsort(groups[live], kind="stable")
@@ -277,10 +292,10 @@ class BalancedBuffer(DataBuffer):
             known = np.union1d(log[log[:, 0] == 0, 1], found)
             rows = dict.fromkeys(known.tolist(), NO_ROWS)
             rows |= dict(zip(found.tolist(), np.split(live[order], starts[1:]), strict=False))
-            if store.sequence != here[1]:  # a reader met a commit: what is found is right, but of which state?
+            if store.sequence != sequence:  # a reader met a commit: what is found is right, but of which state?
                 return self._by_group()
-            self._rows_by_group = (here, rows)
-        return store, self._rows_by_group[1]
+            self._rows_by_group = known_of = (store, sequence, rows)
+        return store, known_of[2]
 
     def group_sizes(self) -> dict[int, int]:
         """Rows that each group holds, by id: all groups seen so far, those without a row too."""

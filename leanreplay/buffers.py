@@ -691,7 +691,10 @@ class DataBuffer:
         if not rows.shape[0]:
             return []
         arrays, index = store.read(rows)
-        schema: Schema = store.table.schema
+        return self._items_of(store.table.schema, arrays, index, rows)
+
+    def _items_of(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> list[tuple[Any, dict[str, Any]]]:
+        """What was read, sample by sample."""
         split = len(schema.data)
         names, told = schema.metadata_names, self._index_meta(index)
         items = []
@@ -871,6 +874,8 @@ class DataBuffer:
             self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill, heir_of=heir
         )
         self._store, self.max_size, self._max_size = created, size, size
+        if keep_points:
+            store.give_away_points()
         self._policy_at = -1
         self._replacing = False
         store.mark_gone()

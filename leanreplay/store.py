@@ -126,6 +126,7 @@ class Store:
         self._faulted = 0  # rows whose pages are there for writing
         self._written = [0] * len(table.columns)  # file offset up to which a column has been written with zeros ahead
         self._live_rows: tuple[int, Ints] | None = None
+        self._snapshot: tuple[int, Ints] | None = None
         self._log = UndoLog(path, table, points)
         self._large = [(at, size) for at, size in table.columns[: self._fields] if size >= _LARGE]
         self._cold = 0  # reads that are still to be advised
@@ -198,6 +199,8 @@ class Store:
                 return store
             except BaseException:
                 if store is not None:
+                    if heir_of is not None:
+                        store.give_away_points()
                     store.close()
                 else:
                     os.close(fd)
@@ -309,12 +312,18 @@ class Store:
         self._require_map()
         found = False
         other = np.zeros(HEADER_WORDS, np.uint64)
-        for at in HEADERS:
-            if not kernel.read_block(self._view, at, other) or other[H_TAG] != self.table.tag:
-                continue
-            if not found or other[H_SEQ] > into[H_SEQ]:
-                into[:] = other
-                found = True
+        for _ in range(3):
+            valid = 0
+            for at in HEADERS:
+                if not kernel.read_block(self._view, at, other) or other[H_TAG] != self.table.tag:
+                    continue
+                valid += 1
+                if not found or other[H_SEQ] > into[H_SEQ]:
+                    into[:] = other
+                    found = True
+            # One that is not valid may be in the middle of being written, long after the other was read: look again.
+            if valid == len(HEADERS) or self.writable:
+                break
         if not found:
             raise FormatError(f"{self.path}: neither header is valid; restore the file from a copy")
         problem = header_problem(into, self.table)
@@ -458,13 +467,22 @@ class Store:
             if time.monotonic() > deadline:
                 raise RowError(f"{self.path or 'this buffer'} changes faster than its index can be read; try again")
 
+    def _positions_now(self) -> Ints:
+        """Positions as of the header; a reader copies them once for each state."""
+        if self.writable:
+            return self.index()[0]
+        if self._snapshot is None or self._snapshot[0] != int(self.head[H_SEQ]):
+            positions = self.snapshot()[0]
+            self._snapshot = (int(self.head[H_SEQ]), positions)
+        return self._snapshot[1]
+
     def live_rows(self) -> Ints | None:
         """The live rows in order; None where they are simply 0 to size - 1."""
         if self.size == self.high:
             return None
         sequence = int(self.head[H_SEQ])
         if self._live_rows is None or self._live_rows[0] != sequence:
-            found = np.flatnonzero(self.snapshot()[0] >= 0)
+            found = np.flatnonzero(self._positions_now() >= 0)
             sequence = int(self.head[H_SEQ])
             if found.shape[0] != self.size:
                 # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
@@ -486,7 +504,7 @@ class Store:
         while k < high:
             rows = np.empty(k, np.int64)
             draw(high, rows)
-            found = rows[self.index()[0][rows] >= 0]
+            found = rows[self._positions_now()[rows] >= 0]
             if found.shape[0] >= n:
                 return found[:n].copy()
             k *= 2
@@ -524,6 +542,12 @@ class Store:
             self._cold = _WARM_READS
         elif self._cold and taken < 1e-4 + _WARM * n:
             self._cold -= 1
+        if not self.writable:  # rows of a commit under way are whole, and yet not what the header speaks of
+            self.refresh()
+            pending = np.isin(rows, np.concatenate(self._journal_rows()))
+            if pending.any():
+                bad[pending] = 1
+                wrong = True
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
         arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, self._starts, strict=False)]
@@ -564,10 +588,17 @@ class Store:
             time.sleep(wait)
             wait = min(2 * wait, 0.01)
             self.refresh()
+            old, free_before = self._journal_rows()
             for i in wrong:
-                bad[i] = not self._reread_one(rows, int(i), first, last, out, places, index, wait > 0.002)
+                if rows[i] in free_before:
+                    index[0, i] = -1
+                else:
+                    bad[i] = not self._reread_one(rows, int(i), first, last, out, places, index, bool(rows[i] in old))
             if not bad.any():
                 return
+            if np.isin(rows[bad == 1], free_before).all():
+                break
+        wrong = np.flatnonzero(bad)
         free = [int(rows[i]) for i in wrong if index[0, i] < 0]
         if free:
             raise RowError(f"rows {free[:10]} of {self.path or 'this buffer'} are free; the live ones are in meta['idx'] of a sample")
@@ -580,16 +611,17 @@ class Store:
         )
 
     def _reread_one(self, rows: Ints, i: int, first: int, last: int, out: Bytes, places: Ints, index: Ints, from_journal: bool) -> bool:
-        """Read one row again, from the journal if a dead writer left its old bytes there; whether it is right now."""
+        """Read one row again, from the journal if its old bytes are there; whether it is right now."""
         row = rows[i : i + 1]
         fields = self.table.schema.fields
         sizes = [f.nbytes for f in fields[first:last]]
         found, flag = np.empty((2, 1), np.int64), np.empty(1, np.uint8)
         mine = np.cumsum([0, *[round_up(f.nbytes, 8) for f in fields]])
         block = np.empty(mine[-1], np.uint8)
-        wrong = kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, flag)
-        if wrong and from_journal and self.pending():
+        if from_journal:
             wrong = not self._read_journal(int(row[0]), block, mine, found)
+        else:
+            wrong = bool(kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, flag))
         for f, size in enumerate(sizes):
             out[places[f] + i * size :][:size] = block[mine[first + f] :][:size]
         index[:, i] = found[:, 0]
@@ -598,6 +630,14 @@ class Store:
     def pending(self) -> bool:
         """Whether the file has a commit that has not ended."""
         return int(self.head[H_TARGET]) not in (0, _GONE) or self._read_seal()
+
+    def _journal_rows(self) -> tuple[Ints, Ints]:
+        """Of a commit that has not ended: the rows whose old state the journal holds, and those that were free before."""
+        if not self.pending():
+            return NO_ROWS, NO_ROWS
+        at, live, count = self.table.list_at, int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
+        rows = self._view[at : at + 8 * count].view(np.int64)
+        return np.concatenate([rows[:live], self._freed(int(self._seal[J_FREED]))[:, 0]]), rows[live:].copy()
 
     def _read_journal(self, row: int, out: Bytes, mine: Ints, index: Ints) -> bool:
         """Take the old bytes of a row from the journal: undo them into a file of one row, and read that."""
@@ -920,6 +960,10 @@ class Store:
         self._apply_rollback(target, self._log.frames(target))
         self._log.rewind(target)
         self._attached = True
+
+    def give_away_points(self) -> None:
+        """Another store has taken the restore points over."""
+        self._log.disown()
 
     def drop_points(self) -> None:
         """End all restore points."""

@@ -312,8 +312,12 @@ class UndoLog:
             )
 
     def take_over(self, other: UndoLog) -> None:
-        """Go on with the segments of a store that this one's replaces, row for row the same."""
-        self.segments, other.segments = other.segments, []
+        """Go on with the segments of a store that this one's replaces, row for row the same. Until `disown` both have them."""
+        self.segments = list(other.segments)
+
+    def disown(self) -> None:
+        """Another log has taken the segments over: do not close them."""
+        self.segments = []
 
     def close_tail(self, state: int) -> None:
         """Say that the log is complete up to this state, with no commit pending."""

@@ -239,6 +239,9 @@ def test_modes_come_back(net, x):
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), seed)
+    modes = []
+    features(net, "fc", x, transform=lambda b: modes.append((net.training, torch.is_grad_enabled())) or b, progress=False)
+    assert modes == [(False, False)]
     assert hooks(net) == 0
 
 

@@ -369,6 +369,7 @@ def test_settings_are_copied():
     sampler = InterleavedSampler(SequentialSampler(range(4)), config, callback_samplers=[callback])
     config.max_epochs, callback.batch_size = 7, 1
     assert list(sampler.batch_sampler) == [[0, 1], [2, 3], [4, 5]]
+    assert (sampler.config.max_epochs, sampler.callback_samplers[0].batch_size) == (1, None)
 
 
 # -- stopping and resuming -------------------------------------------------------------------------------------------------

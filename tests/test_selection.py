@@ -350,7 +350,7 @@ def test_bounds_hold(name):
         products = (rows.w @ rows.w[last])[None] if step else np.zeros((1, u))
         args = (rows.weight, rows.drift, rows.lengths, total, rows.mean_length, rows.terms)
         # a unit so large that no step is decided
-        found = herding.herd(products, 0, step, step + 1, *args, 1e300, rows.scores, head, rows.follow, order)
+        found = herding.herd(products, 0, step, step + 1, *args, 1e200, rows.scores, head, rows.follow, order)
         if u > 1 and (head >= 0).sum() > 1:
             assert found[0] == step
         live = np.flatnonzero(head >= 0)

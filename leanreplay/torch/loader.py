@@ -27,50 +27,59 @@ Ints = npt.NDArray[np.int64]
 class _Job:
     """One planned batch. First its rows are copied, under the buffer's lock; then it becomes tensors, outside of it."""
 
-    def __init__(self, buffer: DataBuffer, number: int, plan: Callable[[], Any], finish: Callable[[Any], Any]) -> None:
-        self.buffer, self.number = buffer, number
-        self._plan, self._finish = plan, finish
+    def __init__(self, buffer: DataBuffer, plan: Callable[[], Any], finish: Callable[[Any], Any]) -> None:
+        self.buffer, self._plan, self._finish = buffer, plan, finish
         self.ready = threading.Event()
         self.result: Any = None
         self.error: BaseException | None = None
         self._read: Any = None
-        self.rows: Ints | None = None
+        self._copied = False
         try:
-            self.rows = plan()
+            self._rows = plan()
         except Exception as error:
             self.error = error.with_traceback(None)  # whose frames would keep the loader
 
     def copy(self) -> None:
         """Copy the rows, unless that is done: called before the buffer changes, by whoever comes first."""
         with self.buffer._lock:
-            if self._read is not None or self.error is not None or self.rows is None:
+            if self._copied or self.error is not None:
                 return
             try:
-                store = self.buffer._require()
-                for _ in range(100):
-                    try:
-                        self._read = (store.table.schema, *store.read(self.rows), self.rows)
-                        break
-                    except RowError:  # a reader may find that the writer has freed a row: its batches are not reproducible anyway
-                        if store.writable:
-                            raise
-                        store = self.buffer._require()
-                        self.rows = self._plan()
-                else:
-                    raise RowError(f"{self.buffer.path}: rows keep being freed while they are read")
-            except BaseException as error:
+                self._read = self._copy()
+                self._copied = True
+            except Exception as error:
                 self.error = error
 
-    def run(self) -> None:
-        """Make the batch."""
-        self.copy()
-        if self.error is None and not self.ready.is_set():
+    def _copy(self) -> Any:
+        for _ in range(100):
+            store = self.buffer._require()
             try:
+                return (store.table.schema, *store.read(self._rows), self._rows)
+            except RowError:  # a reader may find that the writer has freed a row: its batches are not reproducible anyway
+                if store.writable:
+                    raise
+                self._rows = self._plan()
+        raise RowError(f"{self.buffer.path}: rows keep being freed while they are read")
+
+    def run(self) -> None:
+        """Make the batch. Nothing is raised here: the error waits for the batch's turn."""
+        try:
+            self.copy()
+            if self.error is None:
                 self.result = self._finish(self._read)
-            except BaseException as error:
-                self.error = error
+        except BaseException as error:
+            self.error = error
         self._read = None
-        self._plan, self._finish = list, list  # the loader must not be kept by what it has planned
+        self._plan = self._finish = list  # the loader must not be kept by what it has planned
+        self.ready.set()
+
+
+class _Made(_Job):
+    """A batch that a state held."""
+
+    def __init__(self, buffer: DataBuffer, result: Any) -> None:
+        super().__init__(buffer, list, list)
+        self.result, self._copied = result, True
         self.ready.set()
 
 
@@ -78,6 +87,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
     """The background thread. It holds on to no loader, so that a forgotten one can go."""
     while (job := jobs.get()) is not None:
         job.run()
+        del job
 
 
 class ReplayLoader:
@@ -129,7 +139,7 @@ class ReplayLoader:
             raise ArgumentError(f"batch_transform must be a function of a batch, got {batch_transform!r:.200}")
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
-        self.buffer, self.device, self.pin_memory = buffer, device, bool(pin_memory)
+        self.buffer, self.device, self.pin_memory = buffer, _device(device), bool(pin_memory)
         self.batch_size = _positive("batch_size", batch_size)
         self.prefetch = _positive("prefetch", prefetch)
         self.batches = integer("batches", batches, 1, 2**62)
@@ -141,7 +151,7 @@ class ReplayLoader:
         self._passed = 0  # of them in this pass
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._groups: tuple[Any, list[Ints]] | None = None
+        self._groups: tuple[Any, int, list[Ints]] | None = None
         self._pid = os.getpid()
         self._closed = False
         self._hook = functools.partial(_call, weakref.WeakMethod(self._settle))
@@ -157,26 +167,28 @@ class ReplayLoader:
         return self
 
     def __next__(self) -> tuple[Any, dict[str, Any]]:
-        if self._closed or self._pid != os.getpid():
-            raise ModeError("this ReplayLoader is closed, or was made in another process; make a new one here")
+        self._check_open()
         if self.batches is not None and self._passed >= self.batches:
             raise StopIteration
         self._plan_to(self.prefetch)
         job = self._planned[0]
         job.ready.wait()
-        del self._planned[0]
         if job.error is not None:
-            for later in self._planned:  # their numbers would be one too high
-                later.ready.wait()
-            self._planned.clear()
+            self._planned = []
+            error, job.error = job.error, None  # a cycle through the traceback would keep the loader, and its thread
+            del job
             try:
-                raise job.error
+                raise error
             finally:
-                del job  # a cycle through the traceback would keep the loader, and its thread
-        self._delivered += 1
-        self._passed += 1
-        self._plan_to(self.prefetch)
+                del error
+        # The next one is planned while this one still stands in front, so that an interrupt anywhere loses and doubles nothing.
+        self._plan_to(self.prefetch + 1)
+        self._delivered, self._passed, self._planned = self._delivered + 1, self._passed + 1, self._planned[1:]
         return job.result  # type: ignore[no-any-return]
+
+    def _check_open(self) -> None:
+        if self._closed or self._pid != os.getpid():
+            raise ModeError("this ReplayLoader is closed, or was made in another process; make a new one here")
 
     def _plan_to(self, count: int) -> None:
         """Have that many batches planned, fewer at the end of a pass."""
@@ -184,19 +196,21 @@ class ReplayLoader:
             count = min(count, self.batches - self._passed)
         while len(self._planned) < count:
             number = self._delivered + len(self._planned)
-            if self._thread is None:
-                self._thread = threading.Thread(target=_work, args=(self._queue,), name="leanreplay-loader", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=_work, args=(self._queue,), name="leanreplay-loader", daemon=True)
+                thread.start()
+                self._thread = thread
             with self.buffer._lock:
-                job = _Job(self.buffer, number, functools.partial(self._rows, number), self._finish)
+                job = _Job(self.buffer, functools.partial(self._rows, number), self._finish)
                 self._queue.put(job)  # before it counts: an interrupt in between must not leave one that nobody makes
-                self._planned.append(job)
+                self._planned = [*self._planned, job]
 
     def _settle(self) -> None:
         """Called by the buffer, under its lock, before it changes."""
         if self._pid == os.getpid():
             for job in self._planned:
                 job.copy()
+            self._groups = None
 
     def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
         """Arrays to what is handed out."""
@@ -237,8 +251,8 @@ class ReplayLoader:
 
     def _rows_by_value(self, store: Any) -> list[Ints]:
         """The live rows of each value of the column that `balance` names."""
-        here = (id(store), store.sequence)
-        if self._groups is None or self._groups[0] != here:
+        if self._groups is None or self._groups[0] is not store or self._groups[1] != store.sequence:
+            sequence = store.sequence
             schema = store.table.schema
             rows = self.buffer._all_rows(store)
             if self.balance == "class" and "class" not in schema.metadata_names:
@@ -252,42 +266,37 @@ class ReplayLoader:
                 raise SchemaError(f"balance={self.balance!r}: entries must be single values, got shape {values.shape[1:]}")
             order = np.argsort(values, kind="stable")
             starts = np.unique(values[order], return_index=True)[1]
-            self._groups = (here, np.split(rows[order], starts[1:]))
-        return self._groups[1]
+            self._groups = (store, sequence, np.split(rows[order], starts[1:]))
+        return self._groups[2]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint, taken together with the buffer's: batches handed out, and those that are planned, as tensors on the CPU."""
+        """For a checkpoint, taken together with the buffer's: batches handed out, and those that are planned, as tensors on the CPU.
+
+        `torch.load(weights_only=True)` takes it, unless samples hold fixed-width bytes, which stay NumPy's.
+        """
+        self._check_open()
         ahead = []
         for job in self._planned:
             job.ready.wait()
             if job.error is not None:
                 break
-            ahead.append(_placed(job.result, "cpu", False))
+            ahead.append(_cloned(_placed(job.result, "cpu", False)))
         return {"format": 1, "delivered": self._delivered, "passed": self._passed, "ahead": ahead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the batch that would have come next. Bring the buffer to its state of the same checkpoint first, or after."""
+        self._check_open()
         wanted = {"format": int, "delivered": int, "passed": int, "ahead": list}
-        if not isinstance(state, Mapping) or any(type(state.get(k)) is not t for k, t in wanted.items()) or state["format"] != 1:
+        right = isinstance(state, Mapping) and all(type(state.get(k)) is t for k, t in wanted.items()) and state["format"] == 1
+        right = right and all(0 <= state[k] < 2**62 for k in ("delivered", "passed"))
+        if not right or any(type(item) is not tuple or len(item) != 2 for item in state["ahead"]):
             raise StateError(f"not a state of a ReplayLoader: expected a dict with {sorted(wanted)}, got {state!r:.200}")
-        self._drop()
-        self._delivered, self._passed = state["delivered"], state["passed"]
-        for i, result in enumerate(state["ahead"]):
-            job = _Job(self.buffer, self._delivered + i, lambda: np.zeros(0, np.int64), self._finish)
-            job.rows, job.result = None, _placed(tuple(result), self.device, self.pin_memory)
-            job.ready.set()
-            self._planned.append(job)
+        ahead: list[_Job] = [_Made(self.buffer, _placed(_cloned(item), self.device, self.pin_memory)) for item in state["ahead"]]
+        self._delivered, self._passed, self._planned = state["delivered"], state["passed"], ahead
 
     # -- closing -----------------------------------------------------------------------------------------------------
-
-    def _drop(self) -> None:
-        """Forget what is planned."""
-        planned, self._planned = self._planned, []
-        if self._thread is not None and self._pid == os.getpid():
-            for job in planned:
-                job.ready.wait()
 
     def close(self) -> None:
         """End the background thread. Closing twice is fine."""
@@ -296,7 +305,7 @@ class ReplayLoader:
         if self._thread is not None and self._pid == os.getpid():
             self._thread.join()
             self._thread = None
-        self._planned.clear()
+        self._planned = []
 
     def __enter__(self) -> ReplayLoader:
         return self
@@ -320,11 +329,27 @@ def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
         found()
 
 
+def _device(device: Any) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device {device!r:.200} is none of torch's: {error}") from None
+
+
 def _positive(name: str, value: Any) -> int:
     number = integer(name, value, 1, 2**31)
     if number is None:
         raise ArgumentError(f"{name} must be a positive integer, got None")
     return number
+
+
+def _cloned(value: Any) -> Any:
+    """Tensors in any nesting that share no memory with these."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _cloned(v) for key, v in value.items()}
+    return type(value)([_cloned(v) for v in value]) if type(value) in (tuple, list) else value
 
 
 def _placed(value: Any, device: Any, pin: bool) -> Any:
@@ -364,7 +389,7 @@ class MixedLoader:
     ) -> None:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
-        self.stream_loader, self.buffer, self.device = stream_loader, buffer, device
+        self.stream_loader, self.buffer, self.device = stream_loader, buffer, _device(device)
         self.replay_batch_size = _positive("replay_batch_size", replay_batch_size)
 
     def __len__(self) -> int:
@@ -372,18 +397,32 @@ class MixedLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]]:
         for item in self.stream_loader:
-            if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise ArgumentError(
-                    f"MixedLoader wants a stream of pairs (x, y), got {type(item).__name__}; use ReplayLoader beside your loader"
-                )
-            x, y = (torch.as_tensor(part, device=self.device) for part in item)
+            x, y = self._pair(item, "the stream")
             n = min(self.replay_batch_size, len(self.buffer))
             is_replay = torch.zeros(x.shape[0] + n, dtype=torch.bool, device=x.device)
             meta: dict[str, Any] = {}
             if n:
                 batch, meta = sample(self.buffer, n, x.device)
-                if not isinstance(batch, tuple) or len(batch) != 2:
-                    raise ArgumentError("MixedLoader wants a buffer of pairs (x, y); use ReplayLoader beside your loader")
-                x, y = torch.cat([x, batch[0]]), torch.cat([y, batch[1]])
+                x_old, y_old = self._pair(batch, "the buffer")
+                if x_old.shape[1:] != x.shape[1:] or y_old.shape[1:] != y.shape[1:]:
+                    raise ArgumentError(
+                        f"samples of the stream (x {tuple(x.shape[1:])}, y {tuple(y.shape[1:])}) and of the buffer "
+                        f"(x {tuple(x_old.shape[1:])}, y {tuple(y_old.shape[1:])}) differ in shape; transform one of them"
+                    )
+                x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
                 is_replay[-n:] = True
             yield x, y, is_replay, meta
+
+    def _pair(self, item: Any, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y of a batch, as tensors of equal length."""
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ArgumentError(
+                f"MixedLoader wants pairs (x, y), {where} gave a {type(item).__name__}; use ReplayLoader beside your loader"
+            )
+        try:
+            x, y = (torch.as_tensor(part, device=self.device) for part in item)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"MixedLoader wants pairs of arrays or tensors, {where} gave others: {error}") from None
+        if not x.ndim or not y.ndim or x.shape[0] != y.shape[0]:
+            raise ArgumentError(f"{where} gave x of shape {tuple(x.shape)} and y of {tuple(y.shape)}: they must have the same length")
+        return x, y
