@@ -620,13 +620,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
     buffer.close()
 
 
-@pytest.mark.parametrize(
-    "ram",
-    [
-        False,
-        pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="a few lines in which the new file has the points, and no name")),
-    ],
-)
+@pytest.mark.parametrize("ram", [False, True])
 def test_interrupted_in_a_longer_log(ram: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at every third line of an add that rewrites the file for a longer log: the same object goes on, and back."""
     monkeypatch.setattr(balanced.BalancedPolicy, "log_slots", staticmethod(lambda capacity: 18))
@@ -744,7 +738,6 @@ def test_readers_of_a_commit_that_never_ended(kind: str, tmp_path: Any) -> None:
     assert stop_everywhere(work, scene, examine, 40 if kind == "class" else 15) > 10
 
 
-@pytest.mark.xfail(strict=True, reason="rows of a commit that never ended have right checksums, so a reader takes them as they are")
 def test_readers_of_a_group_get_no_other(tmp_path: Any) -> None:
     """A writer dies just before its header: what a reader's group gives is of that group, or recovery is needed."""
     path = str(tmp_path / "b.h5")
