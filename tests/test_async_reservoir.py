@@ -232,7 +232,7 @@ def test_a_sampler_gets_a_seeded_generator_and_the_epoch():
     assert sorted(orders[0][0]) == list(range(30))
     assert orders[0] == orders[1]
     assert orders[0][0] != orders[2][0]
-    assert orders[0][0] != orders[0][1]
+    assert orders[0][0] != [(i - 1) % 30 for i in orders[0][1]]  # in the second epoch 0 has been loaded anew, and is the last
     assert orders[0][0] != sorted(orders[0][0])
 
     class Epochs(list):
@@ -510,6 +510,7 @@ def test_if_every_job_fails_it_ends(source):
         assert 7 <= reservoir.skipped <= 9
         with pytest.raises(WorkerError, match=r"none of the last (7|8|9) jobs"):
             iter(reservoir)
+        assert reservoir.skipped >= 14
 
 
 def test_an_endless_source_of_failures_ends(monkeypatch):
@@ -898,6 +899,7 @@ def test_nothing_is_left(make, method, how, monkeypatch):
 
 
 def sleeps(i):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as libraries in C sometimes do
     if i:
         time.sleep(1000)
     return i
@@ -930,6 +932,22 @@ def test_close_lets_short_jobs_end(tmp_path):
             time.sleep(0.01)
     with open(path, encoding="utf-8") as file:
         assert file.read() == "whole"
+
+
+def notes(path):
+    time.sleep(0.01)
+    with open(path, "ab") as file:
+        file.write(b"x")
+
+
+def test_close_drops_what_has_not_begun(tmp_path):
+    path = str(tmp_path / "notes")
+    with processes([path] * 400, notes, workers=2, max_jobs_at_once=0) as reservoir:
+        assert set(reservoir) == {None}
+        before = os.path.getsize(path)
+        reservoir.close()
+        assert os.path.getsize(path) < before + 20
+    assert before < 300
 
 
 def test_close():
@@ -1011,7 +1029,7 @@ SCRIPT = """
     async_reservoir._PATIENCE = 0.5
 
     def load(i):
-        if i > 1:
+        if i > 1 and sys.argv[1] != "idle":
             time.sleep(1000)
         return i
 
@@ -1020,8 +1038,12 @@ SCRIPT = """
 
     if __name__ == "__main__":
         place, method, close = sys.argv[1:]
-        reservoir = AsyncReservoir(range(500), load, 9, workers=2, max_jobs_at_once=0, min_reservoir_samples=2, mp_context=method)
+        most = 2 if place == "idle" else 0
+        reservoir = AsyncReservoir(range(500), load, 9, workers=2, max_jobs_at_once=most, min_reservoir_samples=2, mp_context=method)
         try:
+            if place == "begin":
+                reservoir._queue()
+                say(f"children {[p.pid for p in reservoir._processes]}")
             for entry in reservoir:
                 pass
             children = [p.pid for p in reservoir._processes]
@@ -1029,7 +1051,7 @@ SCRIPT = """
             if place == "wait":
                 reservoir.min_reservoir_samples = 3
                 iter(reservoir)
-            elif place == "train":
+            elif place != "end":
                 time.sleep(1000)
             say("the end")
         finally:
@@ -1069,7 +1091,7 @@ def script(tmp_path, *arguments):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 @pytest.mark.parametrize(
     ("place", "method", "close"),
-    [("wait", "fork", "close"), ("wait", "spawn", "no"), ("train", "fork", "close"), ("train", "fork", "no")],
+    [("wait", "fork", "close"), ("begin", "spawn", "no"), ("train", "fork", "close"), ("train", "fork", "no"), ("idle", "fork", "no")],
 )
 def test_ctrl_c(tmp_path, place, method, close):
     """To the whole group, as a terminal sends it: one traceback, no wait for the 500 jobs of 1,000 s, nothing left."""

@@ -304,12 +304,13 @@ class AsyncReservoir:
                 try:
                     job = self._done.get(wait, _LOOK)
                 except queue.Empty:
-                    if not wait:
-                        return None
                     if stuck:
                         raise self._killed() from None
                     # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
                     stuck = bool(self._processes and first_ready([p.sentinel for p in self._processes], 0))
+                    if not wait and not stuck:
+                        return None
+                    wait = True
                     continue
                 if not self.deterministic:
                     return job
