@@ -187,7 +187,7 @@ class ParametricBuffer(BalancedBuffer):
         self.selection_strategy = selection_strategy
         self._given(total_num_groups, adaptive_size=adaptive_size)
         self._params["groupby"] = None if groupby == "" else groupby or "nothing"
-        self._params["selection_strategy"] = None if selection_strategy is None else type(selection_strategy).__name__
+        self._params["selection_strategy"] = None if selection_strategy is None else selection_strategy.name
         super().__init__(max_size, path, **options)
 
     def _settle_params(self) -> None:
@@ -195,7 +195,7 @@ class ParametricBuffer(BalancedBuffer):
         self.selection_strategy = self.selection_strategy or RandomSelection()
         self._params |= {
             "groupby": self._params.get("groupby") or "nothing",
-            "selection_strategy": type(self.selection_strategy).__name__,
+            "selection_strategy": self.selection_strategy.name,
             "uniform": bool(self.selection_strategy.uniform),
         }
 
@@ -299,7 +299,7 @@ class ParametricBuffer(BalancedBuffer):
         store = self._store
         strategy = self.selection_strategy
         if strategy is None:
-            raise ArgumentError(f"give selection_strategy={self._params['selection_strategy']}(...) when opening this buffer to feed it")
+            raise ArgumentError(f"give selection_strategy={self._params['selection_strategy']} when opening this buffer to feed it")
         skip = self._skip(at, n, store)
         if n == skip:
             return

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +20,9 @@ __all__ = ["ClosestToCenterSelection", "FeatureBasedSelection", "HerdingSelectio
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_GRAM_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
-_GRAM_WORTH = 32  # u * u * d in one product of matrices costs as much as u / 32 products of the matrix with a vector (both measured)
-_PIECE = 1 << 20  # numbers looked at in one piece where temporary copies are made
-_UNIT = 1.01 * 2.0**-53  # of rounding, and what terms of higher order may add
-_SHORTEST = 2.0**-499  # shorter rows count as this long: their squares underflow, but what that loses is below 2.0**-53 * _SHORTEST**2
+_MATRIX_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
+_STEPS_PER_MATRIX = 32  # all of them in one product cost as much as n / 32 products of the rows with a vector (measured)
+_UNIT, _SINGLE = 2.0**-53, 2.0**-24  # rounding of float64 and float32
 
 
 class Candidates(Protocol):
@@ -63,6 +60,11 @@ class SelectionStrategy:
 
     needs_features: bool = True
     uniform: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a buffer's file says of its strategy, and compares when it is opened with one again."""
+        return type(self).__name__
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """Indices of samples, (k,) int64, the best first, given their features, (n, d): all of them, or the first `count`."""
@@ -173,17 +175,16 @@ class HerdingSelection(FeatureBasedSelection):
 
     over the samples not chosen yet, mu being the mean of all phi(x): each prefix of the order has a mean close to mu.
 
-    The order is that of the definition in exact arithmetic on the features, taken as float64; of samples that tie exactly, such as equal
-    rows, the lowest index comes first. So it depends neither on `count` nor on the machine. (A direct implementation in float64
-    gives the same order except where two distinct rows are closer to a tie than its rounding.)
+    The order is that of a direct implementation in float64, `np.argmin(np.linalg.norm(mu - (phi + S) / k, axis=1))` with S the sum of
+    those chosen, so of samples that tie, such as equal rows, the lowest index comes first. Scores are kept up to date from products
+    of features; where the best are closer than rounding could take them apart, the definition decides. `count` does not matter.
 
     normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as iCaRL does; default: features as given.
     model, layer, batch_size, transform: as for `FeatureBasedSelection`.
 
     Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.05 s for n=2,000, d=512 on two
-    cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: a float64 copy of features of other dtypes, and
-    8 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step. Distinct rows that
-    tie cost 0.1 ms each and step at d=512, unless all features are small multiples of one number (integers, say): then nothing.
+    cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: two copies of the features in float64, and
+    8 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step.
 
     >>> HerdingSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 4, 0])
@@ -193,19 +194,24 @@ class HerdingSelection(FeatureBasedSelection):
         super().__init__(model, layer, **options)
         self.normalize = bool(normalize)
 
+    @property
+    def name(self) -> str:
+        return super().name + ("(normalize=True)" if self.normalize else "")
+
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
         x = _checked_features(features)
         stop = _count(count, x.shape[0])
         if stop == 0:
             return np.zeros(0, np.int64)
-        return _herd(_Rows(x, self.normalize, stop), stop)
+        return _herd(_normalized(x) if self.normalize else x, stop)
 
 
 class ClosestToCenterSelection(FeatureBasedSelection):
     """Samples by the distance of their features from the mean of all, the closest first.
 
-    The order is that of exact arithmetic on the features, taken as float64; where distances tie, the lowest index comes first.
+    The order is that of the distances in float64, `np.argsort(np.linalg.norm(phi - mu, axis=1), kind="stable")`: where they tie, the lowest
+    index comes first.
     All arguments are those of `HerdingSelection`. Costs O(n * d), and a float64 copy of features of other dtypes.
 
     >>> ClosestToCenterSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
@@ -216,15 +222,18 @@ class ClosestToCenterSelection(FeatureBasedSelection):
         super().__init__(model, layer, **options)
         self.normalize = bool(normalize)
 
+    @property
+    def name(self) -> str:
+        return super().name + ("(normalize=True)" if self.normalize else "")
+
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
         x = _checked_features(features)
         stop = _count(count, x.shape[0])
         if stop == 0:
             return np.zeros(0, np.int64)
-        rows = _Rows(x, self.normalize, 1)
-        places = rows.places(rows.scores - 2 * rows.drift)[rows.of]
-        return np.lexsort((np.arange(x.shape[0]), places))[:stop].astype(np.int64)
+        phi = _well_scaled(_normalized(x) if self.normalize else x)
+        return np.argsort(np.linalg.norm(phi - phi.mean(axis=0), axis=1), kind="stable")[:stop].astype(np.int64)
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
@@ -293,237 +302,96 @@ def _by_key(positions: Ints, purpose: str, seed: int) -> Ints:
     return np.argsort(keys)[::-1].astype(np.int64)
 
 
-# -- distances from the mean, as far as they decide ------------------------------------------------------------------------
+# -- herding -----------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
-    """The distinct rows of features, and their products: rounded with a known bound, or, on a grid, not rounded at all.
-
-    With r = k * mean - sum of those chosen, || r - x || orders rows as |x|^2 - 2 r x does. The scores of all rows are known up to
-    an error bound from a few products. `Exact` decides where the bound does not.
-    """
-
-    def __init__(self, x: Floats, normalize: bool, steps: int) -> None:
-        self.n, d = x.shape
-        self.first, self.of, self.follow = _distinct(x)
-        u = self.first.shape[0]
-        counts = np.bincount(self.of, minlength=u).astype(np.float64)
-        y = x if u == self.n else x[self.first]
-        if normalize:
-            y = _normalized(y)
-        self.exact = Exact(y, counts)
-        w, exponent, squares = _well_scaled(y)
-        # Sums of up to 4 * n * (steps + 1) products of rows: integers below 2**53 add up exactly, in any order.
-        share = 2.0**53 / (4.0 * self.n * (steps + 1))
-        least = math.sqrt(squares.max() / share)
-        grid = _common_divisor(y, math.ldexp(min(least, 0.5), exponent) if exponent else least)
-        whole = y / grid if grid else y
-        self.rounded = not grid or _squares(whole).max() > share
-        if self.rounded:
-            mean = counts @ w / self.n
-            spread = counts @ squares / self.n
-            if spread - mean @ mean < spread / 16:  # far from the origin: distances would cancel
-                w = w - mean
-                mean = counts @ w / self.n
-                squares = _squares(w)
-            self.weight, self.scores, self.drift = 1.0, squares, w @ mean
-        else:
-            w, squares = whole, _squares(whole)
-            self.weight, self.scores, self.drift = float(self.n), self.n * squares, w @ (counts @ w)
-        self.w = w
-        self.lengths = np.maximum(np.sqrt(squares), _SHORTEST)
-        self.mean_length = float(counts @ self.lengths) / self.n
-        self.terms = d + u
-        self.unit = _UNIT if self.rounded else 0.0
-
-    def bound(self, k: int, total: float) -> Floats:
-        """How far scores of step k may be off, `total` being the sum of the lengths of rows chosen: the same as in `herding.herd`.
-
-        The score is |x|^2, less k times 2 m x, plus 2 p x for each p chosen. A product of d numbers is off by (d + 3) u |p| |x| at most,
-        rounding of the rows themselves included; the mean by (u + 3) units of the mean length; and each of 2 k additions by a
-        unit of a partial sum, at most |x| (|x| + 2 k * mean length + 2 * total). (Higham 2002, "Accuracy and Stability", ch. 3.)
-        """
-        a = self.unit * (2.0 * k * self.mean_length * (self.terms + 4 + 2 * k) + 2.0 * total * (self.terms + 3 + 2 * k))
-        b = self.unit * (self.terms + 4 + 2 * k)
-        return self.lengths * (a + b * self.lengths)
-
-    def places(self, scores: Floats) -> Ints:
-        """The place of each distinct row in the order of scores at step 1, (u,); the same place for rows that tie exactly."""
-        if not self.rounded:
-            return np.unique(scores, return_inverse=True)[1].reshape(-1)
-        bound = self.bound(1, 0.0)
-        order = np.argsort(scores - bound)
-        highest = np.maximum.accumulate((scores + bound)[order])
-        # A run of rows whose intervals overlap ends where all before are surely less than all after.
-        ends = np.concatenate([np.flatnonzero(highest[:-1] < (scores - bound)[order[1:]]) + 1, [order.shape[0]]])
-        places = np.empty(order.shape[0], np.int64)
-        places[order] = np.arange(order.shape[0])
-        for begin, end in pairwise([0, *ends.tolist()]):
-            if end - begin > 1:
-                run = order[begin:end]
-                exact = list(self.exact.scores(run, 1, run[:0]))
-                place = {score: begin + i for i, score in enumerate(sorted(set(exact)))}
-                places[run] = [place[score] for score in exact]
-        return places
+def _herd(phi: Floats, count: int) -> Ints:
+    """The first `count` of the order. phi: (n, d), n and count at least 1."""
+    n, d = phi.shape
+    phi = _well_scaled(phi)
+    mean = phi.mean(axis=0)
+    # Distances do not change when all features are moved; around their mean they are small, and so are rounding errors.
+    w = phi - mean
+    squares = np.einsum("ij,ij->i", w, w)
+    radius, far = math.sqrt(squares.max()), math.sqrt(d) * float(np.abs(phi).max(initial=0.0))
+    # How far rounding may take a score, for each step done: that of the scores here, and that of the definition in float64.
+    slack = 8.0 * _UNIT * ((d + 8) * radius + far) * radius
+    many = _STEPS_PER_MATRIX * count > n and 8 * n * n <= _MATRIX_BYTES
+    return _herd_many(phi, mean, w, squares, count, slack) if many else _herd_few(phi, mean, w, squares, count, slack)
 
 
-def _herd(rows: _Rows, stop: int) -> Ints:
-    """The first `stop` indices of the order. Uses up the scores of `rows`."""
-    u = rows.first.shape[0]
-    order, head = np.empty(stop, np.int64), rows.first.copy()
-    whole = stop * _GRAM_WORTH > u and 8 * u * u <= _GRAM_BYTES
-    products: Floats = rows.w @ rows.w.T if whole else np.empty((1, u))
-    step, last, total = 0, 0, 0.0
-    while step < stop:
-        if step and not whole:
-            np.dot(rows.w, rows.w[last], out=products[0])
-        aim = stop if whole else step + 1
-        step, last, total = herding.herd(
-            products, last if whole else 0, step, aim, rows.weight, rows.drift, rows.lengths, total, rows.mean_length, rows.terms,
-            rows.unit, rows.scores, head, rows.follow, order,
-        )  # fmt: skip
-        if step < aim:  # too close to call
-            bound = rows.bound(step + 1, total)
-            among = np.flatnonzero(rows.scores - bound <= (rows.scores + bound).min())
-            exact = rows.exact.scores(among, step + 1, rows.of[order[:step]])
-            _, order[step], last = min(zip(exact, head[among].tolist(), among.tolist(), strict=True))
-            head[last] = rows.follow[order[step]]
-            if head[last] < 0:
-                rows.scores[last] = np.inf
-            total += float(rows.lengths[last])
-            step += 1
+def _herd_many(phi: Floats, mean: Floats, w: Floats, squares: Floats, count: int, slack: float) -> Ints:
+    """With the products of all rows with all: O(n) a step."""
+    n = phi.shape[0]
+    order, total, dots = np.empty(count, np.int64), np.zeros(phi.shape[1]), np.zeros(n)
+    alive, twin = _twins(phi)
+    products = w @ w.T
+    done = added = 0
+    while True:
+        done, doubt = herding.herd(products, squares, dots, alive, twin, order, done, count, slack)
+        if not doubt:
+            return order
+        for row in order[added:done].tolist():
+            total += phi[row]
+        added = done
+        scores = np.where(alive == 1, squares + 2.0 * dots, np.inf)
+        best = _by_definition(phi, mean, total, done + 1, np.flatnonzero(scores <= scores.min() + 2.0 * slack * (done + 1)))
+        order[done] = best
+        herding.take(products, dots, alive, twin, best)
+        done += 1
+
+
+def _herd_few(phi: Floats, mean: Floats, w: Floats, squares: Floats, count: int, slack: float) -> Ints:
+    """With a product of all rows with one vector a step: in single precision first, then in double for those in question."""
+    d = phi.shape[1]
+    order, total, moved, left = np.empty(count, np.int64), np.zeros(d), np.zeros(d), squares.copy()
+    radius = math.sqrt(squares.max()) or 1.0
+    single = np.divide(w, radius).astype(np.float32)
+    for k in range(1, count + 1):
+        length = math.sqrt(moved @ moved) or 1.0
+        scores = left + (2.0 * radius * length) * (single @ (moved / length).astype(np.float32))
+        rough = 4.0 * (d + 8) * _SINGLE * radius * length + 2.0 * slack * k
+        close = np.flatnonzero(scores <= scores.min() + 2.0 * rough)
+        if close.shape[0] > 1:
+            scores = squares[close] + 2.0 * (w[close] @ moved)
+            close = close[scores <= scores.min() + 2.0 * slack * k]
+        order[k - 1] = best = _by_definition(phi, mean, total, k, close)
+        left[best] = np.inf
+        total += phi[best]
+        moved += w[best]
     return order
 
 
-def _distinct(x: Floats) -> tuple[Ints, Ints, Ints]:
-    """Lowest index of each distinct row, (u,); for each index, (n,), its distinct row, and the next index of an equal row, or -1.
+def _by_definition(phi: Floats, mean: Floats, total: Floats, k: int, close: Ints) -> int:
+    """Which of these rows is the k-th to choose, `total` being the sum of those chosen."""
+    if close.shape[0] == 1:
+        return int(close[0])
+    return int(close[np.argmin(np.linalg.norm(mean - (phi[close] + total) / k, axis=1))])
 
-    Where all are distinct the rows stand in their own order.
-    """
-    n, d = x.shape
-    factors, hashes = np.empty(d, np.uint64), np.empty(n, np.uint64)
-    reservoir.position_keys(np.arange(d), *key_pair("equal rows", 0), factors)
-    herding.hash_rows(x.view(np.uint64), factors | np.uint64(1), hashes)
-    order = np.argsort(hashes, kind="stable")
-    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
-    none = np.full(n, -1, np.int64)
-    if not same.shape[0]:
-        return np.arange(n), np.arange(n), none
-    piece = max(1, _PIECE // max(d, 1))
-    pairs = (same[i : i + piece] for i in range(0, same.shape[0], piece))
-    if all(np.array_equal(x[order[p]], x[order[p + 1]]) for p in pairs):
-        new = np.ones(n, bool)
-        new[same + 1] = False
-        labels = np.empty(n, np.int64)
-        labels[order] = np.cumsum(new) - 1
-    else:  # distinct rows of one hash
-        labels = np.unique(x + 0.0, axis=0, return_inverse=True)[1].reshape(-1)  # + 0.0: of -0.0 too
-        order = np.argsort(labels, kind="stable")
-    _, first = np.unique(labels, return_index=True)
-    if first.shape[0] == n:
-        return np.arange(n), np.arange(n), none
-    equal = labels[order[1:]] == labels[order[:-1]]
-    none[order[:-1][equal]] = order[1:][equal]
-    return first, labels, none
+
+def _twins(phi: Floats) -> tuple[npt.NDArray[np.uint8], Ints]:
+    """Of equal rows only the first need be looked at until it is chosen: (whether to look at a row, the next equal one or -1)."""
+    n = phi.shape[0]
+    alive, twin, hashes = np.ones(n, np.uint8), np.full(n, -1, np.int64), np.empty(n, np.uint64)
+    herding.hash_rows((phi + 0.0).view(np.uint64), hashes)  # -0.0 becomes 0.0
+    found, which, times = np.unique(hashes, return_inverse=True, return_counts=True)
+    if found.shape[0] < n:
+        by_hash = np.split(np.argsort(which, kind="stable"), np.cumsum(times)[:-1])
+        for same in by_hash:
+            if same.shape[0] > 1 and (phi[same] == phi[same[0]]).all():
+                alive[same[1:]] = 0
+                twin[same[:-1]] = same[1:]
+    return alive, twin
 
 
 def _normalized(y: Floats) -> Floats:
     """Rows divided by their lengths; rows of zeros stay."""
     y = np.ldexp(y, -np.frexp(np.abs(y).max(axis=1, keepdims=True, initial=0.0))[1])  # exact, so that no square overflows
-    lengths = np.sqrt(_squares(y))
+    lengths = np.linalg.norm(y, axis=1)
     return y / np.where(lengths > 0, lengths, 1.0)[:, None]
 
 
-def _squares(y: Floats) -> Floats:
-    """Squared lengths of rows, (u,)."""
-    return np.einsum("ij,ij->i", y, y)
-
-
-def _well_scaled(y: Floats) -> tuple[Floats, int, Floats]:
-    """y / 2**e for an e such that squares stay within float64 (0 if they do); e; and the squared lengths of rows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = _squares(y)
-    if 2.0**-600 < squares.max() < 2.0**600:
-        return y, 0, squares
-    exponent = math.frexp(max(float(y.max(initial=0.0)), -float(y.min(initial=0.0))))[1]
-    y = np.ldexp(y, -exponent)
-    return y, exponent, _squares(y)
-
-
-def _common_divisor(y: Floats, least: float) -> float:
-    """The largest number of which all of y are exact multiples (1 if all are 0), or 0 if that is less than `least`. Most often O(1)."""
-    values, divisor, begin, size = y.reshape(-1), 0.0, 0, 64
-    while begin < values.shape[0]:
-        piece = np.abs(values[begin : begin + size])
-        begin, size = begin + size, _PIECE
-        rest = piece
-        while (found := rest[rest > 0]).shape[0]:
-            low = float(found.min())
-            while low > 0:  # Euclid's algorithm: fmod is exact
-                divisor, low = low, math.fmod(divisor, low) if divisor else 0.0
-            if divisor < least:
-                return 0.0
-            if (math.frexp(divisor)[0] * 2.0**27).is_integer():
-                # Quotients are below 2**26, so this product is exact, and so is the difference. fmod takes five times as long.
-                rest = np.abs(piece - np.rint(piece / divisor) * divisor)
-            else:
-                rest = np.fmod(piece, divisor)
-    return divisor or 1.0
-
-
-class Exact:
-    """Scores without rounding, as Python integers: for the few rows that rounded ones do not tell apart. y: (u, d), counts: (u,).
-
-    Every number of y is an integer times 2**low. The first score costs O(u * d), each 0.1 ms at d=512.
-    """
-
-    def __init__(self, y: Floats, counts: Floats) -> None:
-        self.y, self.counts, self.n = y, counts, int(counts.sum())
-        self.low = 0
-        self.sum: list[int] = []
-        self.chosen = [0] * y.shape[1]
-        self.taken = 0
-
-    def scores(self, among: Ints, k: int, chosen: Ints) -> Iterator[int]:
-        """n * |x|^2 - 2 * (k * sum of all - n * sum of chosen) x, for each of the rows `among`.
-
-        chosen: (k - 1,) rows; those of the call before come first.
-        """
-        if not self.sum:
-            least = min(float(np.min(p, where=p > 0, initial=1.0)) for p in map(np.abs, self._pieces(self.y)))
-            self.low = max(math.frexp(least)[1] - 53, -1074)
-            self.sum = self._total(self.y, self.counts)
-        more = chosen[self.taken :]
-        self.chosen = [a + b for a, b in zip(self.chosen, self._total(self.y[more], np.ones(more.shape[0])), strict=True)]
-        self.taken = chosen.shape[0]
-        n = self.n
-        twice = [2 * (k * a - n * b) for a, b in zip(self.sum, self.chosen, strict=True)]
-        for i in among.tolist():
-            yield sum(v * (n * v - t) for v, t in zip(self._integers(self.y[i], 0), twice, strict=True))
-
-    @staticmethod
-    def _pieces(y: Floats) -> Iterator[Floats]:
-        rows = max(1, _PIECE // max(y.shape[1], 1))
-        return (y[i : i + rows] for i in range(0, y.shape[0], rows))
-
-    def _integers(self, values: Floats, shift: int) -> Iterable[int]:
-        """values * 2**(shift - low), which are integers."""
-        mantissas, exponents = np.frexp(values)
-        for m, e in zip((mantissas * 2.0**53).astype(np.int64).tolist(), exponents.tolist(), strict=True):
-            s = e - 53 + shift - self.low
-            yield m << s if s >= 0 else m >> -s
-
-    def _total(self, y: Floats, counts: Floats) -> list[int]:
-        """Sums over columns, row i taken counts[i] times: exact, as integers times 2**low."""
-        total = [0] * y.shape[1]
-        bits = 52 - self.n.bit_length()  # sums of n integers up to 2**bits are exact
-        begin = 0
-        for piece in self._pieces(y):
-            rest, times = piece, counts[begin : begin + piece.shape[0]]
-            begin += piece.shape[0]
-            while (top := float(np.abs(rest).max(initial=0.0))) > 0:
-                shift = max(math.frexp(top)[1] - bits, self.low)
-                high = np.rint(np.ldexp(rest, -shift))
-                total = [a + b for a, b in zip(total, self._integers(times @ high, shift), strict=True)]
-                rest = rest - np.ldexp(high, shift)
-        return total
+def _well_scaled(y: Floats) -> Floats:
+    """Times a power of two, which changes no order, if need be for squares to stay within float64."""
+    top = float(np.abs(y).max(initial=0.0))
+    return y if top == 0.0 or 2.0**-300 < top < 2.0**300 else np.ldexp(y, -math.frexp(top)[1])

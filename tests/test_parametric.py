@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import numpy as np
@@ -115,7 +116,14 @@ def test_an_array_will_not_do_for_a_group_fed_again():
 
 @pytest.mark.parametrize(
     "features",
-    [np.zeros((50, 2, 2)), np.zeros((49, 2)), lambda batch: np.zeros((3, 2)), lambda batch: np.zeros(50), np.full((50, 2), np.nan), "features"],
+    [
+        np.zeros((50, 2, 2)),
+        np.zeros((49, 2)),
+        lambda batch: np.zeros((3, 2)),
+        lambda batch: np.zeros(50),
+        np.full((50, 2), np.nan),
+        "features",
+    ],
     ids=["rank", "length", "rows", "flat", "nan", "text"],
 )
 def test_wrong_features_leave_the_buffer_alone(features):
@@ -240,6 +248,12 @@ def test_reopening_goes_on_and_needs_the_strategy(tmp_path):
         buffer.add(x, features=x)
     with lr.open(tmp_path / "q.h5", mode="r+") as buffer, pytest.raises(lr.ArgumentError, match="Mine"):
         buffer.add(x, features=x)
+    with lr.ParametricBuffer(5, tmp_path / "n.h5", selection_strategy=lr.HerdingSelection(normalize=True)) as buffer:
+        buffer.add(x, features=x)
+    with lr.open(tmp_path / "n.h5", mode="r+") as buffer, pytest.raises(lr.ArgumentError, match="normalize"):
+        buffer.add(x, features=x)
+    with pytest.raises(lr.MismatchError, match="normalize"):
+        lr.ParametricBuffer(path=tmp_path / "n.h5", mode="r+", selection_strategy=lr.HerdingSelection())
 
 
 def test_rank_is_the_buffers_own():
@@ -380,11 +394,11 @@ def test_a_dataset_that_uses_the_buffer_is_stopped():
                 self.meddle()
             return np.float64(i), self.targets[i]
 
-    for meddle in (lambda: buffer.add((np.zeros(2), np.zeros(2, int))), lambda: buffer.sample(1)):
+    for meddle in (lambda b: b.add((np.zeros(2), np.zeros(2, int))), lambda b: b.sample(1)):
         buffer = lr.ParametricBuffer(10, groupby="class")
         buffer.add((np.zeros(4), np.array([0, 1, 0, 1])))
         with pytest.raises(lr.ModeError, match="dataset"):
-            buffer.update(Meddling(meddle))
+            buffer.update(Meddling(functools.partial(meddle, buffer)))
         assert buffer.check() == []
 
 

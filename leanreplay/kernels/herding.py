@@ -1,4 +1,4 @@
-"""Kernels of herding: hashes of rows, to find equal ones, and the greedy steps, which stop where rounding could decide."""
+"""Kernels of herding: scores kept up to date in O(n) a step, and a stop wherever rounding could decide."""
 
 from __future__ import annotations
 
@@ -6,68 +6,52 @@ import numpy as np
 
 from . import njit
 
-_SIGN = np.uint64(0x8000000000000000)
-_ZERO = np.uint64(0)
-_32 = np.uint64(32)
+_G = np.uint64(0x9E3779B97F4A7C15)
+_S0 = np.uint64(0xBF58476D1CE4E5B9)
+_29 = np.uint64(29)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def hash_rows(words, factors, out):
-    """out[i] = a hash of row i, the same for equal rows. words: (n, d) float64 seen as uint64; factors: (d,), out: (n,) uint64.
-
-    A sum of products, so that the loop needs no order. 0.0 and -0.0 count as equal; the high half of a word is mixed into the low one,
-    because in small integers only a few high bits differ.
-    """
+def hash_rows(words, out):
+    """out[i] (uint64) = a hash of row i of `words`, (n, d) uint64: equal rows have equal hashes."""
     for i in range(words.shape[0]):
-        h = _ZERO
-        for j in range(words.shape[1]):
-            w = words[i, j]
-            if w == _SIGN:
-                w = _ZERO
-            h += (w ^ (w >> _32)) * factors[j]
+        h = _G
+        for k in range(words.shape[1]):
+            h = (h ^ words[i, k]) * _S0
+            h ^= h >> _29
         out[i] = h
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def herd(products, last, step, stop, weight, drift, lengths, total, mean_length, terms, unit, scores, head, follow, order):
-    """Greedy steps `step` to `stop` (exclusive) over u distinct rows; returns (steps done, last row chosen, total of their lengths).
+def take(products, dots, alive, twin, row):
+    """Choose a row: `dots` gains its products with all, and the next equal row, if there is one, is looked at in its place."""
+    alive[row] = 0
+    if twin[row] >= 0:
+        alive[twin[row]] = 1
+    for j in range(dots.shape[0]):
+        dots[j] += products[row, j]
 
-    products: (u, u) of all rows, or (1, u) those with the row chosen last, `last` being 0 then. drift: (u,) `weight` times the products
-    with the mean. scores: (u,) float64, at first `weight` times the squared lengths; becomes `weight` times (|x|^2 - 2 r x), r being
-    k * mean - sum of chosen: the order of |r - x|. head: (u,) the lowest index of the samples equal to row u that are not chosen yet,
-    else -1; follow: (n,) the next index of an equal sample, else -1. order: (n,) int64, the indices chosen.
 
-    unit: 0 if nothing here is ever rounded, else 2**-53: scores are then known within lengths * (a + b * lengths), and a step where that
-    does not decide is left to the caller: returns with fewer steps done, the scores being those of the step that is left.
-    terms: d + u, what a product of rows and the mean add up.
+@njit(cache=True, nogil=True, error_model="numpy")
+def herd(products, squares, dots, alive, twin, order, done, count, slack):
+    """Choose rows greedily until `count` are chosen, or until rounding could decide which is the next.
+
+    The rows w have mean 0: in step k the next is that of the smallest |k 0 - S - w|^2 = |S|^2 + |w|^2 + 2 w . S, S the sum of those
+    chosen. squares: |w|^2; dots: w . S, updated; both (n,) float64. products: (n, n), of all rows with all. alive: (n,) uint8, 1
+    for rows not chosen, of equal ones the first alone; twin: (n,) int64, the next equal row or -1. order: int64, receives the
+    choice. slack: how far rounding may take a score, for each step done. Returns how many are chosen, and whether the next is in doubt.
     """
-    while step < stop:
-        k = step + 1
-        a = unit * (2.0 * k * mean_length * (terms + 4 + 2 * k) + 2.0 * total * (terms + 3 + 2 * k))
-        b = unit * (terms + 4 + 2 * k)
-        if step == 0:
-            for u in range(scores.shape[0]):
-                scores[u] -= 2.0 * drift[u]
-        else:
-            for u in range(scores.shape[0]):
-                scores[u] += 2.0 * (weight * products[last, u] - drift[u])
-        best = np.inf
-        for u in range(scores.shape[0]):
-            best = min(best, scores[u] + lengths[u] * (a + b * lengths[u]))
-        found = 0
-        pick = -1
-        for u in range(scores.shape[0]):
-            if scores[u] - lengths[u] * (a + b * lengths[u]) <= best:
-                found += 1
-                if pick < 0 or head[u] < head[pick]:
-                    pick = u
-        if found != 1 and unit > 0.0:
-            return step, last, total
-        order[step] = head[pick]
-        head[pick] = follow[head[pick]]
-        if head[pick] < 0:
-            scores[pick] = np.inf  # stays so: no step chooses it any more
-        total += lengths[pick]
-        last = pick
-        step += 1
-    return step, last, total
+    for k in range(done, count):
+        best, least, second = -1, np.inf, np.inf
+        for j in range(squares.shape[0]):
+            if alive[j] == 1:
+                score = squares[j] + 2.0 * dots[j]
+                if score < least:
+                    best, least, second = j, score, least
+                elif score < second:
+                    second = score
+        if second - least <= 2.0 * slack * (k + 1.0):
+            return k, True
+        order[k] = best
+        take(products, dots, alive, twin, best)
+    return count, False
