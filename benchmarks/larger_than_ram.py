@@ -124,7 +124,8 @@ def cold_reads(path: str, rows: int, batches: int) -> list[Row]:
     for name, wanted in (("pread pool", ">= 1.2"), ("np.memmap", ">= 40"), ("h5py", "")):
         theirs = float(np.median(speed[name]))
         found.append((
-            "cold batches of 256, all fields and checksums" if name == "pread pool" else "", f"{mine:,.0f} rows/s", f"{name}, images only: {theirs:,.0f} rows/s",
+            "cold batches of 256, all fields and checksums" if name == "pread pool" else "", f"{mine:,.0f} rows/s",
+            f"{name}, images only: {theirs:,.0f} rows/s",
             f"{mine / theirs:.1f}", wanted,
         ))  # fmt: skip
     found.append(("private memory while sampling", f"{private['ours']:.0f} MB (resident {memory()[1]:.0f} MB)", "", "", "< 64 MB"))

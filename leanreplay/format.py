@@ -7,7 +7,7 @@
     user_block                HDF5: contiguous datasets, each at a multiple of 4096, fallocated when created
         data/..., metadata/...   one per field, (max_size, *shape)
         index/position           int64, -1 where the row is free: stream number << 48 | index in the stream
-        index/group              int64
+        index/group              int64: label or group, -1 without one; the bits of the weight, float64, in a WeightedReservoirBuffer
         index/checksum           uint64, (max_size, fields)
         index/log                int64, (slots, 2), in buffers whose policy keeps one: entries are only ever appended, and the
                                  header says how many count. Grouped buffers: (0, g): group g was seen for the first time;
