@@ -88,6 +88,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         job.run()
         del job
+    jobs.put(None)  # an interrupt may have started a second one
 
 
 class ReplayLoader:
