@@ -564,7 +564,11 @@ def test_states_of_others():
         with pytest.raises(StateError, match="not a state"):
             sampler.load_state_dict(wrong)
     assert sampler.state_dict() == here
-    state["of"]["callbacks"][0]["samples"] = 9  # a state is a copy
+    here["of"]["callbacks"][0]["samples"] = 9  # a state is a copy
+    here["of"]["drop_last"] = 5
+    here = stored(sampler.state_dict())
+    assert here["of"] == state["of"]
+    sampler.load_state_dict(here)
     assert sampler.state_dict() == here
 
 
@@ -890,6 +894,9 @@ def test_configs_are_plain_dataclasses():
 
 
 class Endless(IterableDataset):
+    def __len__(self):
+        return 5
+
     def __iter__(self):
         return itertools.count()
 

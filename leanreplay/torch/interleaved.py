@@ -579,8 +579,6 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
 
     def _batches(self, position: int) -> Iterator[list[int]]:
         """Batches of indices from batch `position` on."""
-        if position >= self._schedule.total:
-            return iter(())
         if self._schedule.epochs is None:
             everything = itertools.chain.from_iterable(self._callback(i) for i in range(len(self.callback_samplers)))
             return itertools.islice(everything, position, None)
