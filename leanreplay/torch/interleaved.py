@@ -394,7 +394,7 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
     those of callback i begin at `index_offsets[i]`. Every pass begins at the start that the config gives; the pass after
     `load_state_dict` goes on from there. Starting in the middle of an epoch skips the indices before, so with a train_sampler whose
     order is a function of the epoch, it gives the same indices and callbacks as never stopping. (torch's RandomSampler draws a new
-    order each time.) Costs about 0.1 microseconds an index and one an update, no memory beyond a batch.
+    order each time.) Costs about 0.2 microseconds an index and 1.5 an update, no memory beyond a batch.
 
     dataset, collator, batch_sampler: for a DataLoader of your own; an item of `dataset` is (0, training sample) or (i + 1, sample of
     callback i). batch_size: that of the training, cut to len(train_sampler) if `drop_last`.
