@@ -20,7 +20,7 @@ from . import system
 from .batches import integer
 from .buffers import DataBuffer, _copy_store, _is_left_over
 from .create import plan_file
-from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, StateError
+from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
@@ -124,6 +124,8 @@ class Parts:
         return found
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+        if rows.shape[0] and int(rows.max()) >= self.size:
+            raise RowError(f"rows up to {int(rows.max())}, but the rows in use are 0 to {self.size - 1} now")
         pieces = self._split(rows)
         if len(pieces) == 1:
             return pieces[0][0].read(pieces[0][2], field)

@@ -501,10 +501,13 @@ class Store:
         """
         size, high = self.size, self.high
         k = n * high // size + 16 if size < high < 8 * size and n <= size // 2 else high
+        positions = self._positions_now() if k < high else NO_ROWS
+        if (size, high) != (self.size, self.high):
+            raise RowError(f"rows of {self.path or 'this buffer'} came or went while some were drawn")  # a reader draws again
         while k < high:
             rows = np.empty(k, np.int64)
             draw(high, rows)
-            found = rows[self._positions_now()[rows] >= 0]
+            found = rows[positions[rows] >= 0]
             if found.shape[0] >= n:
                 return found[:n].copy()
             k *= 2
@@ -519,6 +522,10 @@ class Store:
         Raises RowError for free rows, CorruptionError, and for readers RecoveryError.
         """
         n = rows.shape[0]
+        if not self.writable and n and int(rows.max()) >= self.high:  # chosen before the writer went back, or made the file smaller
+            raise RowError(
+                f"rows up to {int(rows.max())} of {self.path or 'this buffer'}, but the rows in use are 0 to {self.high - 1} now"
+            )
         first, last = (0, self._fields) if field is None else (field, field + 1)
         fields = self.table.schema.fields[first:last]
         if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
