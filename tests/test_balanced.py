@@ -515,7 +515,7 @@ FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=70)
+@settings(FIXED, max_examples=25)
 @given(
     history=st.lists(OPS, min_size=2, max_size=14),
     seed=st.integers(0, 50),
