@@ -1008,21 +1008,23 @@ def test_read_rows_finds_what_is_wrong(run: None) -> None:
 def test_keep_last(run: None, taken: list[int], wanted: list[tuple[int, int]] | None) -> None:
     """Of the samples that take one row the last survives; rows outside are refused before anything is noted."""
     slots = np.zeros(5, np.int32)
-    samples, found = np.full(len(taken), -9), np.full(len(taken), -9)
-    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, samples, found)
+    samples, found, positions = (np.full(len(taken), -9) for _ in range(3))
+    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, 1000, samples, found, positions)
     assert not slots.any()
     if wanted is None:
         assert count == -1
     else:
         assert list(zip(found[:count].tolist(), samples[:count].tolist(), strict=True)) == wanted
+        assert positions[:count].tolist() == [1000 + s for _, s in wanted]
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [1], [6, 2, 5, 0, 3], [6, 5, 4, 3, 2, 1, 0]])
-@pytest.mark.parametrize("field", [None, 4])
-def test_journal(run: None, chosen: list[int], field: int | None) -> None:
+@pytest.mark.parametrize(("whole", "changing"), [(7, []), (0, [4]), (2, [0, 3])])
+def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) -> None:
     """save_rows, hash_records, exchange_digests, read_record and restore_rows: list, records, digests, and all bytes back."""
     image = Image(7, 3, holes=True)
-    first, last = (0, FIELDS) if field is None else (field, field + 1)
+    marks = np.zeros(FIELDS, np.uint8)
+    marks[changing] = 1
     stamps = np.zeros(7, np.int32)
     stamps[[0, 2]] = 4
     before = image.mem.copy()
@@ -1034,10 +1036,10 @@ def test_journal(run: None, chosen: list[int], field: int | None) -> None:
     order, live = new + old + free, len(new) + len(old)
     wanted = image.digests(3)
     for r in new + old:
-        for f in range(first, last):
+        for f in range(FIELDS) if r in chosen[:whole] else changing:
             wanted[r % 3] = wanted[r % 3] - share(image.stored(r, f)) & M64
     place = (image.list_at, image.record_at, image.record)
-    found = rows.save_rows(image.mem, image.cols, first, last, np.array(chosen, np.int64), stamps, 4, *place, digests, counts)
+    found = rows.save_rows(image.mem, image.cols, np.array(chosen, np.int64), whole, marks, stamps, 4, *place, digests, counts)
     assert int(found) == journal(image, order, live)
     assert counts.tolist() == [len(new), live, len(order), max(chosen, default=-1) + 1]
     assert digests.tolist() == wanted
@@ -1102,7 +1104,7 @@ def test_journal_without_stamps(run: None) -> None:
     image = Image(4, 5)
     counts = np.zeros(4, np.int64)
     rows.save_rows(
-        image.mem, image.cols, 0, FIELDS, np.array([2, 0]), np.zeros(0, np.int32), 1,
+        image.mem, image.cols, np.array([2, 0]), 2, np.zeros(FIELDS, np.uint8), np.zeros(0, np.int32), 1,
         image.list_at, image.record_at, image.record, words(0), counts,
     )  # fmt: skip
     assert counts.tolist() == [2, 2, 2, 3]
@@ -1134,6 +1136,18 @@ def test_write_field(run: None, f: int, chosen: list[int]) -> None:
     rows.write_field(image.mem, image.cols, f, np.array(chosen, np.int64), samples, read_only(source), positions, groups, digests)
     assert image.mem.tobytes() == reference.mem.tobytes()
     assert digests.tolist() == wanted
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [4, 0, 2]])
+def test_write_index(run: None, chosen: list[int]) -> None:
+    """Position and group of the rows written, and nothing else."""
+    image, reference = Image(5, 6), Image(5, 6)
+    positions, groups = np.arange(len(chosen)) + 2**40, -np.arange(len(chosen)) - 1
+    for r, p, g in zip(chosen, positions.tolist(), groups.tolist(), strict=True):
+        reference.put(r, FIELDS, p.to_bytes(8, "little"))
+        reference.put(r, FIELDS + 1, g.to_bytes(8, "little", signed=True))
+    rows.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups)
+    assert image.mem.tobytes() == reference.mem.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # position -1
 _LOW = np.uint64(0xFFFFFFFF)
 _0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
 _16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
-_33, _63 = np.uint64(33), np.uint64(63)
+_33, _63, _64 = np.uint64(33), np.uint64(63), np.uint64(64)
 _NEAR = 16  # rows ahead that the index is fetched
 
 if config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -61,9 +61,10 @@ def _mix(x):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _term(word, i):
-    """What word i adds to a hash: itself plus the product of its halves, which no change of a single byte leaves the same."""
-    y = word + (np.uint64(i) + _1) * _G
+def _term(word, k):
+    """What word i adds to a hash, k being (i + 1) * _G: itself plus the product of its halves, which no change of a single byte leaves
+    the same. Loops count k up, because a vector multiplication for each word would cost more than all the rest."""
+    y = word + k
     return y + (y & _LOW) * (y >> _32)
 
 
@@ -87,10 +88,12 @@ def _copy_words(words, s, out, d, n):
     """Copy n bytes, a multiple of 8, from byte s of `words` to byte d of `out` (uint64 arrays); their hash."""
     total = n
     first, target = s >> _3, d >> _3
+    k = _0
     for i in range(n >> _3):
         word = words[first + i]
         out[target + i] = word
-        total += _term(word, i)
+        k += _G
+        total += _term(word, k)
     return _mix(total)
 
 
@@ -107,8 +110,10 @@ def _hash_words(words, s, n):
     """`_copy_words` without the copy."""
     total = n
     first = s >> _3
+    k = _0
     for i in range(n >> _3):
-        total += _term(words[first + i], i)
+        k += _G
+        total += _term(words[first + i], k)
     return _mix(total)
 
 
@@ -117,10 +122,12 @@ def _hash_bytes(src, s, n):
     """`_copy_bytes` without the copy."""
     total = n
     whole = n >> _3
+    k = _0
     for i in range(whole):
-        total += _term(_load(src, s + i * _8), i)
+        k += _G
+        total += _term(_load(src, s + i * _8), k)
     for i in range(whole << _3, n):
-        total += _term(np.uint64(src[s + i]), i)
+        total += _term(np.uint64(src[s + i]), (i + _1) * _G)
     return _mix(total)
 
 
@@ -202,13 +209,19 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
         after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied
         check = checksum + np.uint64(f)
-        if size == _8:  # labels and other single numbers, at a third of the cost of the general loop
+        if size <= _64 and size & _7 == _0:  # labels, logits: the loop written out here costs a third of a call
+            count = size >> _3
             for i in range(n):
                 r = np.uint64(rows[i])
                 _prefetch(mem, cols[after, 0] + r * cols[after, 1])
-                word = words[(offset >> _3) + r]
-                target[(place >> _3) + np.uint64(i)] = word
-                bad[i] |= words[check + r * width] != _checksum(_mix(_8 + _term(word, _0)), tags[i], f)
+                source, d = (offset >> _3) + r * count, (place >> _3) + np.uint64(i) * count
+                h, k = size, _0
+                for j in range(count):
+                    word = words[source + j]
+                    target[d + j] = word
+                    k += _G
+                    h += _term(word, k)
+                bad[i] |= words[check + r * width] != _checksum(_mix(h), tags[i], f)
         elif size & _7 == _0:
             for i in range(n):
                 r = np.uint64(rows[i])
@@ -225,10 +238,10 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
                 _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
                 h = _copy_bytes(mem, offset + r * size, out, place + np.uint64(i) * size, size)
                 bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
-    count = 0
+    wrong = 0
     for i in range(n):
-        count += bad[i]
-    return count
+        wrong += bad[i]
+    return wrong
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -261,12 +274,12 @@ def read_record(record, cols, row, out, places):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def keep_last(rows, slots, samples, taken):
+def keep_last(rows, slots, start, samples, taken, positions):
     """The last sample of each row that is taken.
 
     rows: (n,) int64, the row that sample i takes, or -1. slots: int32 per row of the buffer, all 0 before and after.
-    samples, taken: (n,) int64, receive sample and row of each survivor. Returns their number, or -1 if some row is
-    outside the buffer.
+    samples, taken, positions: (n,) int64, receive sample, row and stream position (start + sample) of each survivor. Returns
+    their number, or -1 if some row is outside the buffer.
     """
     for i in range(rows.shape[0]):
         if rows[i] < -1 or rows[i] >= slots.shape[0]:
@@ -285,17 +298,19 @@ def keep_last(rows, slots, samples, taken):
             samples[slots[r] - 1] = i
     for i in range(count):
         slots[taken[i]] = 0
+        positions[i] = start + samples[i]
     return count
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, record, digests, counts):
-    """Write the undo records of `rows` (distinct) into mem, and take their checksums off the digests.
+def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_at, record, digests, counts):
+    """Write the undo records of `rows` (distinct) into mem, and take the checksums about to change off the digests.
 
-    first, last: the range of fields about to change. stamps: int32 per row of the buffer, or empty: a live row whose
-    stamp differs from `stamp` is new and comes first; all are stamped. list_at: where the row numbers go; record_at:
-    the records of live rows, `record` bytes each; free rows come last and have none. counts: (4,) int64, receives
-    how many are new, how many live, how many in all, and one past the highest. Returns a hash over list and records.
+    whole: how many of the rows, the first ones, change wholly; the others in the fields f where changing[f] (uint8) is 1.
+    stamps: int32 per row of the buffer, or empty: a live row whose stamp differs from `stamp` is new and comes first; all are
+    stamped. list_at: where the row numbers go; record_at: the records of live rows, `record` bytes each; free rows come last and
+    have none. counts: (4,) int64, receives how many are new, how many live, how many in all, and one past the highest. Returns a
+    hash over list and records.
     """
     fields = cols.shape[0] - 3
     words = _words(mem)
@@ -303,7 +318,7 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
     listed, width, buckets = list_at >> 3, np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):  # small entries lie far apart: ask for all of them at once
         for c in range(cols.shape[0]):
-            if cols[c, 1] <= _63 + _1:
+            if cols[c, 1] <= _64:
                 _prefetch(mem, cols[c, 0] + np.uint64(rows[i]) * cols[c, 1])
     done = 0
     for kind in range(3):
@@ -327,30 +342,35 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
         offset, size = cols[c, 0], cols[c, 1]
         before = (at - np.uint64(record_at)) >> _3
         for i in range(counts[1]):
-            if size > _63 + _1 and i + 1 < counts[1]:
+            if size > _64 and i + 1 < counts[1]:
                 s = offset + words[listed + i + 1] * size
                 for j in range((size + _63) >> _6):
                     _prefetch(mem, s + (np.uint64(j) << _6))
             s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
-            part = _0
+            part, k = _0, before * _G
             if size & _7 == _0:
-                for k in range(size >> _3):
-                    word = words[(s >> _3) + k]
-                    words[(d >> _3) + k] = word
-                    part += _term(word, before + np.uint64(k))
+                for j in range(size >> _3):
+                    word = words[(s >> _3) + j]
+                    words[(d >> _3) + j] = word
+                    k += _G
+                    part += _term(word, k)
             else:
                 words[(d + size) >> _3] = _0  # what pads it
-                for k in range(size):
-                    mem[d + k] = mem[s + k]
-                for k in range((size + _7) >> _3):
-                    part += _term(words[(d >> _3) + k], before + np.uint64(k))
+                for j in range(size):
+                    mem[d + j] = mem[s + j]
+                for j in range((size + _7) >> _3):
+                    k += _G
+                    part += _term(words[(d >> _3) + j], k)
             sums[i] += part
         at += (size + _7) >> _3 << _3
     for i in range(counts[1]):
         total = _mix(total + _mix(sums[i] + np.uint64(record)))
-        r = words[listed + i]
-        for f in range(first, last):
-            digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
+    for i in range(rows.shape[0]):
+        r = np.uint64(rows[i])
+        if words[position + r] != _FREE:
+            for f in range(fields):
+                if i < whole or changing[f] == 1:
+                    digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
     if stamps.shape[0] > 0:
         for i in range(rows.shape[0]):
             stamps[rows[i]] = stamp
@@ -478,15 +498,39 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
     words, source = _words(mem), _words(src)
     check = (cols[fields + 2, 0] >> _3) + np.uint64(field)
     width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
+    count = size >> _3
     for i in range(rows.shape[0]):
-        r, s = np.uint64(rows[i]), np.uint64(samples[i]) * size
-        if size & _7 == _0:
-            h = _copy_words(source, s, words, offset + r * size, size)
+        r, s = np.uint64(rows[i]), np.uint64(samples[i])
+        if size <= _64 and size & _7 == _0:
+            h, k = size, _0
+            for j in range(count):
+                word = source[s * count + j]
+                words[(offset >> _3) + r * count + j] = word
+                k += _G
+                h += _term(word, k)
+            h = _mix(h)
+        elif size & _7 == _0:
+            if i + 1 < rows.shape[0]:  # the next one comes in while this one is copied
+                at = np.uint64(samples[i + 1]) * size
+                for j in range((size + _63) >> _6):
+                    _prefetch(src, at + (np.uint64(j) << _6))
+            h = _copy_words(source, s * size, words, offset + r * size, size)
         else:
-            h = _copy_bytes(src, s, mem, offset + r * size, size)
+            h = _copy_bytes(src, s * size, mem, offset + r * size, size)
         h = _checksum(h, _tag(r, np.uint64(positions[i]), np.uint64(groups[i])), field)
         words[check + r * width] = h
         digests[np.int64(r % buckets)] += _share(h)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def write_index(mem, cols, rows, positions, groups):
+    """Write positions and groups of `rows`, (n,) int64 each."""
+    fields = cols.shape[0] - 3
+    words = _words(mem)
+    position, group = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3
+    for i in range(rows.shape[0]):
+        r = np.uint64(rows[i])
+        words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
