@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, stack
+from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, required, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -617,16 +617,14 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require()
-            if n is None:
-                raise ArgumentError("n must be an integer, got None")
-            n = integer("n", n, 0, 2**40) or 0
+            if type(n) is not int or not 0 <= n <= 2**40:
+                n = required("n", n, 0, 2**40)
             if not isinstance(replace, (bool, np.bool_)):
                 raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
             for attempt in range(100):
-                sequence = -1 if store is None else store.sequence
                 try:
-                    rows = self._draw(store, n, bool(replace), "sample", attempt == 0)
-                    return self._emit(store, rows)
+                    sequence = -1 if store is None else store.sequence
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", attempt == 0))
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise

@@ -149,7 +149,7 @@ class Store:
         self._attached = False
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0)
-        self._starts: list[int] = []
+        self._blocks: list[tuple[tuple[int, ...], np.dtype[Any], int]] = []
         limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
         # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
         self.most = limit if limit < table.max_size else _NO_LIMIT
@@ -516,8 +516,12 @@ class Store:
         Where few of the rows below `high` are free, numbers that hit one are passed over: that costs O(n), a list of the live
         rows O(rows) after every commit. Which way is taken follows from the live rows alone.
         """
-        size, high = self.size, self.high
-        k = n * high // size + 16 if size < high < 8 * size and n <= size // 2 else high
+        size, high = self._now[H_SIZE], self._now[H_HIGH]
+        if size == high:
+            rows = np.empty(n, np.int64)
+            draw(size, rows)
+            return rows
+        k = n * high // size + 16 if high < 8 * size and n <= size // 2 else high
         positions = self._positions_now() if k < high else NO_ROWS
         if (size, high) != (self.size, self.high):
             raise RowError(f"rows of {self.path or 'this buffer'} came or went while some were drawn")  # a reader draws again
@@ -544,15 +548,14 @@ class Store:
                 f"rows up to {int(rows.max())} of {self.path or 'this buffer'}, but the rows in use are 0 to {self.high - 1} now"
             )
         first, last = (0, self._fields) if field is None else (field, field + 1)
-        fields = self.table.schema.fields[first:last]
         if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
-            sizes = [0] + [round_up(n * f.nbytes, 64) for f in fields]
+            fields = self.table.schema.fields[first:last]
             self._places_for = (-1, 0, 0)  # an interrupt must not leave half of this
-            self._places = np.cumsum(sizes)
-            self._starts = self._places.tolist()
+            self._places = np.cumsum([0] + [round_up(n * f.nbytes, 64) for f in fields])
+            self._blocks = [((n, *f.shape), f.dtype, place) for f, place in zip(fields, self._places.tolist(), strict=False)]
             self._places_for = (n, first, last)
         places = self._places
-        out = np.empty(self._starts[-1], np.uint8)
+        out = np.empty(places[-1], np.uint8)
         index = np.empty((2, n), np.int64)
         bad = np.empty(n, np.uint8)
         if self._cold:
@@ -574,8 +577,7 @@ class Store:
                 wrong = True
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
-        arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, self._starts, strict=False)]
-        return arrays, index
+        return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
 
     def _fetch_columns(self) -> None:
         """Ask for the columns of small entries, each of which every batch needs, as a whole: one pass instead of thousands of reads."""
