@@ -250,7 +250,7 @@ def run(kind: str, folder: str | None, history: list[tuple[Any, ...]], journal: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=200)
+@settings(FIXED, max_examples=50)
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 in RAM: any history ends with the bytes of one add."""
@@ -258,7 +258,7 @@ def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=200)
+@settings(FIXED, max_examples=50)
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_on_disk(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 on disk: any history, with the file closed, forgotten or copied in between, ends with the bytes of one add in RAM."""
