@@ -270,8 +270,8 @@ def test_any_history_on_disk(kind: str, history: list[tuple[Any, ...]], journal:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupted_at_every_call(kind: str, step: str) -> None:
-    """G2: the first 40 calls of each kernel of a commit, before and after; then again at once; the rest is fed as ever."""
-    for after in range(40):
+    """G2: the first 20 calls of each kernel of a commit, before and after; then again at once; the rest is fed as ever."""
+    for after in range(20):
         with tiny(1, 1 << 16), KINDS[kind]() as buffer:
             s = Samples(0, 20)
             buffer.add(s.batch, metadata=s.metadata)
