@@ -11,12 +11,11 @@ import math
 import os
 import pickle
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from interpreter import Script
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -589,7 +588,7 @@ class Name:
         return self.name, list(samples), os.getpid()
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+@pytest.mark.parametrize("context", [None, "fork", "forkserver"])
 def test_each_dataset_has_its_collator_and_all_share_the_workers(context):
     """Train, callback, and callback without collator, in order; the processes of training are those of the evaluations."""
     names = ["train", "test", None]
@@ -793,11 +792,7 @@ print("in step")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_torch_distributed(tmp_path):
     """Two real processes: in step, every sample once an epoch (but for the padding), resumed from the state of one rank."""
-    command = [sys.executable, "-c", DISTRIBUTED]
-    runs = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    runs = [Script(DISTRIBUTED, rank, tmp_path / "meet") for rank in range(2)]
     try:
         for run in runs:
             out, errors = run.communicate(timeout=240)

@@ -14,7 +14,6 @@ import linecache
 import os
 import random
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -25,6 +24,7 @@ import weakref
 
 import numpy as np
 import pytest
+from interpreter import Script
 from test_uniform import assert_even, assert_inclusion
 
 torch = pytest.importorskip("torch")
@@ -721,10 +721,10 @@ def test_a_transform_that_always_fails():
         oracle = Oracle(make(), SIZE, 3)
         for _ in range(5):
             assert plain(next(loader)) == next(oracle)
+        finish(loader)
         buffer.transform = lambda x: np.zeros(1 + int(x[0]) % 3)
         for _ in range(3):
             assert plain(next(loader)) == next(oracle)  # planned, and made, with the transform before
-            finish(loader)
         with pytest.raises(ArgumentError, match="cannot be stacked"):
             take(loader, 4)
 
@@ -880,10 +880,9 @@ def test_forgotten_loaders(how):
     assert wait_for(lambda: gc.collect() >= 0 and gone() is None), "something keeps the buffer"
 
 
-def script(text, *arguments, **options):
+def script(text, *arguments):
     """Run Python in another process."""
-    text = textwrap.dedent(PRELUDE) + textwrap.dedent(text)
-    return subprocess.Popen([sys.executable, "-c", text, *map(str, arguments)], text=True, stdout=-1, stderr=-1, **options)
+    return Script(textwrap.dedent(PRELUDE) + textwrap.dedent(text), *arguments)
 
 
 PRELUDE = """
@@ -1175,7 +1174,7 @@ def test_reader_beside_a_writer(kind, tmp_path):
                     assert len(seen) > 100
     finally:
         writer.kill()
-        writer.communicate()
+        writer.communicate(PATIENCE)
     assert writer.returncode == -signal.SIGKILL, "the writer had ended"
 
 
