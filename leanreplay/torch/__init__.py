@@ -6,20 +6,49 @@ from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
 from .features import features
 from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
-from .learners import ERLearner, Step
+from .learners import (
+    CLSLearner,
+    Consistency,
+    DERLearner,
+    ERLearner,
+    Forward,
+    LogitMatching,
+    PODLearner,
+    PooledOutputDistillation,
+    Replay,
+    ReplayLearner,
+    ReplayLoss,
+    ShrinkAndPerturb,
+    Step,
+    SuperERLearner,
+    Term,
+)
 from .loader import MixedLoader, ReplayLoader
 
 __all__ = [
     "AsyncReservoir",
     "BufferDataset",
+    "CLSLearner",
+    "Consistency",
+    "DERLearner",
     "ERLearner",
+    "Forward",
     "InterleavedSampler",
     "InterleavedSamplerConfig",
+    "LogitMatching",
     "MixedLoader",
+    "PODLearner",
+    "PooledOutputDistillation",
+    "Replay",
+    "ReplayLearner",
     "ReplayLoader",
+    "ReplayLoss",
     "SamplerIntervalConfig",
+    "ShrinkAndPerturb",
     "ShuffleSampler",
     "Step",
+    "SuperERLearner",
+    "Term",
     "features",
     "sample",
 ]
