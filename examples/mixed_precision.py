@@ -21,7 +21,6 @@ from leanreplay.torch import CLSLearner
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with MNIST in IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--init-scale", type=float, default=2.0**16, help="the scaler's first scale (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         model, optimizer, ReservoirBuffer(500), alpha=1.0, beta=1.0, replay_batch_size=32, device=device,
         stable_model_update_weight=0.95, plastic_model_update_weight=0.95,
     )  # fmt: skip
-    scaler = torch.amp.GradScaler(device.type, init_scale=args.init_scale)
+    scaler = torch.amp.GradScaler(device.type)
 
     skipped = 0
     for x, y in split(x_train, y_train):

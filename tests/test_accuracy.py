@@ -200,7 +200,8 @@ def test_one_cell(command, capsys, tmp_path):
 
 def test_all(command, capsys, tmp_path):
     """Every cell; one that misses gets 15 more seeds and is judged by all 20; the table goes between its markers."""
-    (tmp_path / "RESULTS.md").write_text("# Results\n\nbefore\n<!-- accuracy -->\nold\n<!-- /accuracy -->\nafter\n")
+    write_section(tmp_path / "RESULTS.md", "accuracy", "old")
+    write_section(tmp_path / "RESULTS.md", "another", "stays")
     fixed, missed = "s-mnist er 200", "p-mnist der++ 200"
 
     def found(cell, seed):
@@ -213,8 +214,8 @@ def test_all(command, capsys, tmp_path):
     assert len(runs) == len(set(runs)) == 15 * 5 + 2 * 15
     assert {name for name, seed in runs if seed >= 5} == {fixed, missed}
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.startswith("# Results\n\nbefore\n<!-- accuracy -->\n## Accuracy") and text.endswith("\n<!-- /accuracy -->\nafter\n")
-    assert "old" not in text and text.count("| pass |") == 14 and "| 10.00 | 0.00 | -73.58 | 20 | miss |" in text
+    assert "## Accuracy" in text.split("stays")[0] and "old" not in text
+    assert text.count("| pass |") == 14 and "| 10.00 | 0.00 | -73.58 | 20 | miss |" in text
     assert "| s-mnist | er | 200 | 80.43 | 79.93 |" in text and "--all --seeds 5" in text
     assert command("--all", "--seeds", "5") == [] and (tmp_path / "RESULTS.md").read_text() == text
 
@@ -245,8 +246,13 @@ def test_fingerprint(data):
 def test_write_section(tmp_path):
     """A section is added to a file, or replaces the one of that name; what stands around it stays."""
     path = tmp_path / "RESULTS.md"
-    write_section(path, "one", "1")
-    write_section(path, "two", "2")
-    assert path.read_text() == "# Results of the benchmarks\n\n<!-- one -->\n1\n<!-- /one -->\n\n<!-- two -->\n2\n<!-- /two -->\n"
+    write_section(path, "one", "first")
+    alone = path.read_text()
+    write_section(path, "two", "second")
+    both = path.read_text()
+    assert both.startswith(alone.rstrip()) and both.count("<!--") == 4
     write_section(path, "one", "new")
-    assert path.read_text() == "# Results of the benchmarks\n\n<!-- one -->\nnew\n<!-- /one -->\n\n<!-- two -->\n2\n<!-- /two -->\n"
+    assert path.read_text() == both.replace("first", "new")
+    path.write_text(both + "after\n")
+    write_section(path, "two", "new")
+    assert path.read_text() == both.replace("second", "new") + "after\n"
