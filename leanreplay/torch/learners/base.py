@@ -39,7 +39,7 @@ class _Queued:
     x: torch.Tensor
     y: torch.Tensor
     stored: dict[str, torch.Tensor]
-    moved: list[tuple[Any, Any, dict[str, torch.Tensor]]]
+    moved: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
     seen: torch.Tensor | None
 
 
@@ -189,6 +189,8 @@ class ReplayLearner:
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
         if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0]:
             raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.shape[0] == 0:
+            raise ArgumentError("the batch is empty; leave such a batch out")
         device = x.device if self.device is None else self.device
         inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
         draws = self._draw(device)
@@ -314,7 +316,7 @@ class ReplayLearner:
             seen[replay.y] = True
         return seen
 
-    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[Any, Any, dict[str, torch.Tensor]]]:
+    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
         """(rows, positions, name -> moved values) of every draw that went through the model."""
         moved = []
         for replay in dict.fromkeys(replay for _, replay in draws):
@@ -462,10 +464,12 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     else:
         x, y = torch.cat([q.x for q in queue]), torch.cat([q.y for q in queue])
         stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
-    for rows, positions, values in (m for q in queue for m in q.moved):
-        for name, value in values.items():
-            buffer.set_metadata(name, _array(value), rows, positions=_array(positions))
-    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None)
+    moves = [m for q in queue for m in q.moved]
+    moved = None
+    if moves:  # of a row drawn several times the last counts
+        rows, positions = torch.cat([m[0] for m in moves]).numpy(), torch.cat([m[1] for m in moves]).numpy()
+        moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
+    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
 
 
 def _array(tensor: torch.Tensor) -> Any:

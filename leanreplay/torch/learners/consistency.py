@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ...errors import ArgumentError, StateError
-from .replay import Replay
+from .replay import Replay, forward
 from .term import Term, fraction, key, mean_square
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Consistency(Term):
             for which, model in self.copies.items():
                 if not model.training:  # after an evaluation
                     model.train()
-                logits[which] = z = model(replay.x)
+                logits[which] = z = forward(model, replay.x).outputs
                 probability[which] = (z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)).softmax(1).gather(1, true)
             target = torch.where(probability["stable"] > probability["plastic"], logits["stable"], logits["plastic"])
         return mean_square(replay.outputs, target, learner.mask)

@@ -70,7 +70,7 @@ class Replay:
 def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ()) -> Forward:
     """Pass x through the model, and take what these layers give on the way. Hooks live for this one pass, whatever happens."""
     if x.shape[0] < 2:
-        _refuse_batch_norm(model, x.shape[0])
+        _refuse_batch_norm(model)
     features: dict[str, torch.Tensor] = {}
     handles = []
     try:
@@ -101,9 +101,7 @@ def _take(features: dict[str, torch.Tensor], name: str, _module: torch.nn.Module
     features[name] = output.clone()  # the next layer may work in place, as ReLU(inplace=True) does
 
 
-def _refuse_batch_norm(model: torch.nn.Module, n: int) -> None:
-    if n == 0:
-        raise ArgumentError("the batch is empty; leave such a batch out")
+def _refuse_batch_norm(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
             raise ArgumentError(

@@ -127,7 +127,9 @@ class PooledOutputDistillation(Term):
                 raise ArgumentError(
                     f"layer {layer!r} gives shape {tuple(now.shape)}, but stored was {tuple(stored.shape)}; it must not change"
                 )
-            distances.append(torch.linalg.vector_norm(self._pool(now, layer) - self._pool(stored, layer), dim=1).mean())
+            dtype = torch.promote_types(now.dtype, torch.float32)
+            difference = self._pool(now.to(dtype), layer) - self._pool(stored.to(dtype), layer)
+            distances.append(torch.linalg.vector_norm(difference, dim=1).mean())
         return torch.stack(distances).mean()
 
     def _pool(self, activations: torch.Tensor, layer: str) -> torch.Tensor:
@@ -137,8 +139,7 @@ class PooledOutputDistillation(Term):
                 f"distillation_type={self.distillation_type!r} pools activations (n, c, h, w), but layer {layer!r} gives shape "
                 f'{tuple(activations.shape)}; use "pixel", or a convolutional layer'
             )
-        squares = activations.to(torch.promote_types(activations.dtype, torch.float32)).square()
-        pooled = POOLINGS[self.distillation_type](squares).flatten(1)
+        pooled = POOLINGS[self.distillation_type](activations.square()).flatten(1)
         return normalize(pooled) if self.normalize else pooled
 
 
