@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,18 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put a text between the markers of that name in a file, in place of what stands there; at its end, if they are missing."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
+    before, found, rest = old.partition(start)
+    if not found:
+        before, rest = old.rstrip("\n") + "\n\n", "\n"
+    else:
+        rest = rest.partition(end)[2] or "\n"
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest}", encoding="utf-8")
 
 
 def python(code: str, **environment: str) -> str:
