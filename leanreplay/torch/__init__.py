@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
+from .evaluation import Evaluation, evaluate
 from .features import features
 from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
 from .learners import ERLearner, Step
 from .loader import MixedLoader, ReplayLoader
+from .training import History, fit, saved_task
 
 __all__ = [
     "AsyncReservoir",
     "BufferDataset",
     "ERLearner",
+    "Evaluation",
+    "History",
     "InterleavedSampler",
     "InterleavedSamplerConfig",
     "MixedLoader",
@@ -20,6 +24,9 @@ __all__ = [
     "SamplerIntervalConfig",
     "ShuffleSampler",
     "Step",
+    "evaluate",
     "features",
+    "fit",
     "sample",
+    "saved_task",
 ]
