@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import plot
 from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
 from .evaluation import Evaluation, evaluate
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "features",
     "fit",
+    "plot",
     "sample",
     "saved_task",
 ]

@@ -64,7 +64,7 @@ class History:
         if self.monitor is None:
             return None
         sign = 1 if self.mode == "min" else -1
-        values = [(sign * record[self.monitor], epoch) for epoch, record in enumerate(self.records)]
+        values = [(sign * record.get(self.monitor, math.nan), epoch) for epoch, record in enumerate(self.records)]
         return min((v for v in values if not math.isnan(v[0])), default=(0, None))[1]
 
     @property
