@@ -8,23 +8,44 @@ from .data import BufferDataset, sample
 from .evaluation import Evaluation, evaluate
 from .features import features
 from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
-from .learners import ERLearner, Step
+from .learners import (
+    CLSLearner,
+    Consistency,
+    DERLearner,
+    ERLearner,
+    Forward,
+    LogitMatching,
+    Replay,
+    ReplayLearner,
+    ReplayLoss,
+    Step,
+    Term,
+)
 from .loader import MixedLoader, ReplayLoader
 from .training import History, fit, saved_task
 
 __all__ = [
     "AsyncReservoir",
     "BufferDataset",
+    "CLSLearner",
+    "Consistency",
+    "DERLearner",
     "ERLearner",
     "Evaluation",
+    "Forward",
     "History",
     "InterleavedSampler",
     "InterleavedSamplerConfig",
+    "LogitMatching",
     "MixedLoader",
+    "Replay",
+    "ReplayLearner",
     "ReplayLoader",
+    "ReplayLoss",
     "SamplerIntervalConfig",
     "ShuffleSampler",
     "Step",
+    "Term",
     "evaluate",
     "features",
     "fit",

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from .er import ERLearner, Step
+from .base import ReplayLearner, Step
+from .cls import CLSLearner
+from .der import DERLearner
+from .er import ERLearner
+from .replay import Forward, Replay
+from .terms import Consistency, LogitMatching, ReplayLoss, Term
 
-__all__ = ["ERLearner", "Step"]
+__all__ = [
+    "CLSLearner",
+    "Consistency",
+    "DERLearner",
+    "ERLearner",
+    "Forward",
+    "LogitMatching",
+    "Replay",
+    "ReplayLearner",
+    "ReplayLoss",
+    "Step",
+    "Term",
+]
