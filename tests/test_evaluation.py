@@ -200,6 +200,6 @@ def test_without_matplotlib(monkeypatch):
 
 
 def test_importing_is_light():
-    """Neither matplotlib nor tqdm is imported before it is needed."""
-    program = "import sys, leanreplay.torch.plot; print([m for m in ('matplotlib', 'tqdm') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    """matplotlib is imported when something is drawn, not before."""
+    program = "import sys, leanreplay.torch.plot; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"

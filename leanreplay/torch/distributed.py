@@ -44,15 +44,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def parallel(learner: Any) -> Iterator[None]:
-    """The learner's model in a DistributedDataParallel, for a while. One that is in one already stays as it is.
-
-    Buffers of the model (running statistics) are not sent at every forward pass: each rank has its own, until `share_statistics`.
-    """
+    """The learner's model in a DistributedDataParallel, for a while. One that is in one already stays as it is."""
     model = learner.model
     if rank_and_size()[1] > 1 and model is unwrapped(model):
         device = next(model.parameters()).device
-        where = None if device.type == "cpu" else [device]
-        learner.model = DistributedDataParallel(model, device_ids=where, broadcast_buffers=False)
+        learner.model = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
     try:
         yield
     finally:

@@ -98,21 +98,21 @@ def _write(path: str, state: Any) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        _read(temp, mmap=True)
+        _read(temp)
         os.replace(temp, path)
     except BaseException:
-        os.unlink(temp)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
         raise
     system.sync_folder(path)
 
 
-def _read(path: str, mmap: bool = False) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
-        raise
-    except Exception as error:
-        raise StateError(
-            f"{path} cannot be loaded with weights_only=True ({str(error).splitlines()[0]:.300}); the states of model, optimizer and "
-            "scheduler must be tensors and plain values"
-        ) from error
+def _read(path: str) -> dict[str, Any]:
+    with system.storage_errors(f"reading {path}"), open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise StateError(
+                f"{path} cannot be loaded with weights_only=True ({str(error).splitlines()[0]:.300}); the states of model, optimizer and "
+                "scheduler must be tensors and plain values"
+            ) from error

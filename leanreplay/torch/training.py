@@ -130,7 +130,7 @@ def fit(
     time of the call. A model in eval mode is in train mode for that time; single layers in eval mode stay in it.
 
     **Validation** of `learner.model` on val_dataset after each epoch, in eval mode. metrics: name -> function(outputs, targets) -> number;
-    they and the learner's `loss_fn` get the whole set at once, outputs as float32. test_transform, test_target_transform: of the x and of
+    they and the learner's `loss_fn` get the whole set at once, never as bfloat16. test_transform, test_target_transform: of the x and of
     the y of each sample, as the learner's transforms are; val_collate_fn likewise. metric: what is watched, "loss" (of validation) or a
     name in `metrics`; mode: whether "min" or "max" is good. early_stopping: end after so many epochs in a row without a better metric
     (True: 5). The weights are those of the last epoch; those of the best are in `best.pt` in the output folder.
@@ -138,7 +138,8 @@ def fit(
     **States.** output_state_folder: where to keep the newest state, written at the start, after every `save_every` steps of an epoch (None:
     not), after each epoch, and at the end. It holds model, optimizer, scheduler, learner, position, history, and the states of the
     global generators of torch, NumPy and Python, so that random transforms and dropout go on as they would have. The buffer is not
-    copied: its restore points bring it back. (save_buffer=True copies it with each state, for use without the buffer's file.)
+    copied: its restore points bring it back (after a power cut only if it is `durable`). save_buffer=True copies it with each state, for
+    use without the buffer's file.
 
     input_state_folder: the state to go on from. One of this task is continued where it was; if the task was finished, it is loaded, and
     that is all. A finished one of another task is loaded, and this task begins from there - unless this learner itself wrote or loaded it
@@ -252,8 +253,7 @@ def fit(
             record = {"epoch": epoch, "lr": float(optimizer.param_groups[0].get("lr", math.nan)), **_means(sums)}
             distributed.share_statistics(model)
             if validation is not None:
-                with cast():
-                    record |= _validate(model, learner.loss_fn, validation, metrics or {}, new, device)
+                record |= _validate(model, cast, learner.loss_fn, validation, metrics or {}, batch_size, device)
             history.records.append(record)
             if scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step(*([record[monitor]] if plateau and monitor else []))
@@ -436,17 +436,25 @@ def _means(sums: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _validate(
-    model: torch.nn.Module, loss_fn: Callable[..., Any], reader: Reader, metrics: Mapping[str, Any], batch_size: int, device: torch.device
+    model: torch.nn.Module,
+    cast: Callable[[], contextlib.AbstractContextManager[Any]],
+    loss_fn: Callable[..., Any],
+    reader: Reader,
+    metrics: Mapping[str, Any],
+    batch_size: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Loss and metrics on the whole set. Each rank computes the outputs of its part, and all get the same numbers."""
     rank, ranks = distributed.rank_and_size()
     mine = _piece(np.arange(len(reader)), rank, ranks)
     with evaluating(model):
-        parts = [(outputs.float(), targets) for outputs, targets in predictions(model, reader, mine, batch_size, device)]
+        with cast():
+            parts = list(predictions(model, reader, mine, batch_size, device))
         if ranks > 1:
             everyone = distributed.gather([(outputs.cpu(), targets.cpu()) for outputs, targets in parts])
             parts = [(outputs.to(device), targets.to(device)) for part in everyone for outputs, targets in part]
         outputs, targets = (torch.cat(column) for column in zip(*parts, strict=True))
+        outputs = outputs.float() if outputs.dtype is torch.bfloat16 else outputs
         values = {"val_loss": float(loss_fn(outputs, targets))}
         for name, function in metrics.items():
             value = function(outputs, targets)
