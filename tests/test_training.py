@@ -536,6 +536,38 @@ def test_a_chain_of_folders(tmp_path):
     assert saved_task(tmp_path / "1") == 2 and saved_task(tmp_path / "none") is None
 
 
+def test_what_changes_between_tasks_counts(tmp_path):
+    """A new optimizer and a larger head, in one process that gives the same folder for both: not undone by what that folder holds."""
+    ours, plain = make(path=tmp_path / "b.h5"), make()
+    both = {"input_state_folder": tmp_path / "run", "output_state_folder": tmp_path / "run"}
+    for learner, options in ((ours, both), (plain, {})):
+        run(learner, **options)
+        learner.model[4] = torch.nn.Linear(16, 5)
+        torch.nn.init.constant_(learner.model[4].weight, 0.1)
+        torch.nn.init.zeros_(learner.model[4].bias)
+        new_optimizer(learner)
+        run(learner, 1, **options)
+    assert bits(ours) == bits(plain)
+
+
+def test_a_task_starts_once(tmp_path):
+    """Not again when it is resumed, named or not."""
+
+    class Counts(ERLearner):
+        starts = 0
+
+        def on_task_start(self, task=None):
+            self.starts += 1
+            super().on_task_start(task)
+
+    stopped(tmp_path, task_id=None)
+    learner = make(Counts, tmp_path / "b.h5")
+    run(learner, input_state_folder=tmp_path / "run", task_id=None)
+    assert learner.starts == 0 and learner.buffer.seen == 3 * N
+    run(learner, task_id=None)
+    assert learner.starts == 1
+
+
 def test_a_copy_of_the_buffer(tmp_path):
     """save_buffer=True: the state is enough, without the buffer's file, in memory too; older copies go."""
     options = {"input_state_folder": tmp_path / "run", "output_state_folder": tmp_path / "run", "save_buffer": True, "save_every": 4}
@@ -616,13 +648,13 @@ def test_a_task_that_this_learner_has_just_finished(tmp_path):
     ("options", "message"),
     [
         ({"seed": 1}, r"seed=1 \(state: 0\)"),
-        ({"batch_size": 22}, r"new=11 \(state: 10\), replayed=11"),
+        ({"batch_size": 22}, r"new samples a step=11 \(state: 10\), replayed ones=11"),
         ({"precision": "bf16"}, "precision="),
         ({"scheduler": True}, "scheduler='StepLR'"),
     ],
 )
 def test_other_settings(tmp_path, options, message):
-    stopped(tmp_path)
+    stopped(tmp_path, seed=np.int64(0))
     learner = make(path=tmp_path / "b.h5")
     if "scheduler" in options:
         options = {"scheduler": torch.optim.lr_scheduler.StepLR(learner.optimizer, 1)}
@@ -753,7 +785,7 @@ BAD = [
     ({"logger": "print"}, "logger must be a function"),
     ({"seed": 0.5}, "seed must be an integer"),
     ({"seed": None}, "seed must be an integer"),
-    ({"task_id": 1.0}, "task_id must be an integer, a string or None"),
+    ({"task_id": 1.0}, "task_id must be an integer, got 1.0"),
     ({"task_id": True}, "task_id must be an integer"),
     ({"save_every": 0}, "save_every must be from 1"),
     ({"output_state_folder": "run"}, "a buffer in memory ends with its process"),
@@ -811,6 +843,9 @@ def worker(rank, folder, point=None):
         options |= {"input_state_folder": state, "output_state_folder": state, "save_every": 2, "logger": logged.append}
         histories.append(run(learner, task, **options))
         assert learner.model is model
+    model.eval()
+    with torch.no_grad():
+        assert histories[-1]["val_loss"][-1] == pytest.approx(cross_entropy(model(data(21, 9)[0]), data(21, 9)[1]).item(), rel=1e-5)
     weights = [v.tolist() for v in [*model.state_dict().values(), *learner.stable_model.parameters()]]
     torch.save((weights, histories[-1].records, bits(learner), len(logged), batches), folder / f"result{rank}.pt")
 

@@ -138,8 +138,8 @@ def fit(
     **States.** output_state_folder: where to keep the newest state, written at the start, after every `save_every` steps of an epoch (None:
     not), after each epoch, and at the end. It holds model, optimizer, scheduler, learner, position, history, and the states of the
     global generators of torch, NumPy and Python, so that random transforms and dropout go on as they would have. The buffer is not
-    copied: its restore points bring it back (after a power cut only if it is `durable`). save_buffer=True copies it with each state, for
-    use without the buffer's file.
+    copied: its restore points bring it back (after a power cut only if it is `durable`; save_buffer=True copies it with each state, for
+    use without its file). A state costs writing model and optimizer, reading them back, and an fsync.
 
     input_state_folder: the state to go on from. One of this task is continued where it was; if the task was finished, it is loaded, and
     that is all. A finished one of another task is loaded, and this task begins from there - unless this learner itself wrote or loaded it
@@ -152,7 +152,7 @@ def fit(
     its own (`stream=rank`, the same seed). batch_size is that of one process. The samples of an epoch are divided among them, the model is
     in a DistributedDataParallel for the time of the call, and all return the same history.
 
-    logger: called with each epoch's record, by rank 0 only; `print` for instance. After a kill an epoch may be logged twice.
+    logger: called with each epoch's record and task_id, by rank 0 only; `print` for instance. After a kill an epoch may be logged twice.
     progress: a bar on stderr, if tqdm is installed. task_id: a name for the task, told to `learner.on_task_start`.
 
     Raises ArgumentError, before anything is trained, for an argument that is out of range or does not fit the others; ExistsError for an
@@ -164,8 +164,8 @@ def fit(
     if not isinstance(learner, ReplayLearner):
         raise ArgumentError(f"learner must be a ReplayLearner, such as ERLearner, got {type(learner).__name__}")
     model, optimizer, buffer = learner.module, learner.optimizer, learner.buffer
-    if task_id is not None and (isinstance(task_id, bool) or not isinstance(task_id, (int, str))):
-        raise ArgumentError(f"task_id must be an integer, a string or None, got {task_id!r:.200}")
+    task_id = task_id if isinstance(task_id, str) else integer("task_id", task_id, -(2**63), 2**63 - 1)
+    seed = required("seed", seed, -(2**127), 2**127 - 1)
     functions = {"train_collate_fn": train_collate_fn, "val_collate_fn": val_collate_fn, "test_transform": test_transform}
     for name, function in {**functions, "test_target_transform": test_target_transform, "logger": logger}.items():
         check_function(name, function)
@@ -173,7 +173,7 @@ def fit(
     required("max_epochs", max_epochs, 1, 2**31)
     integer("save_every", save_every, 1, 2**62)
     new, replayed = _shares(batch_size, batch_memory_frac, learner.replay_batch_size)
-    epochs = _Epochs(training, new, rank, ranks, required("seed", seed, -(2**127), 2**127 - 1), task_id)
+    epochs = _Epochs(training, new, rank, ranks, seed, task_id)
     _check_scheduler(scheduler, scheduler_interval, optimizer)
     clip = _clipping(gradient_clip_val, gradient_clip_algorithm, optimizer)
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
@@ -184,8 +184,14 @@ def fit(
     device = torch.device(learner.device or device_of(model))
     cast = _autocast(precision, device)
     distributed.check_ranks(model, buffer)
-    settings = {"seed": seed, "new": new, "replayed": replayed, "samples": len(training), "ranks": ranks, "precision": precision}
-    settings |= {name: type(part).__name__ for name, part in (("optimizer", optimizer), ("scheduler", scheduler))}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "samples": len(training),
+        "new samples a step": new,
+        "replayed ones": replayed,
+        "processes": ranks,
+    }
+    settings |= {"precision": precision, "optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
 
     # -- where it begins -------------------------------------------------------------------------------------------------
     history = History(task_id, [], monitor, mode)
@@ -258,7 +264,7 @@ def fit(
             if scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step(*([record[monitor]] if plateau and monitor else []))
             if rank == 0 and logger is not None:
-                logger(record if task_id is None else {"task_id": task_id, **record})
+                logger({"task_id": task_id, **record})
             if output is not None and rank == 0 and history.best_epoch == epoch:
                 output.write("best.pt", model.state_dict())
             epoch, step, sums = epoch + 1, 0, {}
