@@ -355,7 +355,7 @@ OPS = st.one_of(
     st.tuples(
         st.just("interrupt"),
         st.integers(1, 40),
-        st.sampled_from(["save_rows", "save_freed", "write_field", "seal_block", "hash_log", "keep_last"]),
+        st.sampled_from(["save_rows", "save_freed", "write_field", "write_index", "seal_block", "hash_log", "keep_last"]),
         st.integers(0, 8),
         st.booleans(),
     ),

@@ -92,7 +92,7 @@ def tiny(journal: int, chunk: int) -> Iterator[None]:
         create._JOURNAL_BYTES, buffers._CHUNK = before
 
 
-STEPS = ["save_rows", "write_field", "seal_block", "keep_last"]
+STEPS = ["save_rows", "write_field", "write_index", "seal_block", "keep_last"]
 
 
 @contextlib.contextmanager

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from .base import ReplayLearner, Step
 from .cls import CLSLearner
+from .consistency import Consistency
 from .der import DERLearner
 from .er import ERLearner
+from .pod import PODLearner
 from .replay import Forward, Replay
-from .terms import Consistency, LogitMatching, ReplayLoss, Term
+from .super_er import SuperERLearner
+from .term import Term
+from .terms import LogitMatching, PooledOutputDistillation, ReplayLoss, ShrinkAndPerturb
 
 __all__ = [
     "CLSLearner",
@@ -16,9 +20,13 @@ __all__ = [
     "ERLearner",
     "Forward",
     "LogitMatching",
+    "PODLearner",
+    "PooledOutputDistillation",
     "Replay",
     "ReplayLearner",
     "ReplayLoss",
+    "ShrinkAndPerturb",
     "Step",
+    "SuperERLearner",
     "Term",
 ]

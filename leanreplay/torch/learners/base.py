@@ -13,8 +13,8 @@ from ...batches import required
 from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, StateError
 from ..data import sample
-from .replay import Forward, Replay, bare, forward
-from .terms import Term, fraction, number
+from .replay import Replay, bare, forward
+from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
 
@@ -39,7 +39,7 @@ class _Queued:
     x: torch.Tensor
     y: torch.Tensor
     stored: dict[str, torch.Tensor]
-    moved: list[tuple[Any, Any, dict[str, torch.Tensor]]]
+    moved: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
     seen: torch.Tensor | None
 
 
@@ -152,9 +152,10 @@ class ReplayLearner:
         self._queue: list[_Queued] = []
         self._fits = False  # whether the buffer is known to hold what the terms store
         self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
-        self._labels |= any(term.needs_labels for term in self.terms)
+        self._labels = self._labels or any(term.needs_labels for term in self.terms)
         for term in self.terms:
             term.attach(self)
+        self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
         self._layers = tuple(dict.fromkeys(name for term in self.terms for name in term.layers))
 
     def _check_terms(self) -> None:
@@ -188,92 +189,95 @@ class ReplayLearner:
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
         if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0]:
             raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.shape[0] == 0:
+            raise ArgumentError("the batch is empty; leave such a batch out")
         device = x.device if self.device is None else self.device
-        inputs, targets, top = self._prepare(x, y, self.transform, self.target_transform, device)
-        draws, top_drawn = self._draw(device)
-        before = [(b, b.clone()) for module in (self.module, *(m for t in self.terms for m in t.modules())) for b in module.buffers()]
+        inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
+        draws = self._draw(device)
+        before = [(b, b.clone()) for module in self._modules() for b in module.buffers()]
         try:
-            total, *queued = self._compute(inputs, targets, draws, top, top_drawn)
-        except BaseException:
+            total, *queued = self._compute(inputs, targets, draws)
+        except BaseException as error:
             with torch.no_grad():
                 for b, old in before:
                     b.copy_(old)
+            if isinstance(error, (IndexError, RuntimeError)) and self._labels and device.type == "cpu":
+                self._check_labels(targets, draws)  # which may be what it was
             raise
         finally:
             self.mask = None
         self._queue.append(_Queued(x, y, *queued))
         return total
 
-    def _prepare(
+    def _modules(self) -> list[torch.nn.Module]:
+        """All modules that a loss passes data through."""
+        return [self.module, *(module for term in self.terms for module in term.modules())]
+
+    def _ready(
         self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """x and y transformed and on the device, and the largest label, -1 where labels are not to be checked."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y transformed, and on the device."""
         if transform is not None:
             x = _each(transform, x, "transform")
         if target_transform is not None:
             y = _each(target_transform, y, "target_transform")
-        top = -1
-        if self._labels and y.ndim == 1 and not y.is_floating_point() and y.device.type != "meta" and y.shape[0]:
-            low, high = torch.aminmax(y)
-            top = int(high)
-            if low < 0:
-                raise ArgumentError(f"labels must be from 0 to the number of the model's outputs - 1, got {int(low)}")
-        return x if x.device == device else x.to(device), y if y.device == device else y.to(device), top
+        return x if x.device == device else x.to(device), y if y.device == device else y.to(device)
 
-    def _draw(self, device: torch.device) -> tuple[list[tuple[Term, Replay]], int]:
-        """The terms that count now, each with its draw, and the largest label drawn."""
+    def _draw(self, device: torch.device) -> list[tuple[Term, Replay]]:
+        """The terms that count now, each with its draw."""
         draws: list[tuple[Term, Replay]] = []
-        m, top, replay = min(self.replay_batch_size, len(self.buffer)), -1, None
+        m, replay = min(self.replay_batch_size, len(self.buffer)), None
         for term in self.terms if m else ():
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
                 drawn, metadata = sample(self.buffer, m)
                 if not isinstance(drawn, (tuple, list)) or len(drawn) != 2 or not all(isinstance(t, torch.Tensor) for t in drawn):
-                    raise ArgumentError(
-                        "a learner needs a buffer of pairs (x, y) of arrays; this one's samples are " + str(self.buffer.schema)
-                    )
-                x, y, highest = self._prepare(drawn[0], drawn[1], self.buffer_transform, self.buffer_target_transform, device)
-                replay, top = Replay(self.module, self._layers, x, y, metadata), max(top, highest)
+                    raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays; this one's samples are {self.buffer.schema}")
+                x, y = self._ready(drawn[0], drawn[1], self.buffer_transform, self.buffer_target_transform, device)
+                replay = Replay(self.module, x, y, metadata, self._layers if self.ema_memory_update_gamma < 1 else ())
+            replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
-        return draws, top
+        return draws
 
-    def _compute(
-        self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]], top: int, top_drawn: int
-    ) -> tuple[torch.Tensor, Any, Any, Any]:
+    def _compute(self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> tuple[torch.Tensor, Any, Any, Any]:
         """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
-        joined = next((replay for term, replay in draws if term.together), None)
-        one_mean = any(term.weight is None for term, _ in draws)
+        joined = one_mean = None
+        for term, replay in draws:
+            if term.together:
+                joined, one_mean = replay, term.weight is None
         if joined is None:
             stream = both = forward(self.model, inputs, self._layers)
         else:
             both = forward(self.model, torch.cat([inputs, joined.x]), self._layers)
-            stream, joined.together = both.split(n)
-        if max(top, top_drawn) >= 0:
-            self._check_labels(stream.outputs, top, top_drawn)
+            stream = both.part(slice(n))
+            joined.together = both.part(slice(n, None))
+        self.outputs = stream.outputs.detach()
+        if self._labels and inputs.device.type == "cuda":
+            self._check_labels(targets, draws)  # before a kernel meets them, which would end the process's use of the device
         seen = self._mark_seen(stream.outputs, targets, draws) if self.mask_unused_classes else None
         self.mask = seen
-        stored = self._to_store(stream)
+        stored: dict[str, torch.Tensor] = {}
+        for term in self.terms:
+            stored.update(term.keep(self, stream))
         if not self._fits:
             self._check_buffer(stored)
 
         losses: dict[str, torch.Tensor] = {}
         if one_mean and joined is not None:
-            losses["stream+replay"] = self.criterion(both.outputs, torch.cat([targets, joined.y]))
+            first = self.criterion(both.outputs, torch.cat([targets, joined.y]))
         else:
-            name = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
-            losses[name] = self.criterion(stream.outputs, targets)
-        (first,) = losses.values()
+            first = self.criterion(stream.outputs, targets)
+        losses[self._first] = first
         total, weights = first if self.loss_weight == 1 else self.loss_weight * first, self.loss_weight
         for term, replay in draws:
             if term.weight is not None:
                 losses[term.name] = value = term.loss(self, replay)
-                total, weights = total + term.weight * value, weights + term.weight
+                total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
         self._check_finite(total, losses, n, draws)
-        self.outputs = stream.outputs.detach()
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
 
@@ -283,13 +287,20 @@ class ReplayLearner:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
         return self.loss_fn(outputs, targets)
 
-    def _check_labels(self, outputs: torch.Tensor, top: int, top_drawn: int) -> None:
-        if outputs.ndim == 2 and max(top, top_drawn) >= outputs.shape[1]:
-            where = "the batch" if top >= outputs.shape[1] else "the replayed samples"
-            raise ArgumentError(
-                f"{where} has the label {max(top, top_drawn)}, but the model has {outputs.shape[1]} outputs, for labels 0 to "
-                f"{outputs.shape[1] - 1}; give the model more outputs, or map the labels with target_transform"
-            )
+    def _check_labels(self, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+        """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
+        if self.outputs.ndim != 2:
+            return
+        classes = self.outputs.shape[1]
+        for where, y in (("batch", targets), *(("replayed samples", replay.y) for _, replay in draws)):
+            if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
+                continue
+            low, high = (int(v) for v in torch.aminmax(y))
+            if low < 0 or high >= classes:
+                raise ArgumentError(
+                    f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
+                    f"{classes - 1}; give the model more outputs, or map the labels with target_transform"
+                )
 
     def _mark_seen(self, outputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> torch.Tensor:
         """Which classes occurred up to and with this batch, (outputs,) bool."""
@@ -305,14 +316,7 @@ class ReplayLearner:
             seen[replay.y] = True
         return seen
 
-    def _to_store(self, stream: Forward) -> dict[str, torch.Tensor]:
-        """What goes into the buffer with the samples of this batch."""
-        stored: dict[str, torch.Tensor] = {}
-        for term in self.terms:
-            stored.update(term.keep(self, stream))
-        return stored
-
-    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[Any, Any, dict[str, torch.Tensor]]]:
+    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
         """(rows, positions, name -> moved values) of every draw that went through the model."""
         moved = []
         for replay in dict.fromkeys(replay for _, replay in draws):
@@ -339,10 +343,11 @@ class ReplayLearner:
     def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
         """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
         for name, value in losses.items():
-            if value.ndim:
-                raise ArgumentError(f"the {name} loss has shape {tuple(value.shape)}, expected a single number: a mean over the batch")
-        if len(losses) == 1:
-            values = [total.item()] * 2 if total is next(iter(losses.values())) else [total.item(), next(iter(losses.values())).item()]
+            if not isinstance(value, torch.Tensor) or value.ndim:
+                shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
+        if total is losses[self._first]:
+            values = [total.item()] * 2
         else:
             values = torch.stack([t.detach() for t in (total, *losses.values())]).tolist()
         self._total, self.losses = values[0], dict(zip(losses, values[1:], strict=True))
@@ -459,10 +464,12 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     else:
         x, y = torch.cat([q.x for q in queue]), torch.cat([q.y for q in queue])
         stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
-    for rows, positions, values in (m for q in queue for m in q.moved):
-        for name, value in values.items():
-            buffer.set_metadata(name, _array(value), rows, positions=_array(positions))
-    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None)
+    moves = [m for q in queue for m in q.moved]
+    moved = None
+    if moves:  # of a row drawn several times the last counts
+        rows, positions = torch.cat([m[0] for m in moves]).numpy(), torch.cat([m[1] for m in moves]).numpy()
+        moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
+    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
 
 
 def _array(tensor: torch.Tensor) -> Any:

@@ -8,7 +8,8 @@ import torch
 
 from ...buffers import DataBuffer
 from .base import ReplayLearner
-from .terms import Consistency, ReplayLoss
+from .consistency import Consistency
+from .terms import ReplayLoss
 
 
 class CLSLearner(ReplayLearner):

@@ -19,10 +19,9 @@ class Forward(NamedTuple):
     outputs: torch.Tensor
     features: dict[str, torch.Tensor]
 
-    def split(self, n: int) -> tuple[Forward, Forward]:
-        """The first n samples, and the others."""
-        first = Forward(self.outputs[:n], {name: f[:n] for name, f in self.features.items()})
-        return first, Forward(self.outputs[n:], {name: f[n:] for name, f in self.features.items()})
+    def part(self, which: slice) -> Forward:
+        """Some of the samples."""
+        return Forward(self.outputs[which], {name: f[which] for name, f in self.features.items()})
 
 
 class Replay:
@@ -32,10 +31,10 @@ class Replay:
     that share a draw share that pass. together: its part of a pass that it made together with the stream, if there was one.
     """
 
-    def __init__(self, module: torch.nn.Module, layers: Sequence[str], x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any]) -> None:
-        self.x, self.y, self.metadata = x, y, metadata
+    def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
+        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
         self.together: Forward | None = None
-        self._module, self._layers = module, layers
+        self._module = module
         self._alone: Forward | None = None
 
     def __len__(self) -> int:
@@ -49,7 +48,7 @@ class Replay:
     def alone(self) -> Forward:
         """The draw's own pass through the model."""
         if self._alone is None:
-            self._alone = forward(self._module, self.x, self._layers)
+            self._alone = forward(self._module, self.x, tuple(dict.fromkeys(self.layers)))
         return self._alone
 
     @property
@@ -71,7 +70,7 @@ class Replay:
 def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ()) -> Forward:
     """Pass x through the model, and take what these layers give on the way. Hooks live for this one pass, whatever happens."""
     if x.shape[0] < 2:
-        _refuse_batch_norm(model, x.shape[0])
+        _refuse_batch_norm(model)
     features: dict[str, torch.Tensor] = {}
     handles = []
     try:
@@ -102,9 +101,7 @@ def _take(features: dict[str, torch.Tensor], name: str, _module: torch.nn.Module
     features[name] = output.clone()  # the next layer may work in place, as ReLU(inplace=True) does
 
 
-def _refuse_batch_norm(model: torch.nn.Module, n: int) -> None:
-    if n == 0:
-        raise ArgumentError("the batch is empty; leave such a batch out")
+def _refuse_batch_norm(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
             raise ArgumentError(
@@ -121,6 +118,10 @@ def bare(model: torch.nn.Module) -> torch.nn.Module:
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
     """Raise ArgumentError unless these are names of layers."""
     names = [name for name, _ in bare(model).named_modules(remove_duplicate=False) if name]
+    if not layers:
+        raise ArgumentError(
+            f"layers: name at least one; {type(bare(model)).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        )
     for layer in layers:
         if layer not in names:
             near = difflib.get_close_matches(str(layer), names, 5, 0.4)

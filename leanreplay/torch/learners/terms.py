@@ -1,96 +1,19 @@
-"""The terms that methods are made of: replay loss, logit matching, consistency."""
+"""The terms that methods are made of: replay loss, logit matching, pooled output distillation, shrink and perturb."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.nn.functional import mse_loss, pad
+from torch.nn.functional import normalize, pad
 
 from ...errors import ArgumentError, StateError
-from ...keys import key_pair
-from .replay import Forward, Replay
+from .replay import Forward, Replay, check_layers
+from .term import Term, fraction, key, mean_square, number
 
 if TYPE_CHECKING:
     from .base import ReplayLearner
-
-
-class Term:
-    """A part of a loss, and what goes with it. Subclass it, give `loss`, and put it into the `terms` of a `ReplayLearner`.
-
-    name: its key in `Step.losses` and in states. weight: its factor in the loss; may be changed while training; 0 leaves it out.
-    draw: "own": it takes a draw of its own from the buffer; "shared": it takes that of the term before (the first one draws in any
-    case); None: it has no loss. layers: names of layers whose outputs it needs, in `features`. together: its draw goes
-    through the model together with the stream, in one batch.
-
-    >>> import torch
-    >>> from leanreplay.torch import Term
-    >>> class Entropy(Term):
-    ...     "Keeps predictions on replayed samples uncertain: their mean negative entropy."
-    ...     def loss(self, learner, replay):
-    ...         log_p = replay.outputs.log_softmax(1)
-    ...         return (log_p.exp() * log_p).sum(1).mean()
-    >>> Entropy("entropy", 0.1).weight
-    0.1
-    """
-
-    needs_labels = False  # whether labels must be checked to be numbers of outputs
-
-    def __init__(
-        self,
-        name: str,
-        weight: float | None,
-        draw: Literal["own", "shared"] | None = "own",
-        layers: Sequence[str] = (),
-        together: bool = False,
-    ) -> None:
-        if not isinstance(name, str) or not name:
-            raise ArgumentError(f"a term's name is a non-empty str, got {name!r:.200}")
-        if draw not in ("own", "shared", None):
-            raise ArgumentError(f'draw is "own", "shared" or None, got {draw!r:.200}')
-        self.name, self.draw, self.layers, self.together = name, draw, tuple(layers), together
-        self.weight = None if weight is None else number(f"weight of the term {name!r}", weight)
-
-    def attach(self, learner: ReplayLearner) -> None:
-        """Called once, by the learner that gets this term: the place for checks and copies."""
-
-    def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
-        """A single number, a mean over the samples of the draw."""
-        raise NotImplementedError(f"{type(self).__name__} takes a draw, but has no loss")
-
-    def keep(self, learner: ReplayLearner, stream: Forward) -> dict[str, torch.Tensor]:
-        """What to store with each sample of the batch: name -> (n, ...), the same names always."""
-        return {}
-
-    def move(self, learner: ReplayLearner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
-        """What is stored with replayed samples, moved towards `now`: gamma * stored + (1 - gamma) * now."""
-        return {name: gamma * replay.stored(name) + (1 - gamma) * value for name, value in self.keep(learner, now).items()}
-
-    def on_task_start(self, learner: ReplayLearner) -> None:
-        """Called at the start of a task."""
-
-    def on_task_end(self, learner: ReplayLearner) -> None:
-        """Called at the end of a task."""
-
-    def after_step(self, learner: ReplayLearner) -> None:
-        """Called after each step that the optimizer made; `learner.steps` counts it, from 1."""
-
-    def modules(self) -> Iterable[torch.nn.Module]:
-        """Modules of its own that a loss may pass data through: if it fails, their running statistics are put back."""
-        return ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Its state for a checkpoint: plain values and tensors."""
-        return {}
-
-    def check_state(self, state: Any) -> None:
-        """Raise StateError unless `load_state_dict` can take this."""
-
-    def load_state_dict(self, state: Any) -> None:
-        """Take a state that `check_state` has passed."""
 
 
 class ReplayLoss(Term):
@@ -158,136 +81,110 @@ class LogitMatching(Term):
         return mean_square(outputs, stored, valid)
 
 
-class Consistency(Term):
-    """CLS-ER's consistency loss: mean squared difference of the model's outputs on replayed samples and those of a slow copy of it.
+class PooledOutputDistillation(Term):
+    """Pooled output distillation (Douillard et al. 2020): keeps what layers give for replayed samples as it was, up to pooling.
 
-    There are two copies. For each sample the stable one counts where it gives the true class strictly more probability, the plastic
-    one otherwise. After step t (from 1), each with its probability, a copy moves:
+        for each layer, a what it gave when the sample was trained on, a' what it gives now, p(a) = flatten(pool(a^2)), n(v) = v / |v|:
+        mean over samples of | n(p(a')) - n(p(a)) |,   then the mean over the layers
 
-        theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
+    distillation_type: what pool is, for activations (n, c, h, w) as the authors' code has it: "channel", "width", "height" sum over
+    dimension 1, 2, 3; "spatial" is width and height, concatenated; "gap" is the mean over dimensions 2 and 3; "pixel" pools nothing, and
+    takes activations of any shape (n, ...). normalize: whether there is an n. layers: names in `model.named_modules()` of layers
+    that run once in a pass.
 
-    Copies stay in train mode, without gradients; only parameters are averaged. A model that grew lets its copies grow: what is new
-    starts as the model's.
+    Stored with each sample are the activations as "features.<layer>", float32, of the pass at which it was trained on: 4 bytes for each
+    of a layer's outputs, often more than the sample itself.
     """
-
-    needs_labels = True
 
     def __init__(
         self,
-        weight: float = 0.1,
+        weight: float = 1.0,
         *,
-        stable_model_update_weight: float = 0.999,
-        plastic_model_update_weight: float = 0.999,
-        stable_model_update_probability: float = 0.7,
-        plastic_model_update_probability: float = 0.9,
-        draw: Literal["own", "shared"] = "shared",
-        name: str = "consistency",
+        layers: Sequence[str],
+        distillation_type: str = "spatial",
+        normalize: bool = True,
+        draw: Literal["own", "shared"] = "own",
+        name: str = "pod",
     ) -> None:
-        super().__init__(name, weight, draw)
-        self.weights = {
-            "stable": fraction("stable_model_update_weight", stable_model_update_weight),
-            "plastic": fraction("plastic_model_update_weight", plastic_model_update_weight),
-        }
-        self.probabilities = {
-            "stable": fraction("stable_model_update_probability", stable_model_update_probability),
-            "plastic": fraction("plastic_model_update_probability", plastic_model_update_probability),
-        }
-        self.copies: dict[str, torch.nn.Module] = {}
+        if distillation_type not in POOLINGS:
+            raise ArgumentError(f"distillation_type is one of {sorted(POOLINGS)}, got {distillation_type!r:.200}")
+        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
+            raise ArgumentError(f"layers is a list of names, as in model.named_modules(), got {layers!r:.200}")
+        super().__init__(name, weight, draw, layers)
+        self.distillation_type, self.normalize = distillation_type, bool(normalize)
 
     def attach(self, learner: ReplayLearner) -> None:
-        if self.copies:
-            raise ArgumentError(f"the term {self.name!r} already belongs to a learner; make another one")
-        self.copies = {which: _copy(learner.module) for which in ("stable", "plastic")}
+        check_layers(learner.model, self.layers)
 
-    def modules(self) -> Iterable[torch.nn.Module]:
-        return self.copies.values()
+    def keep(self, learner: ReplayLearner, stream: Forward) -> dict[str, torch.Tensor]:
+        return {f"features.{layer}": stream.features[layer].detach().float() for layer in self.layers}
 
     def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
-        self._follow(learner.module)
-        true = replay.y[:, None]
+        distances = []
+        for layer in self.layers:
+            now, stored = replay.features[layer], replay.stored(f"features.{layer}")
+            if now.shape != stored.shape:
+                raise ArgumentError(
+                    f"layer {layer!r} gives shape {tuple(now.shape)}, but stored was {tuple(stored.shape)}; it must not change"
+                )
+            dtype = torch.promote_types(now.dtype, torch.float32)
+            difference = self._pool(now.to(dtype), layer) - self._pool(stored.to(dtype), layer)
+            distances.append(torch.linalg.vector_norm(difference, dim=1).mean())
+        return torch.stack(distances).mean()
+
+    def _pool(self, activations: torch.Tensor, layer: str) -> torch.Tensor:
+        """(n, d): squared, pooled, flattened, normalised."""
+        if activations.ndim != 4 and self.distillation_type != "pixel":
+            raise ArgumentError(
+                f"distillation_type={self.distillation_type!r} pools activations (n, c, h, w), but layer {layer!r} gives shape "
+                f'{tuple(activations.shape)}; use "pixel", or a convolutional layer'
+            )
+        pooled = POOLINGS[self.distillation_type](activations.square()).flatten(1)
+        return normalize(pooled) if self.normalize else pooled
+
+
+POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "pixel": lambda a: a,
+    "channel": lambda a: a.sum(1),
+    "width": lambda a: a.sum(2),
+    "height": lambda a: a.sum(3),
+    "gap": lambda a: a.mean((2, 3)),
+    "spatial": lambda a: torch.cat([a.sum(2).flatten(1), a.sum(3).flatten(1)], 1),
+}
+
+
+class ShrinkAndPerturb(Term):
+    """Shrink and perturb (Ash and Adams, NeurIPS 2020): at the start of a task, theta <- shrink_factor * theta + noise of N(0, sigma^2).
+
+    For every parameter that is trained, at every start, the first one too. The noise follows from the learner's seed and the number of
+    starts before. It has no loss.
+    """
+
+    def __init__(self, shrink_factor: float = 0.95, sigma: float = 0.001, *, name: str = "shrink and perturb") -> None:
+        super().__init__(name, 0.0, None)
+        self.shrink_factor, self.sigma = fraction("shrink_factor", shrink_factor), number("sigma", sigma)
+        self.starts = 0
+
+    def on_task_start(self, learner: ReplayLearner) -> None:
+        generator = torch.Generator().manual_seed(key(self.name, learner.seed, self.starts))
         with torch.no_grad():
-            logits, probability = {}, {}
-            for which, model in self.copies.items():
-                if not model.training:  # after an evaluation
-                    model.train()
-                logits[which] = z = model(replay.x)
-                probability[which] = (z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)).softmax(1).gather(1, true)
-            target = torch.where(probability["stable"] > probability["plastic"], logits["stable"], logits["plastic"])
-        return mean_square(replay.outputs, target, learner.mask)
-
-    def after_step(self, learner: ReplayLearner) -> None:
-        self._follow(learner.module)
-        for which, model in self.copies.items():
-            if uniform(f"{self.name} {which}", learner.seed, learner.steps) < self.probabilities[which]:
-                a = min(1 - 1 / (learner.steps + 1), self.weights[which])
-                with torch.no_grad():
-                    mine: list[torch.Tensor] = list(model.parameters())
-                    theirs: list[torch.Tensor] = list(learner.module.parameters())
-                    torch._foreach_mul_(mine, a)
-                    torch._foreach_add_(mine, theirs, alpha=1 - a)
-
-    def _follow(self, model: torch.nn.Module) -> None:
-        """Let the copies have the model's shapes and device."""
-        for which, old in self.copies.items():
-            mine, theirs = list(old.parameters()), list(model.parameters())
-            if len(mine) == len(theirs) and all(m.shape == t.shape and m.device == t.device for m, t in zip(mine, theirs, strict=True)):
-                continue
-            self.copies[which] = new = _copy(model)
-            kept = old.state_dict()
-            with torch.no_grad():
-                for name, value in new.state_dict().items():
-                    if name in kept and kept[name].ndim == value.ndim:
-                        both = tuple(slice(min(a, b)) for a, b in zip(kept[name].shape, value.shape, strict=True))
-                        value[both] = kept[name][both].to(value)
+            for p in learner.module.parameters():
+                if p.requires_grad:
+                    noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                    p.mul_(self.shrink_factor).add_((self.sigma * noise).to(p))
+        self.starts += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {which: {name: value.detach().clone() for name, value in model.state_dict().items()} for which, model in self.copies.items()}
+        return {"starts": self.starts}
 
     def check_state(self, state: Any) -> None:
-        for which, model in self.copies.items():
-            mine, theirs = model.state_dict(), state.get(which) if isinstance(state, Mapping) else None
-            fits = isinstance(theirs, Mapping) and all(isinstance(v, torch.Tensor) for v in theirs.values())
-            if not fits or {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:  # type: ignore[union-attr]
-                raise StateError(f"the state of the term {self.name!r} is not that of a {which} copy of this model; is it another model's?")
+        if not isinstance(state, Mapping) or type(state.get("starts")) is not int or state["starts"] < 0:
+            raise StateError(f"not a state of the term {self.name!r}: expected a dict with starts, got {state!r:.200}")
 
     def load_state_dict(self, state: Any) -> None:
-        for which, model in self.copies.items():
-            model.load_state_dict(state[which])
-
-
-def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared difference, over the entries where `valid` (which broadcasts); in the wider of the two dtypes."""
-    dtype = torch.promote_types(outputs.dtype, targets.dtype)
-    outputs, targets = outputs.to(dtype), targets.to(dtype)
-    if valid is None:
-        return mse_loss(outputs, targets)
-    valid = valid.expand_as(outputs)
-    return torch.where(valid, outputs - targets, 0).square().sum() / valid.sum().clamp(min=1)
+        self.starts = state["starts"]
 
 
 def _columns(size: int, widths: torch.Tensor) -> torch.Tensor:
     """Which of `size` columns are below each width, (n, size) bool."""
     return torch.arange(size, device=widths.device) < widths[:, None]
-
-
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(model).train().requires_grad_(False)
-
-
-def uniform(purpose: str, seed: int, step: int) -> float:
-    """A number in [0, 1) that follows from (seed, purpose, step)."""
-    return (int(key_pair(f"{purpose} {step}", seed)[0]) >> 11) / 2**53
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number of at least 0. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r:.200}")
-    return float(value)
-
-
-def fraction(name: str, value: Any) -> float:
-    """A number from 0 to 1. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ArgumentError(f"{name} must be from 0 to 1, got {value!r:.200}")
-    return float(value)
