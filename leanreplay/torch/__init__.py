@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from . import plot
 from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
+from .evaluation import Evaluation, evaluate
 from .features import features
 from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
 from .learners import (
@@ -24,6 +26,7 @@ from .learners import (
     Term,
 )
 from .loader import MixedLoader, ReplayLoader
+from .training import History, fit, saved_task
 
 __all__ = [
     "AsyncReservoir",
@@ -32,7 +35,9 @@ __all__ = [
     "Consistency",
     "DERLearner",
     "ERLearner",
+    "Evaluation",
     "Forward",
+    "History",
     "InterleavedSampler",
     "InterleavedSamplerConfig",
     "LogitMatching",
@@ -49,6 +54,10 @@ __all__ = [
     "Step",
     "SuperERLearner",
     "Term",
+    "evaluate",
     "features",
+    "fit",
+    "plot",
     "sample",
+    "saved_task",
 ]
