@@ -80,9 +80,8 @@ def picture(lines: Lines, path: Path) -> None:
     axes.set_yticks(at, [f"{line.work} | {line.rival}" for line in shown], fontsize=7)
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlim(min(0.5, min(ratios) / 1.5), max(ratios) * 3)
-    axes.set_xlabel(
-        "rival's time / leanreplay's time (black mark: wanted; green: met, red: missed or slower, blue: nothing wanted)", fontsize=7
-    )
+    axes.set_xlabel("rival's time / leanreplay's time", fontsize=7)
+    axes.set_title("black: wanted; green: met; red: missed, or slower; blue: nothing wanted", fontsize=7, loc="right")
     axes.tick_params(axis="x", labelsize=7)
     figure.tight_layout()
     figure.savefig(path)
