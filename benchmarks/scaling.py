@@ -104,17 +104,17 @@ def capacity(o: Options) -> Curves:
                 buffer.add(batch)
 
         values = (filling / times / rows * 1e9, full / times / rows * 1e9, draw * 1e6)
-        opened = (median([seconds(reader) for _ in range(5)]) * 1e3, median([seconds(writer) for _ in range(3)]) * 1e3)
+        opened = (median([seconds(reader) for _ in range(15)]) * 1e3, median([seconds(writer) for _ in range(3)]) * 1e3)
         for name, value in zip(names, (rows, *values, *opened), strict=True):
             columns[name].append(value)
     os.unlink(path)
     return Curves(
         "Capacity (reservoir, rows of 64 bytes, batches of 1,000)",
-        "Expected: adding is flat as long as rows and heap are in the processor's caches, then grows with the cost of a cache miss and "
-        "with log2(rows): a sample that stays replaces the root of a binary heap, and is sifted down. 'full' is the second pass over as many "
-        "samples as there are rows, of which ln 2 = 69% stay. Filling 1,000 rows is a single call, which also touches the file for the first "
-        "time. A draw is flat but for cache misses, and so is opening to read, which looks at the header and the table alone. The "
-        "first write after opening is linear in the rows: it verifies the index and builds the heap.",
+        "Expected: adding is flat while rows and heap fit the processor's caches, then grows with the cost of a cache miss and with "
+        "log2(rows): a sample that stays replaces the root of a binary heap, and is sifted down. 'full' is the second pass over as many "
+        "samples as there are rows, of which ln 2 = 69% stay. Filling 1,000 rows is one call, which also touches the file for the first "
+        "time. A draw is flat but for cache misses, and so is opening to read, which looks at the header and the table alone. The first "
+        "write after opening is linear in the rows: it verifies the index and builds the heap.",
         columns,
         names[1:3],
     )
