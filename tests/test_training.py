@@ -19,11 +19,20 @@ from torch.utils.data import Dataset, IterableDataset
 
 import leanreplay as lr
 from leanreplay import ArgumentError, ExistsError, LossError, MissingError, ReservoirBuffer, StateError
-from leanreplay.torch import CLSLearner, DERLearner, ERLearner, History, fit, saved_task
+from leanreplay.torch import CLSLearner, DERLearner, ERLearner, History, SuperERLearner, fit, saved_task
 from leanreplay.torch.states import StateFolder
 
-KINDS = [ERLearner, DERLearner, CLSLearner]
 N = 103
+
+
+class Super(SuperERLearner):
+    """Copies of the model, logits that move, and weights that are perturbed when a task starts."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, pod_alpha=0.0, ema_memory_update_gamma=0.9, **options)
+
+
+KINDS = [ERLearner, DERLearner, CLSLearner, Super]
 
 
 def data(n=N, seed=0):
@@ -461,7 +470,9 @@ POINTS += [("after", "state_dict", 3)]
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    ("kind", "point"), [*((ERLearner, point) for point in POINTS), *((k, p) for k in KINDS[1:] for p in (POINTS[3], POINTS[8]))], ids=str
+    ("kind", "point"),
+    [*((ERLearner, point) for point in POINTS), *((k, p) for k in KINDS[1:] for p in (POINTS[3], POINTS[8]))],
+    ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(map(str, v)),
 )
 def test_killed_anywhere(tmp_path, straight, kind, point):
     """SIGKILL, and the same call once more: the same weights, optimizer, buffer and history as if nothing had happened."""
