@@ -64,7 +64,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
             hint = builder.module.declare_intrinsic(
                 "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
             )
-            builder.call(hint, [address, i32(0), i32(3), i32(1)])
+            builder.call(hint, [address, i32(0), i32(2), i32(1)])  # into the second level: more of them at once
             return context.get_dummy_value()
 
         return types.void(mem, types.intp), generate
