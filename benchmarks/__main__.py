@@ -67,6 +67,8 @@ def main() -> int:
     versions = machine("torch", *[distribution for _, distribution in rivals.MODULES.values()], "tensordict")
     command = shlex.join(["python", "-m", "benchmarks", *("DIR" if a.startswith("/") else a for a in sys.argv[1:])])
     told = f"`{command}`, {time.perf_counter() - began:.0f} s, on {versions}."
+    if options.quick:
+        told += " Smaller and shorter than the full run, for which the wanted ratios were set."
     print(f"{told}\n\n{text}")
     if not options.only:
         suffix = "-quick" if options.quick else ""
