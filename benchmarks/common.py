@@ -91,6 +91,18 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def write_section(path: Path, name: str, text: str) -> None:
+    """Put a text between the markers of that name in a file, in place of what stands there; at its end, if they are missing."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = path.read_text(encoding="utf-8") if path.exists() else "# Results of the benchmarks\n"
+    before, found, rest = old.partition(start)
+    if not found:
+        before, rest = old.rstrip("\n") + "\n\n", "\n"
+    else:
+        rest = rest.partition(end)[2] or "\n"
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest}", encoding="utf-8")
+
+
 def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment})
@@ -101,16 +113,3 @@ def private_memory() -> float:
     """MB of this process that no file backs."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
-
-
-def write_section(path: Path, name: str, text: str) -> None:
-    """Put `text` between this section's markers, at the end of the file if it has none yet; other sections stay as they are."""
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    old = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
-    section = f"{begin}\n{text.strip()}\n{end}"
-    if begin in old and end in old:
-        before, rest = old.split(begin, 1)
-        new = before + section + rest.split(end, 1)[1]
-    else:
-        new = f"{old.rstrip()}\n\n{section}\n"
-    path.write_text(new, encoding="utf-8")

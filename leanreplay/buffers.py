@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, stack
+from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, required, stack
 from .create import plan_file
 from .errors import (
     ArgumentError,
@@ -39,7 +39,7 @@ from .kernels import reservoir
 from .keys import key_pair
 from .policies import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
 from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_numpy
-from .store import Problem, Store, empty_state
+from .store import Moved, Problem, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
 
@@ -325,8 +325,9 @@ class DataBuffer:
         self._replacing = False
 
     def _require_writable(self) -> Any:
-        for settle in tuple(self._before_write):
-            settle()
+        if self._before_write:
+            for settle in tuple(self._before_write):
+                settle()
         store = self._require()
         if self._mode == "r":
             raise ModeError(
@@ -398,6 +399,7 @@ class DataBuffer:
         metadata: Mapping[str, Any] | None = None,
         group: Any = None,
         at: int | None = None,
+        moved: tuple[Any, Any, Mapping[str, Any]] | None = None,
     ) -> None:
         """Offer a batch to the buffer, in order.
 
@@ -405,6 +407,9 @@ class DataBuffer:
         metadata: name -> (n, ...) array, the same names with every batch. group: (n,) integers that class-balancing
         buffers balance over, and that `index/group` holds; by default the second element of a pair, if that is an integer.
         at: stream position of the first sample; samples that the buffer has already seen are skipped.
+        moved: (rows, positions, {name: (k, ...) values}) of samples drawn before, k integers each: metadata to overwrite first, in the
+        same commit, where a row still holds the sample of that position (so a kill never leaves one without the other). Not
+        done for a batch that was seen before. In an InfiniteBuffer, and beyond half of what a commit may change, it is a commit before.
 
         Costs a copy of the samples that stay, and about 3 ns for one that does not. A batch that does not fit the schema
         is refused as a whole (SchemaError). An empty batch does nothing.
@@ -424,12 +429,17 @@ class DataBuffer:
             n = checked.n
             checked.groups = groups = self._groups(leaves, schema, group, n)
             skip = self._skip(at, n, store)
-            if n == skip:
+            if n == skip and (n or moved is None):
+                return
+            moving = None if moved is None else self._moving(store, moved)
+            if n == 0:
+                if moving is not None:
+                    self._move(store, moving)
                 return
             if store is None:
                 self._new_policy(self._params_given()).check_groups(groups[skip:])
                 self._create(schema)
-            self._feed(n, skip, groups, checked.fetch)
+            self._feed(n, skip, groups, checked.fetch, moving)
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
@@ -504,13 +514,16 @@ class DataBuffer:
             self._policy_at = store.sequence
         return policy
 
-    def _feed(self, n: int, skip: int, groups: Ints | None, fetch: Fetch) -> None:
-        """Plan and commit samples skip to n, in commits of as many as the journal can undo."""
+    def _feed(self, n: int, skip: int, groups: Ints | None, fetch: Fetch, moving: Moved | None = None) -> None:
+        """Plan and commit samples skip to n, in commits of as many as the journal can undo; `moving` goes with the first."""
         store = self._store
         if self._rows.shape[0] == 0:
-            self._rows, self._samples, self._taken = (np.empty(_CHUNK, np.int64) for _ in range(3))
+            self._rows, self._samples, self._taken, self._places = (np.empty(_CHUNK, np.int64) for _ in range(4))
         if groups is not None and self.policy_class.check_groups is not Policy.check_groups:
             self._ready_policy(store).check_groups(groups[skip:])
+        if moving is not None and 2 * moving.rows.shape[0] > store.most:
+            self._move(store, moving)
+            moving = None
         done = skip
         while done < n:
             policy = self._ready_policy(store)
@@ -518,40 +531,72 @@ class DataBuffer:
             rows = self._rows[:m]
             first = store.seen
             start = (self.stream << STREAM_BITS) + first
+            most = store.most if moving is None else store.most - moving.rows.shape[0]
             self._policy_at = -1
-            used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, store.most)
+            used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, most)
             if used == 0 and store.table.log[1]:
                 live = self._all_rows(store)
                 slots = 4 * store.table.log[1]
                 self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
                 store = self._store
                 continue
-            count = store.keep_last(rows[:used], self._samples, self._taken) if 0 < used <= m else -1
-            if not 0 <= count <= store.most:
+            count = store.keep_last(rows[:used], start, self._samples, self._taken, self._places) if 0 < used <= m else -1
+            if not 0 <= count <= most:
                 raise ArgumentError(
                     f"{type(policy).__name__}.plan used {used} of {m} samples and took {count} rows: "
-                    f"1 to {m} samples, at most {store.most} rows from 0 to {self.max_size - 1}, or -1, are allowed"
+                    f"1 to {m} samples, at most {most} rows from 0 to {self.max_size - 1}, or -1, are allowed"
                 )
+            taken, freed = self._taken[:count], policy.freed
+            if moving is not None:
+                moving = _without(moving, taken, freed)
             if count:
                 picked = self._samples[:count]
                 before = store.sequence
-                sources, picked_groups = fetch(picked + done)
+                sources, picked_groups = fetch(picked + done if done else picked)
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
-                store.commit(
-                    first + used,
-                    policy.state,
-                    self._taken[:count],
-                    picked + start,
-                    picked_groups,
-                    sources,
-                    policy.freed,
-                    log=policy.new_log,
-                )
+                places = self._places[:count]
+                store.commit(first + used, policy.state, taken, places, picked_groups, sources, freed, policy.new_log, moving)
             else:
-                store.commit(first + used, policy.state, freed=policy.freed, log=policy.new_log)
+                store.commit(first + used, policy.state, freed=freed, log=policy.new_log, moved=moving)
+            moving = None
             self._policy_at = store.sequence
             done += used
+
+    def _moving(self, store: Any, moved: Any) -> Moved | None:
+        """What `add` is to move; None if no row holds its sample any more."""
+        try:
+            rows, positions, values = moved
+            names = list(values)
+        except (TypeError, ValueError):
+            raise ArgumentError(f"moved is (rows, positions, {{name: values}}), got {moved!r:.200}") from None
+        if store is None:
+            raise RowError("moved: the buffer is empty, there is nothing to move")
+        found = self._live(store, rows)
+        fields = [self._metadata_index(store, name) for name in names]
+        sources = {f: self._metadata_source(store, f, values[name], found) for f, name in zip(fields, names, strict=True)}
+        found, samples = _held(store, found, positions)
+        if not found.shape[0] or not fields:
+            return None
+        store.verify_index()
+        for field in fields:
+            store.read(found, field)  # a damaged row must not get a checksum that fits it
+        return Moved(found, {f: (data, samples) for f, data in sources.items()})
+
+    def _metadata_source(self, store: Any, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
+        """The bytes of values for these rows. Raises SchemaError where they do not fit."""
+        schema: Schema = store.table.schema
+        check_leaf(values, schema.fields[field], rows.shape[0])
+        return flat(to_numpy(values, schema.fields[field]))
+
+    def _move(self, store: Any, moving: Moved) -> None:
+        """Commit moved metadata, in commits of as many rows as the journal holds."""
+        for start in range(0, moving.rows.shape[0], store.most):
+            part = slice(start, start + store.most)
+            sources = {f: (data, samples[part]) for f, (data, samples) in moving.sources.items()}
+            store.commit(store.seen, store.policy, moved=Moved(moving.rows[part], sources))
+        if self._policy_at != -1:
+            self._policy_at = store.sequence  # metadata does not concern the policy
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -572,16 +617,14 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require()
-            if n is None:
-                raise ArgumentError("n must be an integer, got None")
-            n = integer("n", n, 0, 2**40) or 0
+            if type(n) is not int or not 0 <= n <= 2**40:
+                n = required("n", n, 0, 2**40)
             if not isinstance(replace, (bool, np.bool_)):
                 raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
             for attempt in range(100):
-                sequence = -1 if store is None else store.sequence
                 try:
-                    rows = self._draw(store, n, bool(replace), "sample", attempt == 0)
-                    return self._emit(store, rows)
+                    sequence = -1 if store is None else store.sequence
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", attempt == 0))
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
@@ -754,28 +797,16 @@ class DataBuffer:
                 self._add_field(store, name, values, found)
                 return
             field = self._metadata_index(store, name)
-            check_leaf(values, schema.fields[field], found.shape[0])
-            data = flat(to_numpy(values, schema.fields[field]))
-            samples = np.arange(found.shape[0])
-            if positions is not None:
-                same = store.index()[0][found] == integers(positions, found.shape[0], "positions")
-                found, samples = found[same], samples[same]
-            _, last = np.unique(found[::-1], return_index=True)  # of a row given twice the last value counts
-            order = np.sort(found.shape[0] - 1 - last)
-            found, samples = found[order], samples[order]
-            if (store.index()[0][found] < 0).any():
+            data = self._metadata_source(store, field, values, found)
+            found, samples = _held(store, found, positions)
+            if not found.shape[0]:
+                return
+            if (store.positions_of(found) < 0).any():
                 raise RowError("set_metadata: some of these rows are free; the live ones are in meta['idx'] of a sample")
             store.verify_index()
             for start in range(0, found.shape[0], store.most):
-                these = found[start : start + store.most]
-                store.read(these, field)  # a damaged row must not get a checksum that fits it
-                index = store.index()
-                store.commit(
-                    store.seen, store.policy, these, index[0][these], index[1][these],
-                    [(data, samples[start : start + store.most])], field=field,
-                )  # fmt: skip
-            if self._policy_at != -1:
-                self._policy_at = store.sequence  # metadata does not concern the policy
+                store.read(found[start : start + store.most], field)  # a damaged row must not get a checksum that fits it
+            self._move(store, Moved(found, {field: (data, samples)}))
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -1092,6 +1123,26 @@ class GreedyClassBalancingBuffer(DataBuffer):
     """
 
     policy_class = GreedyClassBalancingPolicy
+
+
+def _held(store: Any, rows: Ints, positions: Any) -> tuple[Ints, Ints]:
+    """Of given rows, each once: (rows, where the last value for each stands). positions: only those that hold these; None: all."""
+    samples = np.arange(rows.shape[0])
+    if positions is not None:
+        same = store.positions_of(rows) == integers(positions, rows.shape[0], "positions")
+        rows, samples = rows[same], samples[same]
+    _, last = np.unique(rows[::-1], return_index=True)
+    order = np.sort(rows.shape[0] - 1 - last)
+    return rows[order], samples[order]
+
+
+def _without(moving: Moved, *gone: Ints) -> Moved | None:
+    """What is left to move when these rows get other samples, or none."""
+    stays = ~np.isin(moving.rows, np.concatenate(gone))
+    if stays.all():
+        return moving
+    sources = {f: (data, samples[stays]) for f, (data, samples) in moving.sources.items()}
+    return Moved(moving.rows[stays], sources) if stays.any() else None
 
 
 def places(indices: Sequence[int], size: int) -> Ints:

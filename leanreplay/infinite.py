@@ -24,7 +24,7 @@ from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeE
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
-from .store import NO_LOG, NO_ROWS, Problem, Store, empty_state
+from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state
 
 Ints = npt.NDArray[np.int64]
 
@@ -88,13 +88,19 @@ class Parts:
         each = [s.index() for s in self.stores]
         return np.concatenate([p for p, _ in each]), np.concatenate([g for _, g in each])
 
+    def positions_of(self, rows: Ints) -> Ints:
+        found = np.empty_like(rows)
+        for store, where, local in self._split(rows):
+            found[where] = store.positions_of(local)
+        return found
+
     def log(self) -> Ints:
         return NO_LOG
 
-    def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
+    def keep_last(self, rows: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
         """Every sample has a row of its own."""
         n = rows.shape[0]
-        samples[:n], taken[:n] = np.arange(n), rows
+        samples[:n], taken[:n], positions[:n] = np.arange(n), rows, np.arange(start, start + n)
         return n
 
     def ready(self) -> None:
@@ -146,20 +152,27 @@ class Parts:
         rows: Ints = NO_ROWS,
         positions: Ints = NO_ROWS,
         groups: Ints = NO_ROWS,
-        sources: Sequence[tuple[npt.NDArray[np.uint8], Ints]] = (),
+        sources: Sequence[Source] = (),
         freed: Ints = NO_ROWS,
-        field: int | None = None,
         log: Ints = NO_ROWS,
+        moved: Moved | None = None,
     ) -> None:
-        """As `Store.commit`; new rows lie in one part, which is made when it is needed."""
-        if field is None and rows.shape[0] and rows[0] // self.rows == len(self.stores):
+        """As `Store.commit`; new rows lie in one part, which is made when it is needed. Other parts in which rows move commit before."""
+        if rows.shape[0] and rows[0] // self.rows == len(self.stores):
             make = self._make()
             assert make is not None
             self.stores.append(make(len(self.stores), self.table))
-        for store, where, local in self._split(rows):
-            local_seen = store.seen if field is not None else seen - (len(self.stores) - 1) * self.rows
-            chosen = [(flat, samples[where]) for flat, samples in sources]
-            store.commit(local_seen, policy, local, positions[where], groups[where], chosen, field=field)
+        last = self.stores[-1] if rows.shape[0] else None
+        moving = None
+        for store, where, local in self._split(moved.rows) if moved is not None else []:
+            there = Moved(local, {f: (flat, samples[where]) for f, (flat, samples) in moved.sources.items()})  # type: ignore[union-attr]
+            if store is last:
+                moving = there
+            else:
+                store.commit(store.seen, store.policy, moved=there)
+        if last is not None:
+            first = (len(self.stores) - 1) * self.rows
+            last.commit(seen - first, policy, rows - first, positions, groups, sources, moved=moving)
 
     def flush(self) -> None:
         for store in self.stores:

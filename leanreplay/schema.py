@@ -83,6 +83,11 @@ class Schema:
         return [f.name[len("metadata/") :] for f in self.metadata]
 
     @functools.cached_property
+    def bfloat16(self) -> frozenset[str]:
+        """Names of the fields that hold the bits of torch.bfloat16."""
+        return frozenset(f.name for f in self.fields if f.torch == "bfloat16")
+
+    @functools.cached_property
     def label_field(self) -> int | None:
         """Index of the field that is the label: the second of a pair, a single integer. None without one."""
         s = self.structure

@@ -14,7 +14,7 @@ import os
 import stat
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,16 @@ _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
 
+Source = tuple[Bytes, Ints]  # bytes of samples, and which of them each row takes
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Live rows that keep their samples, but for some fields. sources: by field, (bytes, samples) with samples[i] for rows[i]."""
+
+    rows: Ints
+    sources: Mapping[int, Source]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -112,10 +122,13 @@ class Store:
         self.head: Words = np.zeros(HEADER_WORDS, np.uint64)  # the state in force
         self._work: Words = np.zeros(HEADER_WORDS, np.uint64)
         self._seal: Words = np.zeros(SEAL_WORDS, np.uint64)
-        self._tag = table.tag
+        # The same words once more: through a memoryview a single one comes and goes as an int at a sixth of the cost.
+        self._now, self._next, self._seal_words = self.head.data, self._work.data, self._seal.data
+        self._tag = int(table.tag)
         self._journal = (table.list_at, table.record_at, table.record)
         self._row_bytes = sum(size for _, size in table.columns)
         self._counts: Ints = np.zeros(4, np.int64)
+        self._changing: Bytes = np.zeros(self._fields, np.uint8)
         self._policy: list[int] = [-1]  # the policy's words in self.head
         self._settled = False
         self._checked = False
@@ -136,7 +149,7 @@ class Store:
         self._attached = False
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0)
-        self._starts: list[int] = []
+        self._blocks: list[tuple[tuple[int, ...], np.dtype[Any], int]] = []
         limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
         # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
         self.most = limit if limit < table.max_size else _NO_LIMIT
@@ -359,25 +372,25 @@ class Store:
     @property
     def sequence(self) -> int:
         """Number of the last commit; what other in-memory state belongs to."""
-        return int(self.head[H_SEQ]) if self._settled or not self.writable else -1
+        return self._now[H_SEQ] if self._settled or not self.writable else -1
 
     @property
     def seen(self) -> int:
-        return int(self.head[H_SEEN])
+        return self._now[H_SEEN]
 
     @property
     def size(self) -> int:
-        return int(self.head[H_SIZE])
+        return self._now[H_SIZE]
 
     @property
     def high(self) -> int:
         """One past the highest row ever in use; the rows below are all live if it equals `size`."""
-        return int(self.head[H_HIGH])
+        return self._now[H_HIGH]
 
     @property
     def policy(self) -> list[int]:
         """The policy's words of the state."""
-        return [int(w) for w in self.head[H_POLICY : H_POLICY + POLICY_WORDS]]
+        return self.head[H_POLICY : H_POLICY + POLICY_WORDS].tolist()
 
     def recover(self) -> None:
         """Undo a commit that did not end, finish a rollback that did not. Interrupted, it can simply run again."""
@@ -424,11 +437,11 @@ class Store:
         at = self.table.freed_at
         return self._view[at : at + 24 * count].view(np.int64).reshape(count, 3)
 
-    def keep_last(self, rows: Ints, samples: Ints, taken: Ints) -> int:
+    def keep_last(self, rows: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
         """Which samples survive their batch, see the kernel."""
         if self._slots.shape[0] == 0:
             self._slots = np.zeros(self.table.max_size, np.int32)
-        return int(kernel.keep_last(rows, self._slots, samples, taken))
+        return int(kernel.keep_last(rows, self._slots, start, samples, taken, positions))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -437,6 +450,10 @@ class Store:
         high = self.high
         (p, _), (g, _) = self.table.columns[-3:-1]
         return self._view[p : p + 8 * high].view(np.int64), self._view[g : g + 8 * high].view(np.int64)
+
+    def positions_of(self, rows: Ints) -> Ints:
+        """Positions of some rows, for the writer."""
+        return self._positions[rows]
 
     def snapshot(self) -> tuple[Ints, Ints]:
         """As `index`, for a reader whatever the writer does meanwhile, or did when it was killed: copies, exactly as the header says."""
@@ -471,19 +488,19 @@ class Store:
         """Positions as of the header; a reader copies them once for each state."""
         if self.writable:
             return self.index()[0]
-        if self._snapshot is None or self._snapshot[0] != int(self.head[H_SEQ]):
+        if self._snapshot is None or self._snapshot[0] != self._now[H_SEQ]:
             positions = self.snapshot()[0]
-            self._snapshot = (int(self.head[H_SEQ]), positions)
+            self._snapshot = (self._now[H_SEQ], positions)
         return self._snapshot[1]
 
     def live_rows(self) -> Ints | None:
         """The live rows in order; None where they are simply 0 to size - 1."""
         if self.size == self.high:
             return None
-        sequence = int(self.head[H_SEQ])
+        sequence = self._now[H_SEQ]
         if self._live_rows is None or self._live_rows[0] != sequence:
             found = np.flatnonzero(self._positions_now() >= 0)
-            sequence = int(self.head[H_SEQ])
+            sequence = self._now[H_SEQ]
             if found.shape[0] != self.size:
                 # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
                 raise (CorruptionError if self.writable else RowError)(
@@ -499,8 +516,12 @@ class Store:
         Where few of the rows below `high` are free, numbers that hit one are passed over: that costs O(n), a list of the live
         rows O(rows) after every commit. Which way is taken follows from the live rows alone.
         """
-        size, high = self.size, self.high
-        k = n * high // size + 16 if size < high < 8 * size and n <= size // 2 else high
+        size, high = self._now[H_SIZE], self._now[H_HIGH]
+        if size == high:
+            rows = np.empty(n, np.int64)
+            draw(size, rows)
+            return rows
+        k = n * high // size + 16 if high < 8 * size and n <= size // 2 else high
         positions = self._positions_now() if k < high else NO_ROWS
         if (size, high) != (self.size, self.high):
             raise RowError(f"rows of {self.path or 'this buffer'} came or went while some were drawn")  # a reader draws again
@@ -527,15 +548,14 @@ class Store:
                 f"rows up to {int(rows.max())} of {self.path or 'this buffer'}, but the rows in use are 0 to {self.high - 1} now"
             )
         first, last = (0, self._fields) if field is None else (field, field + 1)
-        fields = self.table.schema.fields[first:last]
         if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
-            sizes = [0] + [round_up(n * f.nbytes, 64) for f in fields]
+            fields = self.table.schema.fields[first:last]
             self._places_for = (-1, 0, 0)  # an interrupt must not leave half of this
-            self._places = np.cumsum(sizes)
-            self._starts = self._places.tolist()
+            self._places = np.cumsum([0] + [round_up(n * f.nbytes, 64) for f in fields])
+            self._blocks = [((n, *f.shape), f.dtype, place) for f, place in zip(fields, self._places.tolist(), strict=False)]
             self._places_for = (n, first, last)
         places = self._places
-        out = np.empty(self._starts[-1], np.uint8)
+        out = np.empty(places[-1], np.uint8)
         index = np.empty((2, n), np.int64)
         bad = np.empty(n, np.uint8)
         if self._cold:
@@ -557,8 +577,7 @@ class Store:
                 wrong = True
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
-        arrays = [np.ndarray((n, *f.shape), f.dtype, out, place) for f, place in zip(fields, self._starts, strict=False)]
-        return arrays, index
+        return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
 
     def _fetch_columns(self) -> None:
         """Ask for the columns of small entries, each of which every batch needs, as a whole: one pass instead of thousands of reads."""
@@ -710,48 +729,53 @@ class Store:
         rows: Ints = NO_ROWS,
         positions: Ints = NO_ROWS,
         groups: Ints = NO_ROWS,
-        sources: Sequence[tuple[Bytes, Ints]] | Callable[[int, int], Sequence[tuple[Bytes, Ints]]] = (),
+        sources: Sequence[Source] | Callable[[int, int], Sequence[Source]] = (),
         freed: Ints = NO_ROWS,
-        field: int | None = None,
         log: Ints = NO_LOG,
+        moved: Moved | None = None,
     ) -> None:
         """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
 
         sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64; or a function that returns
         them for rows[start:stop], and is called with the commit under way, so that not all of them are in memory at once.
-        field: only this one changes (then position and group stay); sources holds it alone. rows and freed are distinct, rows no
-        more than the journal holds. log: (k, 2), more entries of the policy's log.
+        moved: live rows and the sources of those of their fields that change. All rows are distinct, and no more than the journal
+        holds. log: (k, 2), more entries of the policy's log.
         """
         self._settled = False
         mem, cols, table = self._mem, self._cols, self.table
         head, work = self.head, self._work
+        now, coming = self._now, self._next
         np.copyto(work, head)
-        sequence = int(head[H_SEQ]) + 1
-        size, high = self.size, self.high
-        if rows.shape[0] or freed.shape[0]:
-            first, last = (0, self._fields) if field is None else (field, field + 1)
+        sequence: int = now[H_SEQ] + 1
+        size, high = now[H_SIZE], now[H_HIGH]
+        whole = rows.shape[0]
+        freeing = freed.shape[0]
+        if whole or freeing or moved is not None:
             digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
             logging = self._logging()
-            counts = self._counts
-            overwritten = min(rows.shape[0], size)
+            counts, changing, touched = self._counts, self._changing, rows
+            if moved is not None:
+                touched = np.concatenate([rows, moved.rows])
+                changing[:] = 0
+                changing[list(moved.sources)] = 1
+            overwritten = min(touched.shape[0], size)
             if overwritten > self._journal_ready:
                 self._journal_ready = overwritten  # get its pages all at once
                 system.populate(self._require_map(), table.list_at, table.record_at + overwritten * table.record)
-            found = kernel.save_rows(
-                mem, cols, first, last, rows, self._stamps if logging else _NOBODY, self._stamp, *self._journal, digests, counts
-            )
+            stamps = self._stamps if logging else _NOBODY
+            found = int(kernel.save_rows(mem, cols, touched, whole, changing, stamps, self._stamp, *self._journal, digests, counts))
             new, live, count, top = counts.tolist()
-            if freed.shape[0]:
-                found = (int(found) + int(kernel.save_freed(mem, cols, freed, table.freed_at, digests))) % 2**64
+            if freeing:
+                found = (found + int(kernel.save_freed(mem, cols, freed, table.freed_at, digests))) % 2**64
             if logging:
                 self._log.append(mem, head, sequence, new, live, count, freed[self._stamps[freed] != self._stamp])
                 self._stamps[freed] = self._stamp
                 if self.durable:
                     self._log.sync()
-            seal = self._seal
-            seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS] = self._tag, sequence, head[H_STATE]
-            seal[J_LIVE], seal[J_COUNT], seal[J_FREED], seal[J_HASH] = live, count, freed.shape[0], found
-            kernel.seal_block(mem, table.journal, seal, 0)
+            seal = self._seal_words
+            seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS] = self._tag, sequence, now[H_STATE]
+            seal[J_LIVE], seal[J_COUNT], seal[J_FREED], seal[J_HASH] = live, count, freeing, found
+            kernel.seal_block(mem, table.journal, self._seal, 0)
             if self.durable:
                 system.sync(self._fd, self._map)
             if top > high:
@@ -761,13 +785,16 @@ class Store:
             if callable(sources):
                 self._write_pieces(sources, rows, positions, groups, digests)
             else:
-                for f in range(first, last):
-                    source, samples = sources[f - first]
+                for f, (source, samples) in enumerate(sources):
                     kernel.write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
-            if field is None:
-                self._positions[rows], self._groups[rows] = positions, groups
-            size += count - live - freed.shape[0]
-            if freed.shape[0]:
+            if whole:
+                kernel.write_index(mem, cols, rows, positions, groups)
+            if moved is not None:
+                same = self._positions[moved.rows], self._groups[moved.rows]
+                for f, (source, samples) in moved.sources.items():
+                    kernel.write_field(mem, cols, f, moved.rows, samples, source, *same, digests)
+            size += count - live - freeing
+            if freeing:
                 self._positions[freed] = -1
                 while high and not (self._positions[max(0, high - _CHUNK) : high] >= 0).any():
                     high = max(0, high - _CHUNK)
@@ -781,16 +808,19 @@ class Store:
             self._append_log(log, work)
             if self.durable:
                 system.sync(self._fd, self._map)
-        work[H_SEQ] = sequence
-        work[H_PREVIOUS] = head[H_STATE]
-        work[H_TARGET] = 0
-        work[H_SEEN], work[H_SIZE], work[H_HIGH] = seen, size, high
+        coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET] = sequence, now[H_STATE], 0
+        coming[H_SEEN], coming[H_SIZE], coming[H_HIGH] = seen, size, high
         if policy != self._policy:
             work[H_POLICY:H_DIGESTS] = policy
             self._policy = list(policy)
         self._write_header(work)
-        self.head, self._work = work, head
+        self._take_over()
         self._settled = True
+
+    def _take_over(self) -> None:
+        """The header that was just written is the one in force."""
+        self.head, self._work = self._work, self.head
+        self._now, self._next = self._next, self._now
 
     def _write_pieces(self, fetch: Any, rows: Ints, positions: Ints, groups: Ints, digests: Words) -> None:
         """Write rows in pieces of bounded size, each fetched when its turn comes."""
@@ -830,7 +860,7 @@ class Store:
         return NO_LOG
 
     def _write_header(self, words: Words) -> None:
-        kernel.seal_block(self._mem, HEADERS[int(words[H_SEQ]) % 2], words, H_STATE)
+        kernel.seal_block(self._mem, HEADERS[words.item(H_SEQ) % 2], words, H_STATE)
         if self.durable:
             system.sync(self._fd, self._map)
 
@@ -943,7 +973,7 @@ class Store:
         work[H_TAG], work[H_SEQ], work[H_TARGET], work[H_PREVIOUS] = self.table.tag, sequence, number, start
         self._policy = [-1]
         self._write_header(work)
-        self.head, self._work = work, self.head
+        self._take_over()
 
     def _apply_rollback(self, target: Any, frames: list[Any]) -> None:
         for f in frames:

@@ -12,7 +12,6 @@ import queue
 import random
 import signal
 import struct
-import subprocess
 import sys
 import textwrap
 import threading
@@ -22,6 +21,7 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
+from interpreter import Script
 
 torch = pytest.importorskip("torch")
 
@@ -30,7 +30,8 @@ from torch.utils.data import BatchSampler, Dataset, RandomSampler  # noqa: E402
 from leanreplay import ArgumentError, ModeError, ReservoirBuffer, SlidingWindowBuffer, StateError, WorkerError  # noqa: E402
 from leanreplay.torch import AsyncReservoir, async_reservoir  # noqa: E402
 
-METHODS = [m for m in ("fork", "spawn") if m in multiprocessing.get_all_start_methods()]
+# A fork server hands over what a spawned process would be sent, but has torch imported already.
+METHODS = [m for m in ("fork", "forkserver") if m in multiprocessing.get_all_start_methods()]
 pytestmark = pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
 PATIENCE = 120  # seconds: no test waits so long unless it is wrong
 
@@ -279,8 +280,7 @@ def slow_square(i):
     return {"i": i, "square": torch.full((2,), i * i), "pid": os.getpid()}
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "workers"), [("fork", 1), ("fork", 4), ("spawn", 1), ("forkserver", 4)])
 def test_processes(method, workers):
     """Several epochs, with everything loaded elsewhere, each sample once a pass."""
     with AsyncReservoir(range(40), slow_square, 20, workers=workers, mp_context=method, max_jobs_at_once=8) as reservoir:
@@ -316,7 +316,7 @@ def test_a_closure_goes_to_forked_workers_and_to_threads():
 
 def test_what_cannot_be_sent_is_an_error_that_says_so():
     with (
-        processes(range(3), lambda i: i, mp_context="spawn") as reservoir,
+        processes(range(3), lambda i: i, mp_context="forkserver") as reservoir,
         pytest.raises(ArgumentError, match=r"the function cannot be sent to a worker process.*executor='thread'"),
     ):
         iter(reservoir)
@@ -609,7 +609,7 @@ def test_a_function_that_a_worker_cannot_load():
             return sample
 
     text = r"(?s)the sample 0 .*no_such_module"
-    with processes(range(5), Unloadable(), mp_context="spawn") as reservoir, pytest.raises(WorkerError, match=text):
+    with processes(range(5), Unloadable(), mp_context="forkserver") as reservoir, pytest.raises(WorkerError, match=text):
         iter(reservoir)
 
 
@@ -862,7 +862,7 @@ def nothing_left():
 
 def start(make, method, load):
     options = {"mp_context": method} if make is processes else {}
-    return make(range(9), load, workers=1 if method == "spawn" else 2, min_reservoir_samples=3, **options)
+    return make(range(9), load, workers=2, min_reservoir_samples=3, **options)
 
 
 ENDS = [(m, method, how) for m, method in ((threads, ""), (processes, "fork")) for how in ("close", "fail", "abandon")]
@@ -875,13 +875,13 @@ def test_nothing_is_left(make, method, how, monkeypatch):
     monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", f"/lr{os.getpid()}")
     nothing_left()
     before = 0
-    for attempt in range(3 if method != "spawn" else 2):
+    for attempt in range(3):
         reservoir = start(make, method, identity if how != "fail" else fails)
         found = None
         with contextlib.suppress(WorkerError):
             found = iter(reservoir)
             next(found)
-            if method == "spawn" and os.path.isdir("/dev/shm"):
+            if method == "forkserver" and os.path.isdir("/dev/shm"):
                 assert semaphores() != []  # so they would be noticed below
             while how == "fail":
                 list(reservoir)
@@ -894,7 +894,7 @@ def test_nothing_is_left(make, method, how, monkeypatch):
         nothing_left()
         assert semaphores() == []
         if attempt == 0:
-            before = descriptors()  # the first spawn starts multiprocessing's resource tracker, which stays
+            before = descriptors()  # the first one starts multiprocessing's resource tracker and fork server, which stay
         assert descriptors() == before
 
 
@@ -1039,7 +1039,8 @@ SCRIPT = """
     if __name__ == "__main__":
         place, method, close = sys.argv[1:]
         most = 2 if place == "idle" else 0
-        reservoir = AsyncReservoir(range(500), load, 9, workers=2, max_jobs_at_once=most, min_reservoir_samples=2, mp_context=method)
+        workers = 1 if (place, method) == ("train", "spawn") else 2  # which take seconds to start
+        reservoir = AsyncReservoir(range(500), load, 9, workers=workers, max_jobs_at_once=most, min_reservoir_samples=2, mp_context=method)
         try:
             if place == "begin":
                 reservoir._queue()
@@ -1079,10 +1080,9 @@ def read(path):
 
 
 def script(tmp_path, *arguments):
-    path = tmp_path / "script.py"
+    path = tmp_path / "script.py"  # which spawned workers import
     path.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-    pipe = subprocess.PIPE
-    run = subprocess.Popen([sys.executable, path, *arguments], stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    run = Script(path.read_text(encoding="utf-8"), *arguments, file=path)
     line = run.stdout.readline()
     assert line.startswith("children"), run.stderr.read()
     return run, [int(c) for c in line.split("[")[1].rstrip("]\n").split(",")]
@@ -1117,7 +1117,7 @@ def test_the_end_of_the_interpreter(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_end_with_a_killed_parent(tmp_path, method):
     """Also those in the middle of a job."""
     run, children = script(tmp_path, "train", method, "no")

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped, keyed, quotas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -209,7 +210,7 @@ def test_quotas() -> None:
         groups = [g * g - 50 for g in range(n)]
         hashes = group_hash(groups, 7)
         rank = np.array([sorted(groups, key=hashed).index(g) for g in groups])
-        sizes = {*range(n % 31, 5001, 31), *range(0, 5001, n), *range(n - 1, 5001, 7 * n), 5000} if n > 9 else range(5001)
+        sizes = {*range(n % 97, 5001, 97), *range(0, 5001, max(n, 9)), *range(n - 1, 5001, 7 * n), 5000} if n > 2 else range(5001)
         for size in sorted(sizes):
             found = group_quotas(size, hashes)
             assert (found == size // n + (rank < size % n)).all(), (n, size)
@@ -279,7 +280,7 @@ def test_largest_class_gives_way() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_streams(kind: str, labels: Callable[..., Iterator[int]]) -> None:
     """After every batch the buffer is the model, row for row; with many more groups than rows too."""
-    for seed in range(16):
+    for seed in range(8):
         rng = random.Random(f"{kind} {labels.__name__} {seed}")
         size = rng.choice([1, 2, 5, 16, 40])
         groups = rng.choice([1, 3, 10, 3 * size + 5])
@@ -300,8 +301,8 @@ def test_random_streams(kind: str, labels: Callable[..., Iterator[int]]) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_on_many_seeds(kind: str) -> None:
-    """3,000 short streams, with sizes that change in between: row for row what the definition says."""
-    for seed in range(3000):
+    """1,000 short streams, with sizes that change in between: row for row what the definition says."""
+    for seed in range(1000):
         rng = random.Random(f"{kind} {seed}")
         size, total = rng.randint(1, 8), 1
         if KINDS[kind][1]:
@@ -355,7 +356,7 @@ OPS = st.one_of(
     st.tuples(
         st.just("interrupt"),
         st.integers(1, 40),
-        st.sampled_from(["save_rows", "save_freed", "write_field", "seal_block", "hash_log", "keep_last"]),
+        st.sampled_from(["save_rows", "save_freed", "write_field", "write_index", "seal_block", "hash_log", "keep_last"]),
         st.integers(0, 8),
         st.booleans(),
     ),
@@ -525,8 +526,7 @@ FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health
 )
 def test_any_history(kind: str, where: str, history: list[Any], seed: int, size: int, journal: int, chunk: int) -> None:
     """G2, G3: however the stream is cut, whatever is interrupted, killed, opened again and rolled back: the model after each step."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tiny(journal, chunk), tempfile.TemporaryDirectory(dir=base) as folder:
+    with tiny(journal, chunk), tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         h = History(kind, seed, size, folder if where == "disk" else None)
         try:
             for op in history:
@@ -552,7 +552,7 @@ def image(buffer: Any) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_do_not_depend_on_batches(kind: str, tmp_path: Path) -> None:
     """G2: the same bytes from one add in memory, from batches of one on disk, and from anything between."""
-    for seed in range(24):
+    for seed in range(16):
         rng = random.Random(seed)
         end = rng.choice([150, *range(8, 40)])  # with free rows at the end as well
         groups = 4 if KINDS[kind][1] else 12
@@ -707,7 +707,7 @@ LONG = [0] * 9 + [1, 0, 1, 1, 2] + [0, 1, 2] * 4 + [3] * 6 + [0, 3]  # shrinking
 RESIZES = {"": (), "down and up": ((12, 4), (20, 10)), "up and down": ((9, 11), (25, 5))}
 
 
-def assert_each_uniform(kept: Any, streams: dict[int, list[int]], note: str, least: int = 800) -> None:
+def assert_each_uniform(kept: Any, streams: dict[int, list[int]], note: str, least: int = 400) -> None:
     """kept: (seeds, n) bool. Per group, for each number of rows that enough seeds gave it: uniform, singles and pairs."""
     tested = 0
     for g, positions in streams.items():
@@ -724,10 +724,10 @@ def assert_each_uniform(kept: Any, streams: dict[int, list[int]], note: str, lea
 @pytest.mark.parametrize("resizes", RESIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_uniform_within_groups(kind: str, resizes: str) -> None:
-    """G1: 4,000 seeds through shrinking quotas and changes of size; single positions and pairs of each group."""
+    """G1: 2,000 seeds through shrinking quotas and changes of size; single positions and pairs of each group."""
     labels = np.array(LONG)
     streams = {g: np.flatnonzero(labels == g).tolist() for g in range(4)}
-    kept = np.zeros((4000, labels.shape[0]), bool)
+    kept = np.zeros((2000, labels.shape[0]), bool)
     for seed in range(kept.shape[0]):
         bare = Bare(kind, 8, seed, total=4)
         for at, size in RESIZES[resizes]:
@@ -745,21 +745,22 @@ def test_uniform_within_groups(kind: str, resizes: str) -> None:
     assert np.abs(both[other] / np.sqrt(spread[other])).max() < 5
 
 
-def test_uniform_in_buffers() -> None:
-    """G1 through the public interface: 2,000 seeds, batches, a resize down and up."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniform_in_buffers(kind: str) -> None:
+    """Buffers hold what their policy alone does, whose statistics these are: batches, a resize down and up."""
     labels = np.array(LONG)
-    streams = {g: np.flatnonzero(labels == g).tolist() for g in range(4)}
-    kept = np.zeros((2000, labels.shape[0]), bool)
-    for seed in range(kept.shape[0]):
-        with ClassBalancedBuffer(8, seed=seed) as buffer:
+    for seed in range(60):
+        bare = Bare(kind, 8, seed, total=4)
+        with made(kind, 8, total=4, seed=seed) as buffer:
             for start, stop, size in ((0, 10, 8), (10, 20, 4), (20, len(labels), 9)):
                 if size != buffer.max_size:
                     quiet(buffer, size)
+                    bare.resize(size)
                 buffer.add(np.arange(start, stop), group=labels[start:stop])
+                bare.add(labels[start:stop])
             values, meta = buffer.get(buffer.get_metadata("idx"))
             assert (values == meta["position"]).all()
-            kept[seed, values] = True
-    assert_each_uniform(kept, streams, "", 500)
+            assert dict(zip(meta["idx"].tolist(), values.tolist(), strict=True)) == bare.rows(), f"{kind}, seed {seed}"
 
 
 def test_the_remainder_is_uniform() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import call_helpers
 
 import leanreplay
 from leanreplay import kernels
@@ -42,13 +43,16 @@ ROOT = Path(leanreplay.__file__).parent.parent
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run a test with compiled kernels, and with every one of them replaced by the Python function it is made from."""
     if request.param == "compiled":
+        for module in (balance, balanced, reservoir, rows):
+            call_helpers(module, monkeypatch)
         yield
         return
     for module in (balance, balanced, merge, reservoir, rows):
         for name, value in list(vars(module).items()):
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(module, name, value.py_func)
-    monkeypatch.setattr(rows, "_prefetch", lambda mem, at: None)
+    for name, function in rows.PLAIN.items():
+        monkeypatch.setattr(rows, name, function)
     with np.errstate(over="ignore"):  # unsigned words wrap around, as they should
         yield
 
@@ -887,37 +891,33 @@ def test_sort_places(run: None, n: int) -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 8, 9, 15, 16, 17, 40, 64, 785])
 def test_hashes(run: None, n: int) -> None:
-    """Both forms of copy and hash, at any offset, are the oracle's; nothing beyond the copied bytes is touched."""
+    """Copy and hash, at any offset, are the oracle's; nothing beyond the copied bytes is touched."""
     rng = np.random.default_rng(n)
     src, before = rng.integers(0, 256, n + 40, np.uint8), rng.integers(0, 256, n + 40, np.uint8)
     for s, d in ((0, 0), (3, 5), (8, 16), (1, 8)):
         data = src[s : s + n].tobytes()
-        assert int(rows._hash_bytes(read_only(src), np.uint64(s), np.uint64(n))) == digest(data)
+        assert int(rows._hash(read_only(src), np.uint64(s), np.uint64(n))) == digest(data)
         dst = before.copy()
-        assert int(rows._copy_bytes(read_only(src), np.uint64(s), dst, np.uint64(d), np.uint64(n))) == digest(data)
+        assert int(rows._copy(read_only(src), np.uint64(s), dst, np.uint64(d), np.uint64(n))) == digest(data)
         assert dst.tobytes() == before[:d].tobytes() + data + before[d + n :].tobytes()
     if n % 8 == 0:
         source, data = src[: (n + 40) // 8 * 8].view(np.uint64), src[8 : 8 + n].tobytes()
         assert int(rows._hash_words(read_only(source), np.uint64(8), np.uint64(n))) == digest(data)
-        target = before[: (n + 40) // 8 * 8].copy()
-        assert int(rows._copy_words(read_only(source), np.uint64(8), target.view(np.uint64), np.uint64(16), np.uint64(n))) == digest(data)
-        assert target[16 : 16 + n].tobytes() == data
-        assert target[:16].tobytes() + target[16 + n :].tobytes() == before[:16].tobytes() + before[16 + n : target.shape[0]].tobytes()
 
 
 def test_hash_notices_every_change_of_a_byte(run: None) -> None:
     """Every value of every byte of an odd number of them, and every swap of neighbours."""
     src = np.random.default_rng(0).integers(0, 256, 19, np.uint8)
-    reference = int(rows._hash_bytes(src, np.uint64(0), np.uint64(19)))
-    step = 1 if hasattr(rows.verify_rows, "py_func") and hasattr(rows._hash_bytes, "py_func") else 37
+    reference = int(rows._hash(src, np.uint64(0), np.uint64(19)))
+    step = 1 if hasattr(rows.verify_rows, "py_func") and hasattr(rows._hash, "py_func") else 37
     for i in range(19):
         for change in range(1, 256, step):
             other = src.copy()
             other[i] ^= change
-            assert int(rows._hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
+            assert int(rows._hash(other, np.uint64(0), np.uint64(19))) != reference
         other = src.copy()
         other[i], other[i - 1] = src[i - 1], src[i]
-        assert src[i] == src[i - 1] or int(rows._hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
+        assert src[i] == src[i - 1] or int(rows._hash(other, np.uint64(0), np.uint64(19))) != reference
 
 
 @pytest.mark.parametrize(("count", "state"), [(1, 0), (2, 0), (7, 0), (7, 3), (40, 4)])
@@ -1008,21 +1008,23 @@ def test_read_rows_finds_what_is_wrong(run: None) -> None:
 def test_keep_last(run: None, taken: list[int], wanted: list[tuple[int, int]] | None) -> None:
     """Of the samples that take one row the last survives; rows outside are refused before anything is noted."""
     slots = np.zeros(5, np.int32)
-    samples, found = np.full(len(taken), -9), np.full(len(taken), -9)
-    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, samples, found)
+    samples, found, positions = (np.full(len(taken), -9) for _ in range(3))
+    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, 1000, samples, found, positions)
     assert not slots.any()
     if wanted is None:
         assert count == -1
     else:
         assert list(zip(found[:count].tolist(), samples[:count].tolist(), strict=True)) == wanted
+        assert positions[:count].tolist() == [1000 + s for _, s in wanted]
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [1], [6, 2, 5, 0, 3], [6, 5, 4, 3, 2, 1, 0]])
-@pytest.mark.parametrize("field", [None, 4])
-def test_journal(run: None, chosen: list[int], field: int | None) -> None:
+@pytest.mark.parametrize(("whole", "changing"), [(7, []), (0, [4]), (2, [0, 3])])
+def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) -> None:
     """save_rows, hash_records, exchange_digests, read_record and restore_rows: list, records, digests, and all bytes back."""
     image = Image(7, 3, holes=True)
-    first, last = (0, FIELDS) if field is None else (field, field + 1)
+    marks = np.zeros(FIELDS, np.uint8)
+    marks[changing] = 1
     stamps = np.zeros(7, np.int32)
     stamps[[0, 2]] = 4
     before = image.mem.copy()
@@ -1034,10 +1036,10 @@ def test_journal(run: None, chosen: list[int], field: int | None) -> None:
     order, live = new + old + free, len(new) + len(old)
     wanted = image.digests(3)
     for r in new + old:
-        for f in range(first, last):
+        for f in range(FIELDS) if r in chosen[:whole] else changing:
             wanted[r % 3] = wanted[r % 3] - share(image.stored(r, f)) & M64
     place = (image.list_at, image.record_at, image.record)
-    found = rows.save_rows(image.mem, image.cols, first, last, np.array(chosen, np.int64), stamps, 4, *place, digests, counts)
+    found = rows.save_rows(image.mem, image.cols, np.array(chosen, np.int64), whole, marks, stamps, 4, *place, digests, counts)
     assert int(found) == journal(image, order, live)
     assert counts.tolist() == [len(new), live, len(order), max(chosen, default=-1) + 1]
     assert digests.tolist() == wanted
@@ -1102,7 +1104,7 @@ def test_journal_without_stamps(run: None) -> None:
     image = Image(4, 5)
     counts = np.zeros(4, np.int64)
     rows.save_rows(
-        image.mem, image.cols, 0, FIELDS, np.array([2, 0]), np.zeros(0, np.int32), 1,
+        image.mem, image.cols, np.array([2, 0]), 2, np.zeros(FIELDS, np.uint8), np.zeros(0, np.int32), 1,
         image.list_at, image.record_at, image.record, words(0), counts,
     )  # fmt: skip
     assert counts.tolist() == [2, 2, 2, 3]
@@ -1134,6 +1136,18 @@ def test_write_field(run: None, f: int, chosen: list[int]) -> None:
     rows.write_field(image.mem, image.cols, f, np.array(chosen, np.int64), samples, read_only(source), positions, groups, digests)
     assert image.mem.tobytes() == reference.mem.tobytes()
     assert digests.tolist() == wanted
+
+
+@pytest.mark.parametrize("chosen", [[], [3], [4, 0, 2]])
+def test_write_index(run: None, chosen: list[int]) -> None:
+    """Position and group of the rows written, and nothing else."""
+    image, reference = Image(5, 6), Image(5, 6)
+    positions, groups = np.arange(len(chosen)) + 2**40, -np.arange(len(chosen)) - 1
+    for r, p, g in zip(chosen, positions.tolist(), groups.tolist(), strict=True):
+        reference.put(r, FIELDS, p.to_bytes(8, "little"))
+        reference.put(r, FIELDS + 1, g.to_bytes(8, "little", signed=True))
+    rows.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups)
+    assert image.mem.tobytes() == reference.mem.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,7 @@ class Steps:
 
     def install(self) -> None:
         store._COLD = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
-        for name, target in (("save_rows", 0), ("seal_block", 0), ("write_field", 0), ("restore_rows", -1)):
+        for name, target in (("save_rows", 0), ("seal_block", 0), ("write_field", 0), ("write_index", 0), ("restore_rows", -1)):
             setattr(kernel, name, self._kernel(getattr(kernel, name), target))
         for module, name in (
             (system, "write_all"), (system, "allocate"), (system, "copy_file"), (system, "publish"), (os, "unlink"), (os, "replace"),

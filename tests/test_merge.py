@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grouped_oracle import keyed
 
 import leanreplay
 from leanreplay import (
@@ -445,21 +446,26 @@ def test_many_groups() -> None:
 
 
 def test_inclusion() -> None:
-    """Over 1,500 seeds every pair of the 6 samples of three streams is held equally often."""
+    """Over 3,000 seeds every pair of the 6 samples of three streams has the largest keys equally often; and these merge keeps."""
     counts: dict[tuple[int, ...], int] = {}
-    for seed in range(1500):
-        parts = []
-        for stream, n in enumerate((3, 1, 2)):
-            part = ReservoirBuffer(2, seed=seed, stream=stream)
-            part.add(np.arange(n) + 10 * stream)
-            parts.append(part)
-        with merge(parts) as buffer:
-            kept = tuple(buffer.get(range(2))[0].tolist())
-        counts[kept] = counts.get(kept, 0) + 1
-        for part in parts:
-            part.close()
+    samples = [(stream, i) for stream, n in enumerate((3, 1, 2)) for i in range(n)]
+    for seed in range(3000):
+        key = keyed("reservoir", seed)
+        best = sorted(samples, key=lambda s: key(s[0] * 2**48 + s[1]))[-2:]
+        wanted = tuple(sorted(10 * stream + i for stream, i in best))
+        counts[wanted] = counts.get(wanted, 0) + 1
+        if seed < 50:
+            parts = []
+            for stream, n in enumerate((3, 1, 2)):
+                part = ReservoirBuffer(2, seed=seed, stream=stream)
+                part.add(np.arange(n) + 10 * stream)
+                parts.append(part)
+            with merge(parts) as buffer:
+                assert tuple(buffer.get(range(2))[0].tolist()) == wanted, seed
+            for part in parts:
+                part.close()
     assert len(counts) == 15
-    statistic = sum((n - 100) ** 2 / 100 for n in counts.values())
+    statistic = sum((n - 200) ** 2 / 200 for n in counts.values())
     assert statistic < 55, counts  # 14 degrees of freedom: p is 1e-6
 
 

@@ -308,7 +308,7 @@ class Killed(BaseException):
     """What stands for a kill here: the buffer's own recovery is the same code."""
 
 
-STEPS = ("save_rows", "seal_block", "write_field", "save_freed", "read_rows")
+STEPS = ("save_rows", "seal_block", "write_field", "write_index", "save_freed", "read_rows")
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -20,22 +20,40 @@ _M0 = np.uint64(0xFF51AFD7ED558CCD)
 _M1 = np.uint64(0xC4CEB9FE1A85EC53)
 _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # position -1
 _LOW = np.uint64(0xFFFFFFFF)
-_0, _1, _2, _3, _4, _5, _6, _7, _8 = (np.uint64(i) for i in range(9))
-_16, _24, _32 = np.uint64(16), np.uint64(24), np.uint64(32)
-_33, _63 = np.uint64(33), np.uint64(63)
+_0, _1, _2, _3, _6, _7, _8, _32 = (np.uint64(i) for i in (0, 1, 2, 3, 6, 7, 8, 32))
+_33, _63, _64 = np.uint64(33), np.uint64(63), np.uint64(64)
 _NEAR = 16  # rows ahead that the index is fetched
 
-if config.DISABLE_JIT:  # type: ignore[attr-defined]
 
-    def _prefetch(mem: Any, at: Any) -> None:
-        """Nothing to hint at when Python itself runs the kernel."""
+def _prefetch(mem: Any, at: Any) -> None:
+    """Nothing to hint at when Python itself runs the kernel."""
 
-else:
+
+def _words(mem: Any) -> Any:
+    """A byte array as uint64 words, bytes left over at the end not counted."""
+    return mem[: mem.shape[0] - mem.shape[0] % 8].view(np.uint64)
+
+
+def _load(mem: Any, at: Any) -> Any:
+    """The 8 bytes at mem[at:] as a word, at any alignment."""
+    return mem[int(at) : int(at) + 8].view(np.uint64)[0]
+
+
+def _store(mem: Any, at: Any, word: Any) -> None:
+    """Write a word to mem[at:], at any alignment."""
+    mem[int(at) : int(at) + 8].view(np.uint64)[0] = word
+
+
+PLAIN = {f.__name__: f for f in (_prefetch, _words, _load, _store)}  # what the instructions below do, in Python
+
+if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from llvmlite import ir
-    from numba.core import types
+    from numba.core import cgutils, types
+    from numba.core.imputils import impl_ret_borrowed
     from numba.extending import intrinsic
+    from numba.np.arrayobj import populate_array
 
-    @intrinsic
+    @intrinsic  # type: ignore[no-redef]
     def _prefetch(_context: Any, mem: Any, at: Any) -> Any:
         """Ask for the cache line of mem[at]: random rows come twice as fast so (measured)."""
 
@@ -51,8 +69,52 @@ else:
 
         return types.void(mem, types.intp), generate
 
+    def _word_at(context: Any, builder: Any, kind: Any, mem: Any, at: Any) -> Any:
+        data = context.make_array(kind)(context, builder, mem).data
+        return builder.bitcast(builder.gep(data, [at]), ir.IntType(64).as_pointer())
 
-@njit(cache=True, nogil=True, error_model="numpy")
+    @intrinsic  # type: ignore[no-redef]
+    def _load(_context: Any, mem: Any, at: Any) -> Any:
+        """The 8 bytes at mem[at:] as a word, at any alignment."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(_word_at(context, builder, signature.args[0], *args), align=1)
+
+        return types.uint64(mem, types.uint64), generate
+
+    @intrinsic  # type: ignore[no-redef]
+    def _store(_context: Any, mem: Any, at: Any, word: Any) -> Any:
+        """Write a word to mem[at:], at any alignment."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[2], _word_at(context, builder, signature.args[0], *args[:2]), align=1)
+            return context.get_dummy_value()
+
+        return types.void(mem, types.uint64, types.uint64), generate
+
+    @intrinsic  # type: ignore[no-redef]
+    def _words(_context: Any, mem: Any) -> Any:
+        """A byte array as uint64 words, bytes left over at the end not counted. (A slice and a view compile in ten times the time.)"""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            source = context.make_array(signature.args[0])(context, builder, args[0])
+            made = context.make_array(signature.return_type)(context, builder)
+            eight = context.get_constant(types.intp, 8)
+            populate_array(
+                made,
+                data=builder.bitcast(source.data, ir.IntType(64).as_pointer()),
+                shape=cgutils.pack_array(builder, [builder.udiv(source.nitems, eight)]),
+                strides=cgutils.pack_array(builder, [eight]),
+                itemsize=eight,
+                meminfo=source.meminfo,
+                parent=source.parent,
+            )
+            return impl_ret_borrowed(context, builder, signature.return_type, made._getvalue())
+
+        return types.Array(types.uint64, 1, "C", readonly=not mem.mutable)(mem), generate
+
+
+@njit
 def _mix(x):
     """Scramble a uint64 (the finaliser of MurmurHash3, a bijection)."""
     x = (x ^ (x >> _33)) * _M0
@@ -60,95 +122,82 @@ def _mix(x):
     return x ^ (x >> _33)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _term(word, i):
-    """What word i adds to a hash: itself plus the product of its halves, which no change of a single byte leaves the same."""
-    y = word + (np.uint64(i) + _1) * _G
+@njit
+def _term(word, k):
+    """What word i adds to a hash, k being (i + 1) * _G: itself plus the product of its halves, which no change of a single byte leaves
+    the same. Loops count k up, because a vector multiplication for each word would cost more than all the rest."""
+    y = word + k
     return y + (y & _LOW) * (y >> _32)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _load(src, at):
-    """The 8 bytes at src[at:] as a word, at any alignment. A slice and view would cost reference counts in inner loops."""
-    low = np.uint64(src[at]) | np.uint64(src[at + _1]) << _8
-    low |= np.uint64(src[at + _2]) << _16 | np.uint64(src[at + _3]) << _24
-    high = np.uint64(src[at + _4]) | np.uint64(src[at + _5]) << _8
-    high |= np.uint64(src[at + _6]) << _16 | np.uint64(src[at + _7]) << _24
-    return low | high << _32
+# The hash of n bytes is a sum over its 8-byte words, then over the bytes left, so that it runs in vector registers. Indices are
+# unsigned (a test for negative ones would stay in the loop), and a kernel calls `_copy` in one place, where it becomes part of it.
 
 
-# The hash of n bytes is a sum over its 8-byte words, then over the bytes left, so that it runs in vector registers. It comes in
-# two forms: for sizes that are multiples of 8, and for others. Which one is decided outside the loop over rows, and indices
-# are unsigned (a test for negative ones stays in the loop): together that is worth 40 ns a row.
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _copy_words(words, s, out, d, n):
-    """Copy n bytes, a multiple of 8, from byte s of `words` to byte d of `out` (uint64 arrays); their hash."""
+@njit
+def _copy(src, s, dst, d, n):
+    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); the hash of the copy, read once because a writer may be changing it."""
     total = n
-    first, target = s >> _3, d >> _3
+    k = _0
+    whole = n >> _3 << _3
     for i in range(n >> _3):
-        word = words[first + i]
-        out[target + i] = word
-        total += _term(word, i)
+        at = np.uint64(i) << _3
+        word = _load(src, s + at)
+        _store(dst, d + at, word)
+        k += _G
+        total += _term(word, k)
+    for i in range(whole, n):
+        byte = src[s + i]
+        dst[d + i] = byte
+        total += _term(np.uint64(byte), (i + _1) * _G)
     return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _copy_bytes(src, s, dst, d, n):
-    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); the hash of the copy, because a writer may be changing the source."""
-    for i in range(n):
-        dst[d + i] = src[s + i]
-    return _hash_bytes(dst, d, n)
+@njit
+def _hash(src, s, n):
+    """`_copy` without the copy."""
+    total = n
+    k = _0
+    whole = n >> _3 << _3
+    for i in range(n >> _3):
+        k += _G
+        total += _term(_load(src, s + (np.uint64(i) << _3)), k)
+    for i in range(whole, n):
+        total += _term(np.uint64(src[s + i]), (i + _1) * _G)
+    return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _hash_words(words, s, n):
-    """`_copy_words` without the copy."""
+    """`_hash` of n bytes, a multiple of 8, from byte s of `words` (uint64)."""
     total = n
     first = s >> _3
+    k = _0
     for i in range(n >> _3):
-        total += _term(words[first + i], i)
+        k += _G
+        total += _term(words[first + i], k)
     return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _hash_bytes(src, s, n):
-    """`_copy_bytes` without the copy."""
-    total = n
-    whole = n >> _3
-    for i in range(whole):
-        total += _term(_load(src, s + i * _8), i)
-    for i in range(whole << _3, n):
-        total += _term(np.uint64(src[s + i]), i)
-    return _mix(total)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _words(mem):
-    """A byte array as uint64 words, bytes left over at the end not counted."""
-    return mem[: mem.shape[0] - mem.shape[0] % 8].view(np.uint64)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _tag(row, position, group):
     """One word for what a row is: its number, position and group (all uint64)."""
     return _mix(_mix(row * _G ^ group) + position)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _checksum(data, tag, field):
     """Checksum of a row's field: the hash of its bytes, the row's tag, and which field it is."""
     return _mix((data + np.uint64(field)) ^ tag)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _share(checksum):
     """What a checksum adds to the digest of its bucket."""
     return _mix(checksum ^ _G)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def seal_block(mem, at, words, state):
     """Write `words` (uint64) to mem[at:], the last of them replaced by the hash of the others: valid or not, as a whole.
 
@@ -163,7 +212,7 @@ def seal_block(mem, at, words, state):
         target[(at >> 3) + i] = words[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_block(mem, at, words):
     """Copy a sealed block from mem[at:] into `words` (uint64); whether its seal holds."""
     last = words.shape[0] - 1
@@ -173,7 +222,7 @@ def read_block(mem, at, words):
     return words[last] == _hash_words(words, np.uint64(0), np.uint64(8 * last))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     """Copy fields first to last of rows out, verifying each.
 
@@ -183,7 +232,7 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     """
     fields = cols.shape[0] - 3
     n = rows.shape[0]
-    words, target = _words(mem), _words(out)
+    words = _words(mem)
     position, group, checksum = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3
     width = np.uint64(fields)
     tags = np.empty(n, np.uint64)
@@ -202,71 +251,46 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
         after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied
         check = checksum + np.uint64(f)
-        if size == _8:  # labels and other single numbers, at a third of the cost of the general loop
-            for i in range(n):
-                r = np.uint64(rows[i])
-                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
-                word = words[(offset >> _3) + r]
-                target[(place >> _3) + np.uint64(i)] = word
-                bad[i] |= words[check + r * width] != _checksum(_mix(_8 + _term(word, _0)), tags[i], f)
-        elif size & _7 == _0:
-            for i in range(n):
-                r = np.uint64(rows[i])
-                _ask(mem, offset, size, rows, i)
-                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
-                _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
-                h = _copy_words(words, offset + r * size, target, place + np.uint64(i) * size, size)
-                bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
-        else:
-            for i in range(n):
-                r = np.uint64(rows[i])
-                _ask(mem, offset, size, rows, i)
-                _prefetch(mem, cols[after, 0] + r * cols[after, 1])
-                _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
-                h = _copy_bytes(mem, offset + r * size, out, place + np.uint64(i) * size, size)
-                bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
-    count = 0
+        for i in range(n):
+            r = np.uint64(rows[i])
+            if size > _64 and i + 1 < n:  # a large entry comes in while the one before is copied
+                s = offset + np.uint64(rows[i + 1]) * size
+                for j in range((size + _63) >> _6):
+                    _prefetch(mem, s + (np.uint64(j) << _6))
+            _prefetch(mem, cols[after, 0] + r * cols[after, 1])
+            _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
+            h = _copy(mem, offset + r * size, out, place + np.uint64(i) * size, size)
+            bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
+    wrong = 0
     for i in range(n):
-        count += bad[i]
-    return count
+        wrong += bad[i]
+    return wrong
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _ask(mem, offset, size, rows, i):
-    """Prefetch a large entry of the row after the i-th."""
-    if size > _63 and i + 1 < rows.shape[0]:
-        at = offset + np.uint64(rows[i + 1]) * size
-        for j in range((size + _63) >> _6):
-            _prefetch(mem, at + (np.uint64(j) << _6))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_record(record, cols, row, out, places):
     """Copy the fields of one undo record out as `read_rows` does for row `row`; whether all its checksums hold.
 
     cols: byte offsets within the record.
     """
     fields = cols.shape[0] - 3
-    words, target = _words(record), _words(out)
+    words = _words(record)
     tag = _tag(np.uint64(row), words[cols[fields, 0] >> _3], words[cols[fields + 1, 0] >> _3])
     for f in range(fields):
         size, place = cols[f, 1], np.uint64(places[f])
-        if size & _7 == _0:
-            h = _copy_words(words, cols[f, 0], target, place, size)
-        else:
-            h = _copy_bytes(record, cols[f, 0], out, place, size)
+        h = _copy(record, cols[f, 0], out, place, size)
         if words[(cols[fields + 2, 0] >> _3) + np.uint64(f)] != _checksum(h, tag, f):
             return False
     return words[cols[fields, 0] >> _3] != _FREE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def keep_last(rows, slots, samples, taken):
+@njit
+def keep_last(rows, slots, start, samples, taken, positions):
     """The last sample of each row that is taken.
 
     rows: (n,) int64, the row that sample i takes, or -1. slots: int32 per row of the buffer, all 0 before and after.
-    samples, taken: (n,) int64, receive sample and row of each survivor. Returns their number, or -1 if some row is
-    outside the buffer.
+    samples, taken, positions: (n,) int64, receive sample, row and stream position (start + sample) of each survivor. Returns
+    their number, or -1 if some row is outside the buffer.
     """
     for i in range(rows.shape[0]):
         if rows[i] < -1 or rows[i] >= slots.shape[0]:
@@ -285,17 +309,19 @@ def keep_last(rows, slots, samples, taken):
             samples[slots[r] - 1] = i
     for i in range(count):
         slots[taken[i]] = 0
+        positions[i] = start + samples[i]
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, record, digests, counts):
-    """Write the undo records of `rows` (distinct) into mem, and take their checksums off the digests.
+@njit
+def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_at, record, digests, counts):
+    """Write the undo records of `rows` (distinct) into mem, and take the checksums about to change off the digests.
 
-    first, last: the range of fields about to change. stamps: int32 per row of the buffer, or empty: a live row whose
-    stamp differs from `stamp` is new and comes first; all are stamped. list_at: where the row numbers go; record_at:
-    the records of live rows, `record` bytes each; free rows come last and have none. counts: (4,) int64, receives
-    how many are new, how many live, how many in all, and one past the highest. Returns a hash over list and records.
+    whole: how many of the rows, the first ones, change wholly; the others in the fields f where changing[f] (uint8) is 1.
+    stamps: int32 per row of the buffer, or empty: a live row whose stamp differs from `stamp` is new and comes first; all are
+    stamped. list_at: where the row numbers go; record_at: the records of live rows, `record` bytes each; free rows come last and
+    have none. counts: (4,) int64, receives how many are new, how many live, how many in all, and one past the highest. Returns a
+    hash over list and records.
     """
     fields = cols.shape[0] - 3
     words = _words(mem)
@@ -303,12 +329,13 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
     listed, width, buckets = list_at >> 3, np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):  # small entries lie far apart: ask for all of them at once
         for c in range(cols.shape[0]):
-            if cols[c, 1] <= _63 + _1:
+            if cols[c, 1] <= _64:
                 _prefetch(mem, cols[c, 0] + np.uint64(rows[i]) * cols[c, 1])
-    done = 0
+    done, top = 0, 0
     for kind in range(3):
         for i in range(rows.shape[0]):
             r = rows[i]
+            top = max(top, r + 1)
             if words[position + np.uint64(r)] == _FREE:
                 found = 2
             else:
@@ -317,47 +344,44 @@ def save_rows(mem, cols, first, last, rows, stamps, stamp, list_at, record_at, r
                 words[listed + done] = np.uint64(r)
                 done += 1
         counts[kind] = done
-    counts[3] = 0
-    for i in range(rows.shape[0]):
-        counts[3] = max(counts[3], rows[i] + 1)
-    at = np.uint64(record_at)
+    counts[3], live = top, counts[1]
     total = _0
-    sums = np.zeros(counts[1], np.uint64)  # the hash of each record, gathered while its columns are copied
-    for c in range(cols.shape[0]):
-        offset, size = cols[c, 0], cols[c, 1]
-        before = (at - np.uint64(record_at)) >> _3
-        for i in range(counts[1]):
-            if size > _63 + _1 and i + 1 < counts[1]:
-                s = offset + words[listed + i + 1] * size
+    for i in range(live):
+        at = np.uint64(record_at) + np.uint64(i) * np.uint64(record)
+        part, k = np.uint64(record), _0
+        for c in range(cols.shape[0]):
+            size = cols[c, 1]
+            if size > _64 and i + 1 < live:
+                s = cols[c, 0] + words[listed + i + 1] * size
                 for j in range((size + _63) >> _6):
                     _prefetch(mem, s + (np.uint64(j) << _6))
-            s, d = offset + words[listed + i] * size, at + np.uint64(i) * np.uint64(record)
-            part = _0
-            if size & _7 == _0:
-                for k in range(size >> _3):
-                    word = words[(s >> _3) + k]
-                    words[(d >> _3) + k] = word
-                    part += _term(word, before + np.uint64(k))
-            else:
-                words[(d + size) >> _3] = _0  # what pads it
-                for k in range(size):
-                    mem[d + k] = mem[s + k]
-                for k in range((size + _7) >> _3):
-                    part += _term(words[(d >> _3) + k], before + np.uint64(k))
-            sums[i] += part
-        at += (size + _7) >> _3 << _3
-    for i in range(counts[1]):
-        total = _mix(total + _mix(sums[i] + np.uint64(record)))
-        r = words[listed + i]
-        for f in range(first, last):
-            digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
+            s = cols[c, 0] + words[listed + i] * size
+            for j in range(size >> _3):
+                word = _load(mem, s + (np.uint64(j) << _3))
+                _store(mem, at + (np.uint64(j) << _3), word)
+                k += _G
+                part += _term(word, k)
+            at += size >> _3 << _3
+            if size & _7 != _0:  # the bytes left, padded with zeros: the last 8 of the entry without those that were copied
+                word = _load(mem, s + size - _8) >> ((_8 - (size & _7)) << _3)
+                _store(mem, at, word)
+                k += _G
+                part += _term(word, k)
+                at += _8
+        total = _mix(total + _mix(part))
+    for i in range(rows.shape[0]):
+        r = np.uint64(rows[i])
+        if words[position + r] != _FREE:
+            for f in range(fields):
+                if i < whole or changing[f] == 1:
+                    digests[np.int64(r % buckets)] -= _share(words[checksum + r * width + np.uint64(f)])
     if stamps.shape[0] > 0:
         for i in range(rows.shape[0]):
             stamps[rows[i]] = stamp
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * done)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_records(src, list_at, record_at, record, live, count):
     """The hash that `save_rows` returned for these records (src: uint8, the map itself or a copy of the records)."""
     words = _words(src)
@@ -367,7 +391,7 @@ def hash_records(src, list_at, record_at, record, live, count):
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * count)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def save_freed(mem, cols, rows, at, digests):
     """Write (row, position, group) of `rows`, which are about to become free, to mem[at:]; take their checksums off the digests.
 
@@ -385,13 +409,13 @@ def save_freed(mem, cols, rows, at, digests):
     return _hash_words(words, np.uint64(at), np.uint64(24 * rows.shape[0]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_freed(mem, at, count):
     """The hash that `save_freed` returned for `count` rows at mem[at:]."""
     return _hash_words(_words(mem), np.uint64(at), np.uint64(24 * count))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def restore_freed(src, cols, at, count, mem):
     """Give freed rows their positions and groups back."""
     fields = cols.shape[0] - 3
@@ -402,23 +426,18 @@ def restore_freed(src, cols, at, count, mem):
         words[position + source[s]], words[group + source[s]] = source[s + _1], source[s + _2]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def copy_records(mem, cols, rows, out, at, record):
     """Write the undo records of `rows` to out[at:] (zeros before), `record` bytes each."""
-    words, target = _words(mem), _words(out)
     place = np.uint64(at)
     for c in range(cols.shape[0]):
         offset, size = cols[c, 0], cols[c, 1]
         for i in range(rows.shape[0]):
-            s, d = offset + np.uint64(rows[i]) * size, place + np.uint64(i) * np.uint64(record)
-            if size & _7 == _0:
-                _copy_words(words, s, target, d, size)
-            else:
-                _copy_bytes(mem, s, out, d, size)
+            _copy(mem, offset + np.uint64(rows[i]) * size, out, place + np.uint64(i) * np.uint64(record), size)
         place += (size + _7) >> _3 << _3
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_log(start, entries):
     """Go on with the hash of a log, `start`, over more entries, (n, 2) int64."""
     h = start
@@ -427,7 +446,7 @@ def hash_log(start, entries):
     return h
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
     """Write undo records back to the columns of mem where use (uint8) is 1: the first `live` with bytes, others become free."""
     fields = cols.shape[0] - 3
@@ -437,18 +456,14 @@ def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
         offset, size = cols[c, 0], cols[c, 1]
         for i in range(live):
             if use[i] == 1:
-                s, d = at + np.uint64(i) * np.uint64(record), offset + source[(list_at >> 3) + i] * size
-                if size & _7 == _0:
-                    _copy_words(source, s, words, d, size)
-                else:
-                    _copy_bytes(src, s, mem, d, size)
+                _copy(src, at + np.uint64(i) * np.uint64(record), mem, offset + source[(list_at >> 3) + i] * size, size)
         at += (size + _7) >> _3 << _3
     for i in range(live, use.shape[0]):
         if use[i] == 1:
             words[(cols[fields, 0] >> _3) + source[(list_at >> 3) + i]] = _FREE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, digests):
     """What `restore_rows` would do to the digests: the rows' present checksums go, the recorded ones come."""
     fields = cols.shape[0] - 3
@@ -467,7 +482,7 @@ def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, dige
                 digests[b] += _share(source[((record_at + (i + 1) * record) >> 3) - fields + f])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def write_field(mem, cols, field, rows, samples, src, positions, groups, digests):
     """Write one field of `rows`, its checksums, and their share of the digests.
 
@@ -475,21 +490,33 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
     """
     fields = cols.shape[0] - 3
     offset, size = cols[field, 0], cols[field, 1]
-    words, source = _words(mem), _words(src)
+    words = _words(mem)
     check = (cols[fields + 2, 0] >> _3) + np.uint64(field)
     width, buckets = np.uint64(fields), np.uint64(digests.shape[0])
     for i in range(rows.shape[0]):
-        r, s = np.uint64(rows[i]), np.uint64(samples[i]) * size
-        if size & _7 == _0:
-            h = _copy_words(source, s, words, offset + r * size, size)
-        else:
-            h = _copy_bytes(src, s, mem, offset + r * size, size)
+        if size > _64 and i + 1 < rows.shape[0]:  # the next one comes in while this one is copied
+            at = np.uint64(samples[i + 1]) * size
+            for j in range((size + _63) >> _6):
+                _prefetch(src, at + (np.uint64(j) << _6))
+        r = np.uint64(rows[i])
+        h = _copy(src, np.uint64(samples[i]) * size, mem, offset + r * size, size)
         h = _checksum(h, _tag(r, np.uint64(positions[i]), np.uint64(groups[i])), field)
         words[check + r * width] = h
         digests[np.int64(r % buckets)] += _share(h)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
+def write_index(mem, cols, rows, positions, groups):
+    """Write positions and groups of `rows`, (n,) int64 each."""
+    fields = cols.shape[0] - 3
+    words = _words(mem)
+    position, group = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3
+    for i in range(rows.shape[0]):
+        r = np.uint64(rows[i])
+        words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
+
+
+@njit
 def scan_index(mem, cols, capacity, digests):
     """Add the digests of all live rows to `digests`; returns the number of live rows, and one past the highest."""
     fields = cols.shape[0] - 3
@@ -506,7 +533,7 @@ def scan_index(mem, cols, capacity, digests):
     return live, high
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def verify_rows(mem, cols, start, stop, bad):
     """Check the stored checksums of rows start to stop: bad[r - start] (uint8) becomes 1 for a row that fails any."""
     fields = cols.shape[0] - 3
@@ -520,6 +547,6 @@ def verify_rows(mem, cols, start, stop, bad):
         tag = _tag(r, words[position + r], words[group + r])
         for f in range(fields):
             s, size = cols[f, 0] + r * cols[f, 1], cols[f, 1]
-            h = _hash_words(words, s, size) if size & _7 == _0 else _hash_bytes(mem, s, size)
+            h = _hash(mem, s, size)
             if words[checksum + r * np.uint64(fields) + np.uint64(f)] != _checksum(h, tag, f):
                 bad[i - start] = 1

@@ -76,7 +76,7 @@ def _bfloat16(buffer: DataBuffer) -> frozenset[str]:
 
 def bfloat16_fields(schema: Schema) -> frozenset[str]:
     """Names of the fields that hold the bits of torch.bfloat16."""
-    return frozenset(f.name for f in schema.fields if f.torch == "bfloat16")
+    return schema.bfloat16
 
 
 def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None = None, path: str = "data") -> Any:
@@ -84,10 +84,13 @@ def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None
 
     bits: paths of arrays that hold bfloat16.
     """
-    if isinstance(value, Mapping):
-        return {key: to_torch(v, bits, device, f"{path}/{key}") for key, v in value.items()}
+    if type(value) is np.ndarray and not bits and value.dtype.kind in "biufc" and value.flags.writeable and value.flags.c_contiguous:
+        tensor = torch.from_numpy(value)  # what a buffer hands out, without a detour
+        return tensor if device is None else tensor.to(device)
     if type(value) is tuple or type(value) is list:
         return type(value)([to_torch(v, bits, device, f"{path}/{i}") for i, v in enumerate(value)])
+    if type(value) is dict or isinstance(value, Mapping):
+        return {key: to_torch(v, bits, device, f"{path}/{key}") for key, v in value.items()}
     if isinstance(value, torch.Tensor):
         return value.to(device) if device is not None else value
     if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind not in "biufc":
