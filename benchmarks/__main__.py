@@ -29,7 +29,7 @@ holds and returns the right samples. Figures are medians (lower and upper quarti
 3x32x32, int64, float32[10]. leanreplay's buffers are files, decide for each sample, and verify the checksum of every row that is read.
 
 torchrl and cpprb have no reservoir: their plain rings in memory-mapped files stand in. Avalanche's buffers lie in memory and hold
-references to datasets. renate is left out: it needs Python below 3.11, and its own dependencies no longer resolve.
+references to datasets. renate is left out: none of its releases installs on Python 3.11 or later.
 """
 
 
