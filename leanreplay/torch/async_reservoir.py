@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import wait as first_done
 from multiprocessing.connection import wait as first_ready
 from typing import Any
 
@@ -150,8 +151,8 @@ class AsyncReservoir:
         self._jobs: dict[Future[Any], tuple[int, Any]] = {}  # (number, sample) of those not yet taken in, oldest first
         self._number = 0  # of jobs so far
         self._good = -1  # number of the newest job that gave an entry
-        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()  # of the present pool
-        self._processes: list[Any] = []
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()  # of the present pool, unless `deterministic`
+        self._processes = _Processes(self.mp_context)  # of the present pool
         self._left: deque[tuple[Any, int, Any]] = deque()  # (entry, number, sample) of results that had no room in their epoch
         self._times = {name: [0.0, 0] for name in ("sending", "receiving", "waiting")}
 
@@ -276,20 +277,18 @@ class AsyncReservoir:
             raise self._killed() from error
         self._jobs[job] = self._number, sample
         self._number += 1
-        job.add_done_callback(self._done.put)
-        self._processes = list((getattr(self._pool, "_processes", None) or {}).values())
+        if not self.deterministic:
+            job.add_done_callback(self._done.put)
 
     def _start(self) -> Executor:
-        self._done = queue.SimpleQueue()
-        self._processes = []
         self._pid = os.getpid()
         _RUNNING.add(self)
         if self.executor == "thread":
             return ThreadPoolExecutor(self.workers, "AsyncReservoir")
-        context = self.mp_context or multiprocessing.get_context()
-        forked = context.get_start_method() == "fork"
-        function = self.function if forked else _pickled(self.function, "the function")
-        return ProcessPoolExecutor(self.workers, context, _start_worker, (function, not forked))
+        self._processes = _Processes(self.mp_context)
+        context: Any = self._processes
+        function = self.function if context.get_start_method() == "fork" else _pickled(self.function, "the function")
+        return ProcessPoolExecutor(self.workers, context, _start_worker, (function,))
 
     def _next_job(self, wait: bool) -> Future[Any] | None:
         """The job to take in next: the first that is done, or the oldest if `deterministic`. None: not now."""
@@ -297,23 +296,25 @@ class AsyncReservoir:
             return None
         with self._timed("waiting") if wait else contextlib.nullcontext():
             stuck = False
-            while True:
-                oldest = next(iter(self._jobs))
-                if self.deterministic and oldest.done():
-                    return oldest
-                try:
-                    job = self._done.get(wait, _LOOK)
-                except queue.Empty:
-                    if stuck:
-                        raise self._killed() from None
-                    # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
-                    stuck = bool(self._processes and first_ready([p.sentinel for p in self._processes], 0))
-                    if not wait and not stuck:
-                        return None
-                    wait = True
-                    continue
-                if not self.deterministic:
-                    return job
+            while (job := self._finished(_LOOK if wait else 0)) is None:
+                if stuck:
+                    raise self._killed()
+                # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
+                stuck = self._processes.one_ended()
+                if not wait and not stuck:
+                    return None
+                wait = True
+            return job
+
+    def _finished(self, seconds: float) -> Future[Any] | None:
+        """A job that is done, or will be within so many seconds."""
+        if self.deterministic:
+            oldest = next(iter(self._jobs))
+            return oldest if first_done([oldest], seconds).done else None
+        try:
+            return self._done.get(seconds > 0, seconds)  # Python 3.10 waits for ever if it may wait for 0 seconds
+        except queue.Empty:
+            return None
 
     def _receive(self, job: Future[Any]) -> None:
         """Take the result of a job that is done."""
@@ -369,9 +370,8 @@ class AsyncReservoir:
             raise WorkerError(f"none of the last {failed} jobs, a whole pass through the source, gave an entry; of the last: {message}")
 
     def _killed(self) -> WorkerError:
-        processes = self._processes
         self._stop()  # after which all of them have ended
-        codes = [p.exitcode for p in processes if p.exitcode]
+        codes = [p.exitcode for p in self._processes.started() if p.exitcode]
         ends = sorted({signal.Signals(-c).name if c < 0 else f"exit code {c}" for c in codes})
         # The pool ends the other workers by SIGTERM.
         reason = ", ".join([e for e in ends if e != "SIGTERM"] or ends) or "unknown reason"
@@ -534,11 +534,11 @@ class AsyncReservoir:
             return
         self._pool = None
         self._jobs.clear()
+        self._done = queue.SimpleQueue()
         self._good = self._number - 1  # what is dropped did not fail
         _RUNNING.discard(self)
         if isinstance(pool, ProcessPoolExecutor):
-            _end_processes(pool)
-            self._processes = []
+            self._processes.end(pool)
         else:
             pool.shutdown(cancel_futures=True)
 
@@ -546,29 +546,54 @@ class AsyncReservoir:
 # -- the processes ---------------------------------------------------------------------------------------------------
 
 
-def _end_processes(pool: ProcessPoolExecutor) -> None:
-    """Shut a pool down, within `_PATIENCE` whatever its jobs do, which `shutdown` alone would not (Python 3.14 has `kill_workers`)."""
-    manager = getattr(pool, "_executor_manager_thread", None)
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    results: Any = getattr(pool, "_result_queue", None)
-    pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        if manager is not None:
-            manager.join(_PATIENCE)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-        writer = results._writer
-        os.set_blocking(writer.fileno(), False)
-        while manager is not None and manager.is_alive():
-            # A worker that died while sending leaves the manager reading for ever: give it something to read, until it gives up.
-            with contextlib.suppress(BlockingIOError):
-                os.write(writer.fileno(), bytes(1 << 16))
-            manager.join(0.01)
-        for process in processes:
-            process.join()
-        results.close()
+class _Processes:
+    """A context of multiprocessing for one pool, which keeps what the pool makes by it: the processes, and the pipe of their results."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context or multiprocessing.get_context()
+        self._made: list[Any] = []
+        self._results: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def Process(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802
+        self._made.append(self._context.Process(*arguments, **named))
+        return self._made[-1]
+
+    def SimpleQueue(self) -> Any:  # noqa: N802
+        self._results = self._context.SimpleQueue()
+        return self._results
+
+    def started(self) -> list[Any]:
+        return [process for process in self._made if process.pid is not None]
+
+    def one_ended(self) -> bool:
+        return bool(first_ready([process.sentinel for process in self.started()], 0)) if self._made else False
+
+    def end(self, pool: ProcessPoolExecutor) -> None:
+        """Shut the pool down, whatever its jobs do within `_PATIENCE`; `shutdown` would wait for them (Python 3.14 has `kill_workers`)."""
+        manager = getattr(pool, "_executor_manager_thread", None)  # private; without it, its end would not be waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+        until = time.monotonic() + _PATIENCE
+        try:
+            for process in self.started():
+                process.join(max(0.0, until - time.monotonic()))
+        finally:
+            for process in self.started():
+                if process.is_alive():
+                    process.kill()
+            writer = self._results._writer.fileno()
+            os.set_blocking(writer, False)
+            while manager is not None and manager.is_alive():
+                # A worker that died while sending leaves the manager reading for ever: give it something to read, until it gives up.
+                with contextlib.suppress(BlockingIOError):
+                    os.write(writer, bytes(1 << 16))
+                manager.join(0.01)
+            self._results.close()
+            self._results = None  # and with it its semaphores
+            for process in self.started():
+                process.join()
 
 
 @contextlib.contextmanager
@@ -589,19 +614,16 @@ def _stop_all() -> None:
 
 getattr(threading, "_register_atexit", atexit.register)(_stop_all)
 
-_work: Any = None  # of a worker process: the function, or the error that it could not be unpickled
+_work: Any = None  # of a worker process: the function, pickled until the first job unless it was forked
 
 
-def _start_worker(function: Any, pickled: bool) -> None:
+def _start_worker(function: Any) -> None:
     global _work  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends these
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # as DataLoader does: OpenMP's threads do not survive a fork, and workers share the cores
-    try:
-        _work = pickle.loads(function) if pickled else function
-    except BaseException as error:
-        _work = _Raises(error)
+    _work = function
 
 
 def _end_with_parent() -> None:
@@ -612,27 +634,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class _Raises:
-    """In place of a function that cannot be unpickled in a worker: every job says why."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __call__(self, sample: Any) -> Any:
-        raise self.error
-
-
 def _job(sample: bytes, seed: int) -> bytes:
     """In a worker process: (None, result) or (traceback, pickled exception), pickled.
 
     Pickled here and plainly: multiprocessing's own pickling would send tensors by shared memory, with a descriptor each for as
     long as they live, and a result that cannot be pickled would not be known as that of its sample.
     """
+    global _work  # noqa: PLW0603
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed >> 1)
     text: str | None = None
     try:
+        if isinstance(_work, bytes):
+            _work = pickle.loads(_work)
         text, value = _attempt(_work, pickle.loads(sample))
         if text is None:
             return _dumps((None, value))
