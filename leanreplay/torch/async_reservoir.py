@@ -132,6 +132,7 @@ class AsyncReservoir:
         self.workers = _count("workers", workers)
         self.max_jobs_at_once = _count("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0)
         self.sampler = None if sampler is None else _function("sampler", sampler, ", for instance torch's RandomSampler class")
+        self._seeded = self.sampler is not None and _takes_generator(self.sampler)
         self.collate_fn = collate_fn if collate_fn in (None, "default") else _function("collate_fn", collate_fn)
         limit, replaced = maximum_number_of_samples_per_epoch, max_reservoir_replacement_size
         self.maximum_number_of_samples_per_epoch = None if limit is None else _count("maximum_number_of_samples_per_epoch", limit)
@@ -193,11 +194,7 @@ class AsyncReservoir:
     def _order(self, snapshot: Sequence[Any]) -> Iterator[Any]:
         if self.sampler is None:
             return iter(range(len(snapshot)))
-        options = {}
-        with contextlib.suppress(ValueError, TypeError):  # not every callable has a signature
-            if "generator" in inspect.signature(self.sampler).parameters:
-                options["generator"] = self._generator(f"epoch {self.epoch}")
-        order = self.sampler(snapshot, **options)
+        order = self.sampler(snapshot, **({"generator": self._generator(f"epoch {self.epoch}")} if self._seeded else {}))
         if hasattr(order, "set_epoch"):
             order.set_epoch(self.epoch)
         if not isinstance(order, Iterable):
@@ -752,6 +749,13 @@ def _function(name: str, value: Any, hint: str = "") -> Any:
     if not callable(value):
         raise ArgumentError(f"{name} must be a function{hint}, got {value!r:.200}")
     return value
+
+
+def _takes_generator(sampler: Callable[..., Any]) -> bool:
+    try:
+        return "generator" in inspect.signature(sampler).parameters
+    except (ValueError, TypeError):  # not every callable has a signature
+        return False
 
 
 def _context(value: Any) -> Any:
