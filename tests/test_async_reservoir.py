@@ -882,6 +882,7 @@ ENDS += [(processes, m, "fail") for m in METHODS if m != "fork"]
 def test_nothing_is_left(make, method, how, monkeypatch):
     """No thread, process, descriptor or semaphore: after close, after an exception, after it was forgotten."""
     monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", f"/lr{os.getpid()}")
+    gc.collect()  # what other tests left
     nothing_left()
     before = 0
     for attempt in range(3 if method != "spawn" else 2):

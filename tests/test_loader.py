@@ -739,6 +739,7 @@ def test_a_transform_that_always_fails():
         oracle = Oracle(make(), SIZE, 3)
         for _ in range(5):
             assert plain(next(loader)) == next(oracle)
+        finish(loader)
         buffer.transform = lambda x: np.zeros(1 + int(x[0]) % 3)
         for _ in range(3):
             assert plain(next(loader)) == next(oracle)  # planned, and made, with the transform before

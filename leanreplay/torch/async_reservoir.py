@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, default_collate, default_convert
 
-from ..batches import integer, length, stack
+from ..batches import integer, length, required, stack
 from ..buffers import SlidingWindowBuffer
 from ..errors import ArgumentError, ModeError, SchemaError, StateError, WorkerError
 from ..format import STREAM_BITS
@@ -40,6 +40,7 @@ from .data import BufferDataset
 _PATIENCE = 5.0  # seconds that running jobs have to end before their processes are killed
 _LOOK = 2.0  # seconds between looks at the workers, while waiting for them
 _ENDLESS = 10_000  # failures in a row that end a source whose length is not known
+_MOST = 2**40
 _END = object()
 _LOG = logging.getLogger("leanreplay")
 _RUNNING: weakref.WeakSet[AsyncReservoir] = weakref.WeakSet()
@@ -122,21 +123,21 @@ class AsyncReservoir:
             raise ArgumentError("source is empty: there is nothing to load")
         self.source = source
         self.function: Callable[[Any], Any] = _function("function", function)
-        self.max_reservoir_samples = _count("max_reservoir_samples", max_reservoir_samples)
-        self.min_reservoir_samples = _count("min_reservoir_samples", min_reservoir_samples)
+        self.max_reservoir_samples = required("max_reservoir_samples", max_reservoir_samples, 1, _MOST)
+        self.min_reservoir_samples = required("min_reservoir_samples", min_reservoir_samples, 1, _MOST)
         if self.min_reservoir_samples > self.max_reservoir_samples:
             raise ArgumentError(
                 f"min_reservoir_samples={min_reservoir_samples} can never be reached with max_reservoir_samples={max_reservoir_samples}; "
                 "lower the one or raise the other"
             )
-        self.workers = _count("workers", workers)
-        self.max_jobs_at_once = _count("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0)
+        self.workers = required("workers", workers, 1, _MOST)
+        self.max_jobs_at_once = required("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0, _MOST)
         self.sampler = None if sampler is None else _function("sampler", sampler, ", for instance torch's RandomSampler class")
         self._seeded = self.sampler is not None and _takes_generator(self.sampler)
         self.collate_fn = collate_fn if collate_fn in (None, "default") else _function("collate_fn", collate_fn)
         limit, replaced = maximum_number_of_samples_per_epoch, max_reservoir_replacement_size
-        self.maximum_number_of_samples_per_epoch = None if limit is None else _count("maximum_number_of_samples_per_epoch", limit)
-        self.max_reservoir_replacement_size = None if replaced is None else _count("max_reservoir_replacement_size", replaced)
+        self.maximum_number_of_samples_per_epoch = integer("maximum_number_of_samples_per_epoch", limit, 1, _MOST)
+        self.max_reservoir_replacement_size = integer("max_reservoir_replacement_size", replaced, 1, _MOST)
         for name, value, allowed in (("executor", executor, ("process", "thread")), ("on_error", on_error, ("raise", "skip"))):
             if value not in allowed:
                 raise ArgumentError(f"{name} is one of {allowed}, got {value!r:.200}")
@@ -418,7 +419,7 @@ class AsyncReservoir:
         (3, 3)
         """
         self._require()
-        n = _count("n", n)
+        n = required("n", n, 1, _MOST)
         if hasattr(self.source, "subsample"):
             return self._like(self.source.subsample(n), n)
         size = self._indexable("subsample")
@@ -739,12 +740,6 @@ def _picked(snapshot: Sequence[Any], indices: list[int]) -> list[Any]:
         raise ArgumentError(f"the sampler gave indices {indices!r:.200} for a snapshot of {len(snapshot)} entries") from error
 
 
-def _count(name: str, value: Any, low: int = 1) -> int:
-    if value is None:
-        raise ArgumentError(f"{name} must be an integer, got None")
-    return integer(name, value, low, 2**40) or 0
-
-
 def _function(name: str, value: Any, hint: str = "") -> Any:
     if not callable(value):
         raise ArgumentError(f"{name} must be a function{hint}, got {value!r:.200}")
@@ -817,6 +812,6 @@ def _unpickled(value: bytes | None) -> Any:
 
 
 def _worker_error(message: str, sample: Any) -> WorkerError:
-    error = WorkerError(message)
+    error = WorkerError(message)  # no variable of the frame that raises it, which would keep the reservoir in a cycle
     error.sample = sample
     return error
