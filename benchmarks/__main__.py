@@ -29,7 +29,7 @@ holds and returns the right samples. Figures are medians (lower and upper quarti
 3x32x32, int64, float32[10]. leanreplay's buffers are files, decide for each sample, and verify the checksum of every row that is read.
 
 torchrl and cpprb have no reservoir: their plain rings in memory-mapped files stand in. Avalanche's buffers lie in memory and hold
-references to datasets. renate is left out: it needs Python below 3.11, and its own dependencies no longer resolve.
+references to datasets. renate is left out: none of its releases installs on Python 3.11 or later.
 """
 
 
@@ -67,6 +67,8 @@ def main() -> int:
     versions = machine("torch", *[distribution for _, distribution in rivals.MODULES.values()], "tensordict")
     command = shlex.join(["python", "-m", "benchmarks", *("DIR" if a.startswith("/") else a for a in sys.argv[1:])])
     told = f"`{command}`, {time.perf_counter() - began:.0f} s, on {versions}."
+    if options.quick:
+        told += " Smaller and shorter than the full run, for which the wanted ratios were set."
     print(f"{told}\n\n{text}")
     if not options.only:
         suffix = "-quick" if options.quick else ""

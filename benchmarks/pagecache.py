@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,21 @@ def available() -> bool:
     return hasattr(os, "posix_fadvise") and os.path.exists("/proc/self/maps")
 
 
-def forget(where: Path) -> None:
-    """Drop a file, or all files of a folder, from the page cache, mapped by this process or not."""
+def forget(where: Path) -> float:
+    """Drop a file, or all files of a folder, from the page cache, mapped by this process or not; the part that stayed, 0 to 1.
+
+    Tries for a second: pages that are being written, or just were, do not leave at once.
+    """
+    for _ in range(20):
+        _drop(where)
+        left = resident(where)
+        if left < 0.001:
+            break
+        time.sleep(0.05)
+    return left
+
+
+def _drop(where: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     files = [where] if where.is_file() else [f for f in where.rglob("*") if f.is_file()]
     names = {str(f.resolve()) for f in files}

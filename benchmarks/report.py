@@ -66,7 +66,7 @@ def picture(lines: Lines, path: Path) -> None:
     shown = [line for line in lines if isinstance(line, Line)][::-1]
     if not shown:
         return
-    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.26 * len(shown)), dpi=90)
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.26 * len(shown)), dpi=66)
     at = np.arange(len(shown))
     ratios = [line.ratio for line in shown]
     colours = ["tab:red" if line.met is False or line.ratio < 1 else "tab:blue" if line.met is None else "tab:green" for line in shown]

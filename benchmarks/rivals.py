@@ -17,8 +17,7 @@ import numpy as np
 
 import leanreplay
 
-# Name -> (module to import, distribution). renate is no rival here: its releases ask for Python below 3.11 and for versions of
-# torch, avalanche-lib and others that no longer resolve together.
+# Name -> (module to import, distribution). renate is no rival here: all its releases (to 0.5.2) ask for Python below 3.11.
 MODULES = {"avalanche": ("avalanche", "avalanche-lib"), "torchrl": ("torchrl", "torchrl"), "cpprb": ("cpprb", "cpprb")}
 
 Arrays = tuple[Any, Any, Any]

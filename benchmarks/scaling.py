@@ -46,7 +46,7 @@ class Curves:
     title: str
     expected: str
     columns: dict[str, list[float]]
-    drawn: tuple[str, ...]  # the columns in the picture, all of one unit
+    panels: tuple[tuple[str, ...], ...]  # the columns in the picture, those of a panel in one unit; the first goes into the upper row
 
     def markdown(self) -> str:
         """Title, what was expected, table."""
@@ -116,15 +116,17 @@ def capacity(o: Options) -> Curves:
         "time. A draw is flat but for cache misses, and so is opening to read, which looks at the header and the table alone. The first "
         "write after opening is linear in the rows: it verifies the index and builds the heap.",
         columns,
-        names[1:3],
+        (names[1:3], names[3:4]),
     )
 
 
 def stream(o: Options) -> Curves:
     """A reservoir of 5,000 rows planned over 10^4 to 10^9 samples, without data."""
-    policy = leanreplay.ReservoirPolicy(5_000, 0, {})
-    policy.load(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    rows = np.empty(1 << 16, np.int64)
+    nothing, rows = np.zeros(0, np.int64), np.empty(1 << 16, np.int64)
+    warm, policy = (leanreplay.ReservoirPolicy(5_000, 0, {}) for _ in range(2))
+    for each in (warm, policy):
+        each.load(nothing, nothing)
+    warm.plan(0, rows, rows, 1 << 40)  # so that the kernel is there
     names = ("samples seen", "ns a sample since the line before", "of which stay, expected")
     columns: dict[str, list[float]] = {name: [] for name in names}
     seen = 0
@@ -141,7 +143,7 @@ def stream(o: Options) -> Curves:
         "Expected: falling, then flat. A sample costs its hash and one comparison; of those between a and b, 5,000 ln(b / a) stay, so that "
         "the heap's share goes to nothing.",
         columns,
-        names[1:2],
+        (names[1:2],),
     )
 
 
@@ -152,6 +154,9 @@ def groups(o: Options) -> Curves:
     columns: dict[str, list[float]] = {name: [] for name in names}
     x = np.zeros((1000, 56), np.uint8)
     path = os.path.join(o.folder, "groups.h5")
+    with leanreplay.ClassBalancedBuffer(1_000, path, mode="w") as buffer:  # so that kernels are there
+        _feed(buffer, (x, np.arange(1000) % 10), 3_000)
+        buffer.sample(_DRAW)
     for number in [10**e for e in range(5 if o.quick else 6)]:
         y = np.random.default_rng(number).integers(0, number, 2 * n)
         with leanreplay.ClassBalancedBuffer(rows, path, mode="w") as buffer:
@@ -171,7 +176,7 @@ def groups(o: Options) -> Curves:
         "Expected: flat but for cache misses. A group is found in a hash table, its smallest key is the root of a heap of its own, so that "
         "more groups mean smaller heaps; with many groups, the record of each is a cache miss.",
         columns,
-        names[1:2],
+        (names[1:2], names[2:3]),
     )
 
 
@@ -198,7 +203,7 @@ def row_size(o: Options) -> Curves:
         "Expected: a constant a row, then linear in its bytes: each is copied twice (the old one into the journal, the new one into the "
         "row) and checksummed once; a draw copies and verifies it.",
         columns,
-        names[1:2],
+        (names[1:2], names[3:4]),
     )
 
 
@@ -262,7 +267,7 @@ def memory(o: Options) -> Curves:
         "Expected: flat for a reader; for a writer 24 bytes a row (16 of the heap, 4 + 4 to find rows taken twice and rows kept for a "
         "restore point) and at most 64 MB more, whatever the rows hold.",
         columns,
-        names[2:5],
+        ((), names[2:5]),
     )
 
 
@@ -276,28 +281,31 @@ MEASURES: dict[str, Callable[[Options], Curves]] = {
 
 
 def picture(found: list[Curves], path: Path) -> None:
-    """One panel for each axis, both axes logarithmic."""
+    """Above what a sample costs, below what a batch does and the memory; all axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), dpi=80)
-    for axes in panels.flat[len(found) :]:
+    rows = [[(curves, curves.panels[i]) for curves in found if len(curves.panels) > i and curves.panels[i]] for i in (0, 1)]
+    figure, panels = plt.subplots(2, max(map(len, rows)), figsize=(14, 6.4), dpi=72, squeeze=False)
+    for axes in panels.flat:
         axes.set_axis_off()
-    for axes, curves in zip(panels.flat, found, strict=False):
-        (axis, xs), *_ = curves.columns.items()
-        for name in curves.drawn:
-            axes.plot(xs, np.maximum(curves.columns[name], 1e-3), marker="o", label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, high / 1000), high * 2)  # three decades at least: flat is to look flat
-        axes.set_xlabel(axis, fontsize=8)
-        axes.set_title(curves.title.split(" (")[0], fontsize=9)
-        axes.legend(fontsize=7)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
+    for line, row in zip(panels, rows, strict=True):
+        for axes, (curves, names) in zip(line, row, strict=False):
+            axes.set_axis_on()
+            (axis, xs), *_ = curves.columns.items()
+            for name in names:
+                axes.plot(xs, np.maximum(curves.columns[name], 1e-3), marker="o", label=name)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, high / 1000), high * 2)  # three decades at least: flat is to look flat
+            axes.set_xlabel(axis, fontsize=8)
+            axes.set_title(curves.title.split(" (")[0], fontsize=9)
+            axes.legend(fontsize=7)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

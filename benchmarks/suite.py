@@ -186,10 +186,9 @@ def cold(o: Options) -> Lines:
 
     def add(name: str, where: Path, batches: int, read: Callable[[int], float]) -> None:
         def run() -> float:
-            pagecache.forget(where)
-            left = pagecache.resident(where)
+            left = pagecache.forget(where)
             if left > 0.01:
-                raise SystemExit(f"{left:.0%} of {where} stayed in the page cache, so {name} would not be cold")
+                raise WrongError(f"{left:.0%} of the file of {name} stayed in the page cache, so it would not be cold")
             return read(batches)
 
         calls[name], scale[name] = run, batches
