@@ -13,8 +13,6 @@ import math
 import os
 import pickle
 import random
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -1228,42 +1226,3 @@ def test_states_of_others_are_refused() -> None:
         other.add(np.arange(20), group=np.arange(20))
         with pytest.raises(StateError, match="ClassBalancingReservoirBuffer"):
             buffer.load_state_dict(other.state_dict())
-
-
-WORK = """
-import hashlib, numpy as np, warnings, leanreplay as lr
-warnings.simplefilter("ignore")
-found = hashlib.sha256()
-for number, make in enumerate((
-    lambda: lr.ClassBalancedBuffer(9, seed=3), lambda: lr.ClassBalancedBuffer(9, seed=3, borrow=True),
-    lambda: lr.ClassBalancedBuffer(9, seed=3, adaptive_size=False, total_num_classes=4),
-    lambda: lr.ClassBalancingReservoirBuffer(9, seed=3),
-)):
-    with make() as buffer:
-        groups = 15 if number != 2 else 4
-        for start in range(0, 120, 13):
-            p = np.arange(start, start + 13)
-            buffer.add(p, group=p * p % groups * np.where(p % 2, 1, 2**40) % groups)
-            found.update(buffer.get_metadata("position").tobytes() + str(buffer.group_sizes()).encode())
-            if start == 26:
-                state = buffer.state_dict()
-        buffer.load_state_dict(state)
-        buffer.resize(5)
-        buffer.add(np.arange(50), group=np.arange(50) % groups)
-        assert buffer.check() == []
-        found.update(buffer.get_metadata("position").tobytes() + str(buffer.group_sizes()).encode())
-print(found.hexdigest())
-"""
-
-
-def test_without_jit() -> None:
-    """The same samples in the same rows where Python itself runs the kernels."""
-    ran = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore::RuntimeWarning", "-c", WORK],
-            env={**os.environ, "NUMBA_DISABLE_JIT": off}, capture_output=True, text=True, check=False,
-        )
-        for off in ("0", "1")
-    ]  # fmt: skip
-    assert all(r.returncode == 0 for r in ran), [r.stderr[-2000:] for r in ran]
-    assert ran[0].stdout == ran[1].stdout

@@ -451,7 +451,7 @@ def test_inclusion() -> None:
     samples = [(stream, i) for stream, n in enumerate((3, 1, 2)) for i in range(n)]
     for seed in range(3000):
         key = keyed("reservoir", seed)
-        best = sorted(samples, key=lambda s: key(s[0] * 2**48 + s[1]))[-2:]  # noqa: B023
+        best = sorted(samples, key=lambda s: key(s[0] * 2**48 + s[1]))[-2:]
         wanted = tuple(sorted(10 * stream + i for stream, i in best))
         counts[wanted] = counts.get(wanted, 0) + 1
         if seed < 50:
