@@ -29,6 +29,20 @@ def tmp_path() -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Numba's machinery and the commonest kernels are loaded, which takes a second in every child that is forked without."""
+    import numpy as np
+
+    import leanreplay
+
+    with leanreplay.ClassBalancedBuffer(2) as buffer:
+        buffer.add((np.zeros((5, 2)), np.arange(5)), metadata={"z": np.zeros(5)})
+        buffer.load_state_dict(buffer.state_dict())
+        buffer.sample(1)
+        assert buffer.check() == []
+
+
 def pytest_collection_finish() -> None:
     """Modules and collected tests stay: hundreds of full collections, and every fork, need not touch a million objects of theirs."""
     gc.collect()

@@ -235,7 +235,7 @@ def protocol(buffer: Any, first: int, stop: int, report: Callable[[int, dict[str
 def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any) -> None:
     """G3: after a kill, going back to the last reported state and on from there is the uninterrupted run, draws included."""
     rng = random.Random(f"points {kind}")
-    total = 40 if kind == "infinite" else 200
+    total = 40 if kind == "infinite" else 120
     with KINDS[kind](str(tmp_path / "whole.h5")) as buffer:
         whole = protocol(buffer, 0, total)
     path = str(tmp_path / "b.h5")

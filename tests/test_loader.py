@@ -50,6 +50,7 @@ from leanreplay import (  # noqa: E402
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("kernels")
 PATIENCE = 30  # seconds: no test waits so long unless it is wrong
 SIZE = 6  # samples in a batch
 

@@ -467,7 +467,7 @@ OPS = {
     "add": 8, "update": 3, "sample": 3, "get": 1, "set_metadata": 3, "new_field": 0.3, "resize": 1, "state_dict": 3,
     "load_state_dict": 3, "save": 0.5, "load": 0.5, "reopen": 2, "kill": 1,
 }  # fmt: skip
-SEEDS = 14
+SEEDS = 10
 STEPS = 30
 
 
