@@ -1,1 +1,1 @@
-"""Benchmarks: what the library costs beside a physical limit, in one interleaved run. Never part of the tests."""
+"""Benchmarks: what the library costs beside physical limits and beside other libraries, in interleaved runs. Never part of the tests."""

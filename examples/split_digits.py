@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"{checkpoint_path} was written with {checkpoint['options']}, not {options}; leave --resume out to start over")
 
     with ReservoirBuffer(args.buffer_size, args.out / "replay.h5", seed=args.seed, mode="r+" if resumed else "w") as buffer:
-        learner = ERLearner(models["ER"], optimizers["ER"], buffer, replay_batch_size=32)
+        learner = ERLearner(models["ER"], optimizers["ER"], buffer, alpha=None, replay_batch_size=32)
         if resumed:
             for name in METHODS:
                 models[name].load_state_dict(checkpoint["models"][name])

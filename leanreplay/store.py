@@ -72,7 +72,7 @@ _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
 _NO_LIMIT = 2**40
 _CHUNK = 4096
 _LARGE = 512  # bytes of an entry from which on reading ahead of a random one is a waste
-_COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer, or no longer, than that came from the device, or from memory
+_COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer may have come from the device, ones that do not came from memory
 _WARM_READS = 16
 _NARROW = 64  # bytes of a field that is read once, when a file is opened for writing, to verify the index with it
 _GONE = 2**63  # target word of shared memory that resize has replaced
@@ -143,6 +143,7 @@ class Store:
         self._log = UndoLog(path, table, points)
         self._large = [(at, size) for at, size in table.columns[: self._fields] if size >= _LARGE]
         self._cold = 0  # reads that are still to be advised
+        self._waits = system.waits_for_disk()  # by the last slow read
         if path is not None:
             for at, size in self._large:
                 system.advise(self._map, "RANDOM", at, at + size * table.max_size)
@@ -564,9 +565,11 @@ class Store:
         wrong = kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad)
         taken = time.perf_counter() - start
         if taken > 1e-3 + _COLD * n:
-            if not self._cold and self.path is not None:
-                self._fetch_columns()
-            self._cold = _WARM_READS
+            waits, self._waits = self._waits, system.waits_for_disk()
+            if waits is None or self._waits is None or self._waits - waits > n // 8:  # else another process had the processor
+                if not self._cold and self.path is not None:
+                    self._fetch_columns()
+                self._cold = _WARM_READS
         elif self._cold and taken < 1e-4 + _WARM * n:
             self._cold -= 1
         if not self.writable:  # rows of a commit under way are whole, and yet not what the header speaks of

@@ -67,6 +67,15 @@ def memory_size() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
 
 
+def waits_for_disk() -> int | None:
+    """How often this process has waited for a page from a disk so far; None where that is not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def memory_file(name: str, size: int) -> int:
     """A descriptor of `size` bytes of zeros in shared memory; an unlinked temporary file where memfd_create is missing."""
     if size > memory_size():

@@ -362,6 +362,44 @@ def test_long_runs_cost_nothing_to_measure():
     assert list(itertools.islice(endless.batch_sampler, 3)) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 1, 2, 3, 4]]
 
 
+def test_batches_far_above_the_dataset():
+    """How often a callback is due is counted in samples that there are, not in those of a batch that can never be full."""
+    callbacks = [SamplerIntervalConfig(SequentialSampler(range(2)), every_n_samples=n, batch_size=1) for n in (10**15 - 1, 35)]
+    config = InterleavedSamplerConfig(10**15, False, max_epochs=8)
+    sampler = InterleavedSampler(SequentialSampler(range(10)), config, callback_samplers=callbacks)
+    assert sampler.batch_size == 10**15
+    assert [len(batch) for batch in sampler.batch_sampler] == [10, 10, 10, 10, 1, 1, 10, 10, 10, 1, 1, 10]
+    assert len(sampler) == 12
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 63, 64, 100])
+def test_how_far_it_reads_ahead(batch_size):
+    """A sampler whose order depends on what training has learnt: small batches are cut from at most 64 indices, none of another epoch
+    or from after a callback that is due.
+    """
+    read, epochs = [], []
+
+    class Counted(SequentialSampler):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+        def __iter__(self):
+            for i in super().__iter__():
+                read.append(i)
+                yield i
+
+    train, test = Counted(range(1000)), Counted(range(3))
+    config = InterleavedSamplerConfig(batch_size, False, max_epochs=2)
+    callbacks = [SamplerIntervalConfig(test, every_n_updates=40, batch_size=3)]
+    taken = updates = 0
+    for batch in InterleavedSampler(train, config, callback_samplers=callbacks).batch_sampler:
+        taken += len(batch)
+        updates += batch[0] < 1000
+        assert 0 <= len(read) - taken < max(64, batch_size) and epochs == list(range(1 + (updates - 1) // -(-1000 // batch_size)))
+        if batch[0] >= 1000 or updates % 40 == 0:
+            assert len(read) == taken
+
+
 def test_settings_are_copied():
     config = InterleavedSamplerConfig(2, max_epochs=1)
     callback = SamplerIntervalConfig(SequentialSampler(range(2)), every_n_epochs=1)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import call_helpers
 
 import leanreplay
 from leanreplay import kernels
@@ -42,6 +43,8 @@ ROOT = Path(leanreplay.__file__).parent.parent
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run a test with compiled kernels, and with every one of them replaced by the Python function it is made from."""
     if request.param == "compiled":
+        for module in (balance, balanced, reservoir, rows):
+            call_helpers(module, monkeypatch)
         yield
         return
     for module in (balance, balanced, merge, reservoir, rows):

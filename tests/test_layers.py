@@ -118,6 +118,28 @@ def test_kernels_stand_alone(name, path):
     assert not [i for i in imports(name, path) if i.startswith("leanreplay") and (i != "leanreplay.kernels" or name == "kernels.__init__")]
 
 
+# Within `torch`: `fit` stands on everything, and nothing on `fit`.
+WITHIN_TORCH = {
+    "reading": set(),
+    "distributed": set(),
+    "states": {"distributed"},
+    "evaluation": {"distributed", "reading"},
+    "plot": {"evaluation"},
+    "training": {"distributed", "evaluation", "interleaved", "learners", "reading", "states"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [f for f in FILES if f[0].startswith("torch.") and f[0] != "torch.__init__"], ids=lambda v: str(v)[:30]
+)
+def test_directions_within_torch(name, path):
+    """Training, evaluation and what they stand on import downwards; learners and loaders do without them."""
+    mine = name.split(".")[1]
+    used = {i.split(".")[2] for i in imports(name, path) if i.startswith("leanreplay.torch.")}
+    allowed = WITHIN_TORCH.get(mine, {"data", "features", "interleaved", "learners", "loader", "async_reservoir", "distributed"})
+    assert used <= allowed | {mine}, f"{name} may import {sorted(allowed)} of leanreplay.torch, but imports {sorted(used)}"
+
+
 @pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("torch.learners.")], ids=lambda v: str(v)[:30])
 def test_learners_do_not_use_each_others_internals(name, path):
     """A learner may build on a public name of another one, not on its underscored ones."""

@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 import weakref
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ from leanreplay import (  # noqa: E402
     SlidingWindowBuffer,
     StateError,
     WeightedReservoirBuffer,
+    WorkerError,
 )
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402
@@ -683,7 +685,7 @@ class Fails:
 
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("place", ["transform", "target_transform", "batch_transform"])
-@pytest.mark.parametrize("error", [Trouble, StopIteration, SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [Trouble, SystemExit, KeyboardInterrupt])
 def test_errors_of_transforms(place, prefetch, error):
     """They reach the caller at that batch, not before, which then comes again: none is lost or doubled."""
     per_batch = 1 if place == "batch_transform" else SIZE
@@ -708,6 +710,22 @@ def test_errors_of_transforms(place, prefetch, error):
                     raised.append(i)
             assert plain(got) == wanted
     assert raised and raised[0] == 2 and len(raised) <= 2
+
+
+def test_a_transform_that_runs_out():
+    """StopIteration must not end the loop, as if there were no more batches."""
+    buffer, numbers = make(), iter(range(3))
+    seen = 0
+    with ReplayLoader(buffer, SIZE, batch_transform=lambda batch: (next(numbers), batch)) as loader:
+        with pytest.raises(WorkerError, match="StopIteration") as caught:
+            for _ in loader:
+                seen += 1
+        assert seen == 3 and isinstance(caught.value.__cause__, StopIteration)
+        numbers = iter(range(3, 9))
+        oracle = Oracle(make(), SIZE, 2)
+        wanted = [next(oracle) for _ in range(4)][3]
+        number, batch = next(loader)[0]
+        assert number == 3 and plain(batch) == wanted[0]  # the one that failed
 
 
 def test_a_transform_that_always_fails():
@@ -816,6 +834,41 @@ def test_close():
                 call()
         feed(buffer, 5)
         buffer.close()
+
+
+@pytest.mark.parametrize("how", ["close", "error", "load"])
+def test_batches_that_nobody_will_get_are_not_made(how):
+    """Closing waits for the batch that the background is at, not for all that are planned; nor do those after an error or a state."""
+    buffer, gate, made = make(), Gate(), []
+    loader = ReplayLoader(buffer, SIZE)
+    state = loader.state_dict()
+    loader.close()
+
+    def transform(batch):
+        made.append(gate(batch))
+        if len(made) == 2 and how == "error":
+            raise Trouble
+        return batch
+
+    loader = ReplayLoader(buffer, SIZE, prefetch=6, batch_transform=transform)
+    with gate:
+        gate.release()
+        next(loader)
+        if how == "close":
+            release = threading.Timer(0.1, gate.release, [100])
+            release.start()
+            loader.close()
+            release.join()
+        elif how == "error":
+            gate.release()
+            with pytest.raises(Trouble):
+                next(loader)
+        else:
+            loader.load_state_dict(state)
+        assert loader._queue.qsize() <= 1  # the word to end
+        gate.release(100)
+        loader.close()
+    assert len(made) <= 3
 
 
 def test_context_manager_and_exceptions():
@@ -1350,12 +1403,18 @@ def test_state_refusals():
         wrong = [
             None, [], {}, {**state, "format": 2}, {**state, "delivered": "1"}, {**state, "delivered": -1}, {**state, "passed": -1},
             {**state, "delivered": 2**80}, {**state, "passed": True}, {**state, "ahead": [5]}, {**state, "ahead": [{}]},
-            {**state, "ahead": [()]}, {**state, "ahead": ()}, buffer.state_dict(),
+            {**state, "ahead": [()]}, {**state, "ahead": ()}, {**state, "of": None}, buffer.state_dict(),
         ]  # fmt: skip
         feed(buffer, 20)
         for each in wrong:
             with pytest.raises(StateError, match="not a state"):
                 loader.load_state_dict(each)
+        for name, value in (("batch_size", SIZE + 1), ("balance", "class"), ("seed", 1)):
+            with (
+                ReplayLoader(buffer, **{"batch_size": SIZE, name: value}) as other,
+                pytest.raises(StateError, match=f"{name}: .*, here {value!r}"),
+            ):
+                other.load_state_dict(state)
         wanted = oracle.ahead
         assert [plain(b) for b in take(loader, 2)] == wanted
 
@@ -1418,12 +1477,20 @@ def test_tensors_of_a_batch_are_its_own():
     assert not buffer.check()
 
 
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
 def test_device():
     """Every tensor is moved, metadata and what a batch_transform made too."""
     buffer = make()
     with ReplayLoader(buffer, SIZE, device="meta", batch_transform=lambda b: {"pair": b, "n": torch.ones(2), "s": "text"}) as loader:
         batch, meta = next(loader)
     assert {t.device.type for t in (*batch["pair"], batch["n"], *meta.values())} == {"meta"} and batch["s"] == "text"
+    with ReplayLoader(buffer, SIZE, device="meta", batch_transform=lambda b: Pair(*b)) as loader:
+        (batch, _) = next(loader)
+    assert type(batch) is Pair and {batch.x.device.type, batch.y.device.type} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

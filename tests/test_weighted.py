@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compiled import call_helpers
 
 import leanreplay
 from leanreplay import (
@@ -129,6 +130,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(weighted, name, value.py_func)
     with np.errstate(over="ignore" if request.param == "python" else "warn"):  # unsigned words wrap around, as they should
+        call_helpers(weighted, monkeypatch)
         yield
 
 
@@ -238,8 +240,9 @@ def test_the_heap_and_its_ties(run: None) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4, 30])
-def test_equal_keys(size: int) -> None:
+def test_equal_keys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all keys are equal the oldest stay, in any batches, through `resize` and reloading."""
+    call_helpers(weighted, monkeypatch)
     k0, k1 = key_pair("weighted reservoir", 0)
     weights = np.array([weighted._exponential(weighted._uniform(p, k0, k1)) for p in range(200)])
     for cuts in ((), (1, 5, 6, 100), range(1, 200)):

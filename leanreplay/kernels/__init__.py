@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 
 
-def njit(*, cache: bool, **options: Any) -> Callable[[Any], Any]:
-    """`numba.njit`, which goes without a cache where no folder for one can be written: Numba itself raises then, at import."""
+def njit(function: Any) -> Any:
+    """`numba.njit` as all kernels are compiled: without the interpreter's lock, dividing as NumPy does, cached on disk.
 
-    def decorate(function: Any) -> Any:
-        try:
-            return numba.njit(cache=cache, **options)(function)
-        except RuntimeError:
-            return numba.njit(**options)(function)
-
-    return decorate
+    A helper, with an underscore in front, exists within the kernels that call it alone: an entry from Python and a place in the cache
+    would be half of its compile time. Where no folder for a cache can be written, Numba itself raises, at import: then without.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+    if function.__name__.startswith("_"):
+        return numba.njit(**options | {"no_cpython_wrapper": True})(function)
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:
+        return numba.njit(**options)(function)

@@ -14,7 +14,7 @@ _30 = np.uint64(30)
 _31 = np.uint64(31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _fin(x):
     """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
     x = (x ^ (x >> _30)) * _S0
@@ -22,7 +22,7 @@ def _fin(x):
     return x ^ (x >> _31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def largest_class(labels, counts, base):
     """Index of the largest count; of several, the one whose label hashes highest with `base`: each equally likely."""
     best, best_hash = 0, np.uint64(0)
@@ -35,7 +35,7 @@ def largest_class(labels, counts, base):
     return best
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def random_member(row_labels, size, label, base):
     """A row below `size` with this label, each equally likely: draw rows until one has it (1 / its share tries)."""
     for attempt in range(64 * size + 64):
@@ -48,7 +48,7 @@ def random_member(row_labels, size, label, base):
     return np.int64(0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def plan_greedy(row_labels, size, capacity, labels, counts, k0, k1, start, groups, out):
     """Let sample i, of label groups[i], take row out[i]: a free one, or that of a random member of the largest class.
 

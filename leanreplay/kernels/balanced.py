@@ -30,7 +30,7 @@ _RECENT = 64
 QUOTA, BORROW, LARGEST = range(3)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _fin(x):
     """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
     x = (x ^ (x >> _30)) * _S0
@@ -38,13 +38,13 @@ def _fin(x):
     return x ^ (x >> _31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _key(position, k0, k1):
     """The key of a position, as in reservoir.py; with other keys, the hash of a group's id."""
     return _fin(_fin(np.uint64(position) * _G + k0) + k1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _find(groups, table, group, hashed):
     """Where in `table` a group stands, or would."""
     mask = np.uint64(table.shape[0] - 1)
@@ -54,7 +54,7 @@ def _find(groups, table, group, hashed):
     return at
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _merge(keys, links, a, b):
     """Root of the union of two skew heaps. O(log n) amortised."""
     if a < 0:
@@ -76,7 +76,7 @@ def _merge(keys, links, a, b):
         a = right
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _insert(keys, links, groups, g, row, key):
     keys[row] = key
     links[row, 0] = links[row, 1] = -1
@@ -85,7 +85,7 @@ def _insert(keys, links, groups, g, row, key):
     groups[g, HELD] += 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _remove_least(keys, links, groups, g):
     """Take the row of the smallest key from a group that has rows."""
     row = groups[g, ROOT]
@@ -96,7 +96,7 @@ def _remove_least(keys, links, groups, g):
     return row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _replace_least(keys, links, groups, g, key):
     """Give the row of the smallest key another one, and let it sink to where it belongs; that row. A third of removing and inserting."""
     row = groups[g, ROOT]
@@ -119,7 +119,7 @@ def _replace_least(keys, links, groups, g, key):
     return row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _add_free(free, counters, row):
     j = counters[FREE]
     counters[FREE] += 1
@@ -129,7 +129,7 @@ def _add_free(free, counters, row):
     free[j] = row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _take_free(free, counters, capacity):
     """The lowest free row, or -1."""
     n = counters[FREE]
@@ -154,7 +154,7 @@ def _take_free(free, counters, capacity):
     return row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _rest_push(groups, rest, counters, g, most):
     """Give group g one row of the remainder if its hash is among the `most` smallest; the group that loses it, or -1.
 
@@ -178,7 +178,7 @@ def _rest_push(groups, rest, counters, g, most):
     return loser
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _rest_pop(groups, rest, counters):
     """Take its row of the remainder from the group of the largest hash; that group."""
     loser = rest[0]
@@ -190,7 +190,7 @@ def _rest_pop(groups, rest, counters):
     return loser
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _rest_sink(groups, rest, n, g):
     """Put group g on top of a heap of n in place of what is there, and let it sink."""
     h = np.uint64(groups[g, HASH])
@@ -206,7 +206,7 @@ def _rest_sink(groups, rest, n, g):
     rest[i] = g
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def share(groups, rest, counters, capacity):
     """Work out SHARE and EXTRA of all groups anew: capacity // groups, the remainder to the smallest hashes. O(groups log groups)."""
     n = counters[GROUPS]
@@ -218,7 +218,7 @@ def share(groups, rest, counters, capacity):
         _rest_push(groups, rest, counters, g, capacity % n)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _log(groups, counters, log, g):
     """Note that group g may not grow any more."""
     if groups[g, FULL] == 0:
@@ -227,7 +227,7 @@ def _log(groups, counters, log, g):
         counters[LOGGED] += 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _visit(holder, visited, counters, row, live):
     """Note, on the first touch of a row in this plan, whether it was live before: as row, or as ~row if it was free."""
     if holder[row] == 0:
@@ -235,7 +235,7 @@ def _visit(holder, visited, counters, row, live):
         counters[VISITED] += 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _cut(keys, links, free, holder, visited, groups, counters, log, g, out):
     """Drop the smallest keys of a group that has more rows than its quota."""
     while groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
@@ -248,7 +248,7 @@ def _cut(keys, links, free, holder, visited, groups, counters, log, g, out):
         _add_free(free, counters, row)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def largest_excess(groups, n, share, salt):
     """The group with most rows beyond its quota. Of several the one of the smallest hash, mixed with `salt` unless that is 0. O(groups)."""
     best, excess, least = np.int64(0), np.int64(0), np.uint64(0)
@@ -264,7 +264,7 @@ def largest_excess(groups, n, share, salt):
     return best
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def load_groups(log, groups, table, counters, g0, g1):
     """Fill `groups` and `table` (all -1) from the entries of a log, (n, 2) int64. False if it is not a log of groups."""
     for i in range(log.shape[0]):
@@ -287,14 +287,14 @@ def load_groups(log, groups, table, counters, g0, g1):
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def index_groups(groups, table, count):
     """Enter the first `count` groups into an empty table (all -1)."""
     for g in range(count):
         table[_find(groups, table, groups[g, ID], np.uint64(groups[g, HASH]))] = g
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def load_rows(positions, ids, keys, links, free, groups, table, counters, k0, k1, g0, g1):
     """Put all live rows into the heaps of their groups, the others into `free`. False if one is of a group that is not there."""
     counters[FRESH] = positions.shape[0]
@@ -311,14 +311,14 @@ def load_rows(positions, ids, keys, links, free, groups, table, counters, k0, k1
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_groups(ids, g0, g1, out):
     """out[i] (uint64) = hash of the group ids[i] (int64): who gets the remainder."""
     for i in range(ids.shape[0]):
         out[i] = _key(ids[i], g0, g1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def plan_balanced(
     keys, links, free, holder, visited, groups, room, table, rest, counters, log,
     mode, fixed, capacity, k0, k1, g0, g1, start, most, ids, out,
@@ -424,7 +424,7 @@ def plan_balanced(
     return used, freed
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
     """For a smaller `capacity`: take rows of the smallest keys away, into `lost` (int64), as the mode says; their number.
 

@@ -11,7 +11,7 @@ _S0 = np.uint64(0xBF58476D1CE4E5B9)
 _29 = np.uint64(29)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_rows(words, out):
     """out[i] (uint64) = a hash of row i of `words`, (n, d) uint64: equal rows have equal hashes."""
     for i in range(words.shape[0]):
@@ -22,7 +22,7 @@ def hash_rows(words, out):
         out[i] = h
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def take(products, dots, alive, twin, row):
     """Choose a row: `dots` gains its products with all, and the next equal row, if there is one, is looked at in its place."""
     alive[row] = 0
@@ -32,7 +32,7 @@ def take(products, dots, alive, twin, row):
         dots[j] += products[row, j]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def herd(products, squares, dots, alive, twin, order, done, count, slack):
     """Choose rows greedily until `count` are chosen, or until rounding could decide which is the next.
 

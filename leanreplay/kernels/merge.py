@@ -5,13 +5,13 @@ from __future__ import annotations
 from . import njit
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _worse(key, position, than, other):
     """Whether a sample of this key and position leaves before another: the smaller key does, of equal ones the younger."""
     return key < than or (key == than and position > other)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def offer(keys, positions, groups, rows, source, starts, counts, best, held, places):
     """Offer n samples to the heaps of their groups, the worst of each on top.
 
@@ -46,7 +46,7 @@ def offer(keys, positions, groups, rows, source, starts, counts, best, held, pla
         best[first + j], held[first + j], places[first + j] = key, position, source | rows[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def sort_places(held, places):
     """Sort both arrays by `held` (int64, distinct), in place: a heapsort, because `argsort` would need half as much memory again."""
     n = held.shape[0]
@@ -58,7 +58,7 @@ def sort_places(held, places):
         _sink(held, places, 0, last)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _sink(held, places, i, n):
     position, place = held[i], places[i]
     while 2 * i + 1 < n:

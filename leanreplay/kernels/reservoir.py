@@ -14,7 +14,7 @@ _30 = np.uint64(30)
 _31 = np.uint64(31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _fin(x):
     """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
     x = (x ^ (x >> _30)) * _S0
@@ -22,20 +22,20 @@ def _fin(x):
     return x ^ (x >> _31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _key(position, k0, k1):
     """The key of a position: two rounds with a key between them. A bijection, so keys never tie."""
     return _fin(_fin(np.uint64(position) * _G + k0) + k1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def position_keys(positions, k0, k1, out):
     """out[i] = key of positions[i]. positions: (n,) int64; out: (n,) uint64."""
     for i in range(positions.shape[0]):
         out[i] = _key(positions[i], k0, k1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _sift_down(keys, rows, size, i):
     key, row = keys[i], rows[i]
     while True:
@@ -51,7 +51,7 @@ def _sift_down(keys, rows, size, i):
     keys[i], rows[i] = key, row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def build_heap(positions, k0, k1, keys, rows):
     """Make the min-heap (keys, rows) of all live rows (position >= 0); returns its size. O(rows)."""
     size = 0
@@ -65,7 +65,7 @@ def build_heap(positions, k0, k1, keys, rows):
     return size
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
     """Offer positions start, start + 1, ... to the heap; out[i] (int64) becomes the row that sample i takes, or -1.
 
@@ -95,7 +95,7 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
     return out.shape[0], size
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _slot(table, entry):
     """Where `entry` stands in an open-addressing table, or would."""
     mask = np.uint64(table.shape[0] - 1)
@@ -105,7 +105,7 @@ def _slot(table, entry):
     return at
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def draw(size, k0, k1, seen, counter, replace, out):
     """Draw out.shape[0] numbers below `size` uniformly, a function of (k0, k1, seen, counter) alone.
 

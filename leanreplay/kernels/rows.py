@@ -64,7 +64,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
             hint = builder.module.declare_intrinsic(
                 "llvm.prefetch", [address.type], ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
             )
-            builder.call(hint, [address, i32(0), i32(3), i32(1)])
+            builder.call(hint, [address, i32(0), i32(2), i32(1)])  # into the second level: more of them at once
             return context.get_dummy_value()
 
         return types.void(mem, types.intp), generate
@@ -114,7 +114,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
         return types.Array(types.uint64, 1, "C", readonly=not mem.mutable)(mem), generate
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _mix(x):
     """Scramble a uint64 (the finaliser of MurmurHash3, a bijection)."""
     x = (x ^ (x >> _33)) * _M0
@@ -122,7 +122,7 @@ def _mix(x):
     return x ^ (x >> _33)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _term(word, k):
     """What word i adds to a hash, k being (i + 1) * _G: itself plus the product of its halves, which no change of a single byte leaves
     the same. Loops count k up, because a vector multiplication for each word would cost more than all the rest."""
@@ -134,7 +134,7 @@ def _term(word, k):
 # unsigned (a test for negative ones would stay in the loop), and a kernel calls `_copy` in one place, where it becomes part of it.
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _copy(src, s, dst, d, n):
     """Copy n bytes from src[s:] to dst[d:] (uint8 arrays); the hash of the copy, read once because a writer may be changing it."""
     total = n
@@ -153,7 +153,7 @@ def _copy(src, s, dst, d, n):
     return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _hash(src, s, n):
     """`_copy` without the copy."""
     total = n
@@ -167,7 +167,7 @@ def _hash(src, s, n):
     return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _hash_words(words, s, n):
     """`_hash` of n bytes, a multiple of 8, from byte s of `words` (uint64)."""
     total = n
@@ -179,25 +179,25 @@ def _hash_words(words, s, n):
     return _mix(total)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _tag(row, position, group):
     """One word for what a row is: its number, position and group (all uint64)."""
     return _mix(_mix(row * _G ^ group) + position)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _checksum(data, tag, field):
     """Checksum of a row's field: the hash of its bytes, the row's tag, and which field it is."""
     return _mix((data + np.uint64(field)) ^ tag)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _share(checksum):
     """What a checksum adds to the digest of its bucket."""
     return _mix(checksum ^ _G)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def seal_block(mem, at, words, state):
     """Write `words` (uint64) to mem[at:], the last of them replaced by the hash of the others: valid or not, as a whole.
 
@@ -212,7 +212,7 @@ def seal_block(mem, at, words, state):
         target[(at >> 3) + i] = words[i]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_block(mem, at, words):
     """Copy a sealed block from mem[at:] into `words` (uint64); whether its seal holds."""
     last = words.shape[0] - 1
@@ -222,7 +222,7 @@ def read_block(mem, at, words):
     return words[last] == _hash_words(words, np.uint64(0), np.uint64(8 * last))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     """Copy fields first to last of rows out, verifying each.
 
@@ -267,7 +267,7 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
     return wrong
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def read_record(record, cols, row, out, places):
     """Copy the fields of one undo record out as `read_rows` does for row `row`; whether all its checksums hold.
 
@@ -284,7 +284,7 @@ def read_record(record, cols, row, out, places):
     return words[cols[fields, 0] >> _3] != _FREE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def keep_last(rows, slots, start, samples, taken, positions):
     """The last sample of each row that is taken.
 
@@ -313,7 +313,7 @@ def keep_last(rows, slots, start, samples, taken, positions):
     return count
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_at, record, digests, counts):
     """Write the undo records of `rows` (distinct) into mem, and take the checksums about to change off the digests.
 
@@ -381,7 +381,7 @@ def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_a
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * done)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_records(src, list_at, record_at, record, live, count):
     """The hash that `save_rows` returned for these records (src: uint8, the map itself or a copy of the records)."""
     words = _words(src)
@@ -391,7 +391,7 @@ def hash_records(src, list_at, record_at, record, live, count):
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * count)))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def save_freed(mem, cols, rows, at, digests):
     """Write (row, position, group) of `rows`, which are about to become free, to mem[at:]; take their checksums off the digests.
 
@@ -409,13 +409,13 @@ def save_freed(mem, cols, rows, at, digests):
     return _hash_words(words, np.uint64(at), np.uint64(24 * rows.shape[0]))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_freed(mem, at, count):
     """The hash that `save_freed` returned for `count` rows at mem[at:]."""
     return _hash_words(_words(mem), np.uint64(at), np.uint64(24 * count))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def restore_freed(src, cols, at, count, mem):
     """Give freed rows their positions and groups back."""
     fields = cols.shape[0] - 3
@@ -426,7 +426,7 @@ def restore_freed(src, cols, at, count, mem):
         words[position + source[s]], words[group + source[s]] = source[s + _1], source[s + _2]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def copy_records(mem, cols, rows, out, at, record):
     """Write the undo records of `rows` to out[at:] (zeros before), `record` bytes each."""
     place = np.uint64(at)
@@ -437,7 +437,7 @@ def copy_records(mem, cols, rows, out, at, record):
         place += (size + _7) >> _3 << _3
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def hash_log(start, entries):
     """Go on with the hash of a log, `start`, over more entries, (n, 2) int64."""
     h = start
@@ -446,7 +446,7 @@ def hash_log(start, entries):
     return h
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
     """Write undo records back to the columns of mem where use (uint8) is 1: the first `live` with bytes, others become free."""
     fields = cols.shape[0] - 3
@@ -463,7 +463,7 @@ def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
             words[(cols[fields, 0] >> _3) + source[(list_at >> 3) + i]] = _FREE
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, digests):
     """What `restore_rows` would do to the digests: the rows' present checksums go, the recorded ones come."""
     fields = cols.shape[0] - 3
@@ -482,7 +482,7 @@ def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, dige
                 digests[b] += _share(source[((record_at + (i + 1) * record) >> 3) - fields + f])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def write_field(mem, cols, field, rows, samples, src, positions, groups, digests):
     """Write one field of `rows`, its checksums, and their share of the digests.
 
@@ -505,7 +505,7 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
         digests[np.int64(r % buckets)] += _share(h)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def write_index(mem, cols, rows, positions, groups):
     """Write positions and groups of `rows`, (n,) int64 each."""
     fields = cols.shape[0] - 3
@@ -516,7 +516,7 @@ def write_index(mem, cols, rows, positions, groups):
         words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def scan_index(mem, cols, capacity, digests):
     """Add the digests of all live rows to `digests`; returns the number of live rows, and one past the highest."""
     fields = cols.shape[0] - 3
@@ -533,7 +533,7 @@ def scan_index(mem, cols, capacity, digests):
     return live, high
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def verify_rows(mem, cols, start, stop, bad):
     """Check the stored checksums of rows start to stop: bad[r - start] (uint8) becomes 1 for a row that fails any."""
     fields = cols.shape[0] - 3

@@ -28,7 +28,7 @@ _LN2 = math.log(2.0)
 _ULP = 2.0**-53
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _fin(x):
     """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
     x = (x ^ (x >> _30)) * _S0
@@ -36,14 +36,14 @@ def _fin(x):
     return x ^ (x >> _31)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _uniform(position, k0, k1):
     """v in (0, 1): the middles of 2**52 equal parts, so never 0 or 1, and both v and 1 - v are exact."""
     h = _fin(_fin(np.uint64(position) * _G + k0) + k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _exponential(v):
     """-log1p(-v) within 3 units in the last place.
 
@@ -71,7 +71,7 @@ def _exponential(v):
     return -(np.float64(e) * _LN2 + 2.0 * s * y)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _key(v, weight):
     """The key: larger is better. weight: finite and above 0, denormal or huge."""
     m, e = math.frexp(_exponential(v))
@@ -81,7 +81,7 @@ def _key(v, weight):
     return (np.uint64(exponent) << _52 | np.uint64((2.0 * q - 1.0) / (2.0 * _ULP))) ^ _ALL
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _bound(key):
     """A bit more than the E of a key, as a double; infinite where that would not be exact."""
     k = key ^ _ALL
@@ -91,7 +91,7 @@ def _bound(key):
     return (1.0 + np.float64(k & _MANTISSA) * (2.0 * _ULP)) * math.pow(2.0, np.float64(exponent - 1)) * 1.000000001
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def weighted_keys(positions, weights, k0, k1, out):
     """out[i] (uint64) = key of positions[i] (int64) with weights[i] (float64). False if a weight is not finite and above 0."""
     for i in range(positions.shape[0]):
@@ -102,7 +102,7 @@ def weighted_keys(positions, weights, k0, k1, out):
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def _sift_down(keys, held, rows, size, i):
     key, position, row = keys[i], held[i], rows[i]
     while True:
@@ -118,7 +118,7 @@ def _sift_down(keys, held, rows, size, i):
     keys[i], held[i], rows[i] = key, position, row
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
     """Make the heap of all live rows (position >= 0), the worst on top; its size, or -1 if a weight is not finite and above 0.
 
@@ -138,7 +138,7 @@ def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
     return size
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit
 def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, out):
     """Offer positions start, start + 1, ... of weights (float64) to the heap; out[i] (int64) becomes the row of sample i, or -1.
 

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
+from . import plot
 from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
+from .evaluation import Evaluation, evaluate
 from .features import features
 from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
-from .learners import ERLearner, Step
+from .learners import (
+    CLSLearner,
+    Consistency,
+    DERLearner,
+    ERLearner,
+    Forward,
+    LogitMatching,
+    PODLearner,
+    PooledOutputDistillation,
+    Replay,
+    ReplayLearner,
+    ReplayLoss,
+    ShrinkAndPerturb,
+    Step,
+    SuperERLearner,
+    Term,
+)
 from .loader import MixedLoader, ReplayLoader
+from .training import History, fit, saved_task
 
 __all__ = [
     "AsyncReservoir",
     "BufferDataset",
+    "CLSLearner",
+    "Consistency",
+    "DERLearner",
     "ERLearner",
+    "Evaluation",
+    "Forward",
+    "History",
     "InterleavedSampler",
     "InterleavedSamplerConfig",
+    "LogitMatching",
     "MixedLoader",
+    "PODLearner",
+    "PooledOutputDistillation",
+    "Replay",
+    "ReplayLearner",
     "ReplayLoader",
+    "ReplayLoss",
     "SamplerIntervalConfig",
+    "ShrinkAndPerturb",
     "ShuffleSampler",
     "Step",
+    "SuperERLearner",
+    "Term",
+    "evaluate",
     "features",
+    "fit",
+    "plot",
     "sample",
+    "saved_task",
 ]

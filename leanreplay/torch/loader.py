@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import queue
@@ -16,7 +17,7 @@ import torch
 
 from ..batches import integer
 from ..buffers import DataBuffer
-from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError
+from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
 from ..keys import key_pair
 from .data import bfloat16_fields, sample, to_torch
@@ -101,15 +102,17 @@ class ReplayLoader:
 
     buffer: any buffer, with at least `batch_size` samples when the first batch is asked for.
     batch_size: samples in a batch, distinct ones unless `balance` needs more than a group has.
-    device, pin_memory: where the tensors go. prefetch: batches planned ahead, at least 1.
+    device, pin_memory: where the tensors go; copies to a GPU are queued on its default stream. prefetch: batches planned ahead, at least 1.
     batch_transform: called with each batch (without metadata), in the background; the buffer's own transforms ran before, per sample.
     balance: "class" (the label, second element of a pair) or the name of a metadata field: every batch draws evenly over its values.
         Costs a pass over that column after every change of the buffer.
-    batches: how many batches one `for` loop gets; None: without end.
+    batches: how many batches one `for` loop gets (after one that was broken off, the next gets the rest of them); None: without end.
     seed: of the draws; two loaders of one buffer want different ones.
 
-    A batch that cannot be planned or made raises its error when its turn comes; the next call tries that batch again.
-    `state_dict` resumes at the next undelivered batch, bit for bit: it holds the batches that were planned already.
+    A batch that cannot be planned or made raises its error when its turn comes; the next call tries that batch again. Errors of its own:
+    ArgumentError for arguments and for a buffer that is too small, SchemaError for a `balance` that the buffer cannot give, ModeError
+    when closed. `state_dict` resumes at the next undelivered batch, bit for bit: it holds the batches that were planned already.
+    For one thread; any thread may change the buffer.
 
     >>> import numpy as np
     >>> from leanreplay import ReservoirBuffer
@@ -176,9 +179,12 @@ class ReplayLoader:
         job.ready.wait()
         if job.error is not None:
             self._planned = []
+            _drain(self._queue)
             error, job.error = job.error, None  # a cycle through the traceback would keep the loader, and its thread
             del job
             try:
+                if isinstance(error, StopIteration):  # would end the loop as if there were no more batches
+                    raise WorkerError("a transform raised StopIteration: an iterator that it reads from has come to its end") from error
                 raise error
             finally:
                 del error
@@ -221,7 +227,18 @@ class ReplayLoader:
         tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
         if self.batch_transform is not None:
             tensors = self.batch_transform(tensors)
-        return _placed((tensors, told), self.device, self.pin_memory)  # type: ignore[no-any-return]
+        return self._placed((tensors, told))  # type: ignore[no-any-return]
+
+    def _placed(self, value: Any) -> Any:
+        """Tensors in any nesting on the device; pinned on the way where that helps."""
+        pin = self.pin_memory and torch.cuda.is_available()
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            if pin and tensor.device.type == "cpu":
+                tensor = tensor.pin_memory()
+            return tensor if self.device is None else tensor.to(self.device, non_blocking=pin)
+
+        return _each(value, place)
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
@@ -283,24 +300,37 @@ class ReplayLoader:
             job.ready.wait()
             if job.error is not None:
                 break
-            ahead.append(_cloned(_placed(job.result, "cpu", False)))
-        return {"format": 1, "delivered": self._delivered, "passed": self._passed, "ahead": ahead}
+            ahead.append(_each(job.result, _copied))
+        return {"format": 1, "delivered": self._delivered, "passed": self._passed, "ahead": ahead, "of": self._same}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the batch that would have come next. Bring the buffer to its state of the same checkpoint first, or after."""
+        """Go on with the batch that would have come next. Bring the buffer to its state of the same checkpoint first, or after.
+
+        Raises StateError for what is no such state, and for one of another `batch_size`, `balance` or `seed`. `prefetch`, `batches` and
+        `device` may differ.
+        """
         self._check_open()
-        wanted = {"format": int, "delivered": int, "passed": int, "ahead": list}
+        wanted = {"format": int, "delivered": int, "passed": int, "ahead": list, "of": dict}
         right = isinstance(state, Mapping) and all(type(state.get(k)) is t for k, t in wanted.items()) and state["format"] == 1
         right = right and all(0 <= state[k] < 2**62 for k in ("delivered", "passed"))
         if not right or any(type(item) is not tuple or len(item) != 2 for item in state["ahead"]):
             raise StateError(f"not a state of a ReplayLoader: expected a dict with {sorted(wanted)}, got {state!r:.200}")
-        ahead: list[_Job] = [_Made(self.buffer, _placed(_cloned(item), self.device, self.pin_memory)) for item in state["ahead"]]
+        wrong = [f"{key}: {state['of'].get(key)!r}, here {value!r}" for key, value in self._same.items() if state["of"].get(key) != value]
+        if wrong:
+            raise StateError(f"the state is of another ReplayLoader ({'; '.join(wrong)}); make this one with the same arguments")
+        ahead: list[_Job] = [_Made(self.buffer, self._placed(_each(item, _copied))) for item in state["ahead"]]
         self._delivered, self._passed, self._planned = state["delivered"], state["passed"], ahead
+        _drain(self._queue)
+
+    @property
+    def _same(self) -> dict[str, Any]:
+        """What a state must agree with."""
+        return {"batch_size": self.batch_size, "balance": self.balance, "seed": self.seed}
 
     # -- closing -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the background thread. Closing twice is fine."""
+        """End the background thread, as soon as the batch that it is at is made. Closing twice is fine."""
         self._closed = True
         self._finalizer()
         if self._thread is not None and self._pid == os.getpid():
@@ -317,10 +347,18 @@ class ReplayLoader:
 
 def _give_up(jobs: queue.SimpleQueue[_Job | None], buffer: weakref.ref[DataBuffer], hook: Callable[[], None]) -> None:
     """Tell the background thread to end, and the buffer not to wait for it."""
+    _drain(jobs)
     jobs.put(None)
     there = buffer()
     if there is not None and hook in there._before_write:
         there._before_write.remove(hook)
+
+
+def _drain(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    """What is planned no more need not be made."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            jobs.get_nowait()
 
 
 def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
@@ -344,26 +382,20 @@ def _positive(name: str, value: Any) -> int:
     return number
 
 
-def _cloned(value: Any) -> Any:
-    """Tensors in any nesting that share no memory with these."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, Mapping):
-        return {key: _cloned(v) for key, v in value.items()}
-    return type(value)([_cloned(v) for v in value]) if type(value) in (tuple, list) else value
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, in memory of its own."""
+    return tensor.to("cpu", copy=True)
 
 
-def _placed(value: Any, device: Any, pin: bool) -> Any:
-    """Tensors in any nesting on a device; pinned on the way where that helps."""
+def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """What a function makes of each tensor in any nesting; all else as it is."""
     if isinstance(value, torch.Tensor):
-        if pin and value.device.type == "cpu" and torch.cuda.is_available():
-            value = value.pin_memory()
-        return value if device is None else value.to(device, non_blocking=pin)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: _placed(v, device, pin) for key, v in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)([_placed(v, device, pin) for v in value])
-    return value
+        return {key: _each(v, function) for key, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_each(v, function) for v in value))
+    return type(value)([_each(v, function) for v in value]) if type(value) in (tuple, list) else value
 
 
 class MixedLoader:
@@ -372,7 +404,8 @@ class MixedLoader:
     stream_loader: yields pairs (x, y) of tensors or arrays, a DataLoader for instance. Of each, x and y are followed by those of
     `replay_batch_size` samples drawn from the buffer at that moment (fewer while it holds fewer); is_replay, (n,) bool, says which they
     are, and meta is the metadata of these. What goes into the buffer is up to the loop, after the step for instance, so no sample is
-    replayed in the batch that it comes with. device: where the batch goes.
+    replayed in the batch that it comes with. device: where the batch goes. Draws are the buffer's own, so they are part of its state.
+    Raises ArgumentError for what is not such pairs, and for samples of the stream and the buffer that differ in shape.
 
     >>> import torch
     >>> from leanreplay import ReservoirBuffer

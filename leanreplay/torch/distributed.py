@@ -1,0 +1,79 @@
+"""Several processes under torchrun: each feeds and samples its own buffer, gradients meet in DistributedDataParallel.
+
+What is shared is little: weights and their gradients. Buffers stay apart (`stream=rank`) until `leanreplay.merge` makes one exact buffer of
+all. Everything here is the identity in a single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ..buffers import DataBuffer
+from ..errors import ArgumentError
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The number of this process, and of processes. Raises ArgumentError under torchrun if there is no process group yet."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if dist.is_available() and dist.is_torchelastic_launched():
+        raise ArgumentError("started by torchrun, but there is no process group yet: call torch.distributed.init_process_group() first")
+    return 0, 1
+
+
+def gather(value: Any) -> list[Any]:
+    """Everyone's value, in the order of ranks. All must call it."""
+    if rank_and_size()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within a DistributedDataParallel; any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def parallel(learner: Any) -> Iterator[None]:
+    """The learner's model in a DistributedDataParallel, for a while. One that is in one already stays as it is."""
+    model = learner.model
+    if rank_and_size()[1] > 1 and model is unwrapped(model):
+        device = next(model.parameters()).device
+        learner.model = DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
+    try:
+        yield
+    finally:
+        learner.model = model
+
+
+def share_statistics(model: torch.nn.Module) -> None:
+    """Give all ranks rank 0's buffers of the model, batch norm's running statistics for instance."""
+    if rank_and_size()[1] > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def check_ranks(model: torch.nn.Module, buffer: DataBuffer) -> None:
+    """Raise ArgumentError unless all ranks begin with the same weights, and with buffers that can be merged in the end."""
+    if rank_and_size()[1] == 1:
+        return
+    digest = hashlib.blake2b()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    seeds, streams, digests = zip(*gather((buffer.seed, buffer.stream, digest.digest())), strict=True)
+    if len(set(seeds)) > 1 or len(set(streams)) < len(streams):
+        raise ArgumentError(
+            f"the buffers of the ranks have seeds {list(seeds)} and streams {list(streams)}, and could not be merged; give all the same "
+            "seed, and each a stream of its own: stream=torch.distributed.get_rank()"
+        )
+    if len(set(digests)) > 1:
+        raise ArgumentError("the ranks begin with different weights; call torch.manual_seed with the same number before making the model")

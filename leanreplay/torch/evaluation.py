@@ -1,0 +1,176 @@
+"""How well a model does on each task, after each task."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..batches import required
+from ..errors import ArgumentError
+from .distributed import unwrapped
+from .reading import Reader, check_function
+
+
+class Evaluation:
+    """Accuracies a[i, j] on task j after learning task i, and what the literature makes of them. All are fractions from 0 to 1.
+
+    matrix: (rows, tasks), a row for each call of `evaluate`, NaN where a task was not evaluated. Row i is meant to be taken after the
+    i-th task in the order of columns; there are at most as many rows as columns. To keep one: `evaluation.matrix.tolist()`.
+
+    >>> from leanreplay.torch import Evaluation
+    >>> evaluation = Evaluation([[0.9, 0.1, 0.0], [0.6, 0.8, 0.1], [0.5, 0.7, 0.9]])
+    >>> round(evaluation.average_accuracy, 3), round(evaluation.forgetting, 3), round(evaluation.backward_transfer, 3)
+    (0.7, 0.25, -0.25)
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        try:
+            self.matrix = np.array(matrix, np.float64)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"matrix must be rows of accuracies, one for each task: {error}") from None
+        if self.matrix.ndim != 2 or not 1 <= self.matrix.shape[0] <= self.matrix.shape[1]:
+            raise ArgumentError(
+                f"matrix must have a column for each task, and from one row to as many as columns, got shape {self.matrix.shape}; "
+                "evaluate once after each task"
+            )
+        self.matrix.setflags(write=False)
+
+    @property
+    def average_accuracy(self) -> float:
+        """Mean of the last row, over the tasks evaluated in it.
+
+        With all T tasks learned this is ACC of Lopez-Paz and Ranzato 2017, 1/T * sum_j a[T, j]. For A_k of Chaudhry et al. 2018 in
+        between (the mean over the k tasks learned so far), evaluate on those: `evaluate(model, tasks[:k], previous)`.
+        """
+        return float(np.nanmean(self.matrix[-1]))
+
+    @property
+    def forgetting(self) -> float:
+        """F_k of Chaudhry et al. 2018 ("Riemannian Walk for Incremental Learning"), k being the number of rows; NaN for k = 1.
+
+        F_k = 1/(k-1) * sum over j < k of (max over l < k of a[l, j] - a[k, j]): how far tasks before the last one lie below their best
+        so far. From -1 to 1, lower is better. Rows that lack a task do not count for its maximum.
+        """
+        earlier, last = self._past()
+        return float(np.mean([np.nanmax(column) - now for column, now in zip(earlier.T, last, strict=True)])) if last.size else np.nan
+
+    @property
+    def backward_transfer(self) -> float:
+        """BWT of Lopez-Paz and Ranzato 2017 ("Gradient Episodic Memory"), after k tasks, k being the number of rows; NaN for k = 1.
+
+        BWT = 1/(k-1) * sum over i < k of (a[k, i] - a[i, i]): what later tasks did to earlier ones. From -1 to 1, higher is better.
+        """
+        earlier, last = self._past()
+        return float(np.mean(last - np.diagonal(earlier))) if last.size else np.nan
+
+    def _past(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Of the tasks before the last one: all rows but the last, (k-1, k-1), and the last one, (k-1,)."""
+        k = self.matrix.shape[0]
+        past = self.matrix[:, : k - 1]
+        missing = [j for j in range(k - 1) if np.isnan(past[j, j]) or np.isnan(past[-1, j])]
+        if missing:
+            raise ArgumentError(
+                f"task {missing[0]} was not evaluated right after it was learned and in the last row; evaluate all tasks so far"
+            )
+        return past[:-1], past[-1]
+
+    def __repr__(self) -> str:
+        k, tasks = self.matrix.shape
+        return (
+            f"Evaluation({k} of {tasks} tasks, average_accuracy={self.average_accuracy:.4f}, forgetting={self.forgetting:.4f}, "
+            f"backward_transfer={self.backward_transfer:.4f})"
+        )
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tasks: Sequence[Any],
+    previous: Evaluation | None = None,
+    *,
+    batch_size: int = 256,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """The accuracy of a model on each of a list of tasks, as a new row below the rows of `previous`.
+
+    tasks: a list of map-style datasets of pairs, or of pairs (x, y) of tensors or arrays. The first k of all tasks will do, too: the row
+    has NaN for the rest. The model gives (n, classes); its answer is the largest of all classes.
+    transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner. collate_fn: of a list of
+    samples, gives (x, y). device: default: where the model's first parameter is.
+
+    The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass over all samples.
+    Raises ArgumentError for tasks, outputs or targets of another kind.
+
+    >>> import torch
+    >>> from leanreplay.torch import evaluate
+    >>> x, model = torch.eye(4), torch.nn.Identity()
+    >>> first = evaluate(model, [(x, torch.arange(4)), (x, torch.zeros(4, dtype=torch.int64))])
+    >>> evaluate(model, [(x, torch.tensor([0, 1, 0, 0])), (x, torch.arange(4))], first)
+    Evaluation(2 of 2 tasks, average_accuracy=0.7500, forgetting=0.5000, backward_transfer=-0.5000)
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if previous is not None and not isinstance(previous, Evaluation):
+        raise ArgumentError(f"previous must be what evaluate returned for the tasks before, got {type(previous).__name__}")
+    if not isinstance(tasks, (list, tuple)) or not tasks:
+        raise ArgumentError(f"tasks must be a list of datasets, at least one, got {type(tasks).__name__} {tasks!r:.100}")
+    if isinstance(tasks, tuple) and any(isinstance(task, (torch.Tensor, np.ndarray)) for task in tasks):
+        raise ArgumentError("tasks is a pair of arrays; for a single task give a list of that one: [(x, y)]")
+    for name, function in (("transform", transform), ("target_transform", target_transform), ("collate_fn", collate_fn)):
+        check_function(name, function)
+    required("batch_size", batch_size, 1, 2**40)
+    readers = [Reader(f"tasks[{i}]", task, collate_fn, transform, target_transform) for i, task in enumerate(tasks)]
+    row = [_accuracy(model, reader, batch_size, device) for reader in readers]
+    rows = [] if previous is None else previous.matrix.tolist()
+    width = max(map(len, [*rows, row]))
+    return Evaluation([r + [np.nan] * (width - len(r)) for r in [*rows, row]])
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model's first parameter is."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; afterwards every module is in the mode that it was in."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def predictions(
+    model: torch.nn.Module, reader: Reader, indices: npt.NDArray[np.int64], batch_size: int, device: torch.device | str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(outputs, targets) of each batch, on the device. To be used within `evaluating`."""
+    for start in range(0, len(indices), batch_size):
+        x, y = reader.batch(indices[start : start + batch_size])
+        yield model(x.to(device)), y.to(device)
+
+
+def _accuracy(model: torch.nn.Module, reader: Reader, batch_size: int, device: torch.device | str | None) -> float:
+    model = unwrapped(model)
+    device = device or device_of(model)
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    with evaluating(model):
+        for outputs, targets in predictions(model, reader, np.arange(len(reader)), batch_size, device):
+            if outputs.ndim != 2 or targets.shape != outputs.shape[:1] or targets.is_floating_point():
+                raise ArgumentError(
+                    f"{reader.name}: expected outputs (n, classes) and n integers as targets, got outputs of shape {tuple(outputs.shape)} "
+                    f"and {targets.dtype} of shape {tuple(targets.shape)}"
+                )
+            right += (outputs.argmax(1) == targets).sum()
+    return right.item() / len(reader)

@@ -1,0 +1,487 @@
+"""The training step that all learners share: draw, forward, losses; then moved metadata, the batch and the terms' own updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...batches import required
+from ...buffers import DataBuffer
+from ...errors import ArgumentError, LossError, StateError
+from ..data import sample
+from .replay import Replay, bare, forward
+from .term import Term, fraction, number
+
+Function = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `step` returns.
+
+    loss: the whole loss. losses: its terms by name, before weights and normalisation; "stream" is that of the batch itself,
+    "stream+replay" one mean over batch and replay. outputs: the model's outputs for the batch, (n, ...), detached.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    outputs: torch.Tensor
+
+
+@dataclass
+class _Queued:
+    """A batch whose loss was computed: what `after_step` will write. seen: which classes occurred up to here (with masks)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    stored: dict[str, torch.Tensor]
+    moved: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+    seen: torch.Tensor | None
+
+
+class ReplayLearner:
+    """Rehearsal with any list of terms; the methods are this class with their papers' terms.
+
+        loss = (loss_weight * l(f(x), y) + sum of weight_i * term_i) / (loss_weight + sum of weight_i)
+
+    over the batch (x, y) from the stream and what the terms make of draws from the buffer; after the step the batch is offered to the
+    buffer, so a draw never holds samples of its own step. While the buffer is empty there are no terms.
+
+    model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper,
+    which is what its gradient exchange needs. optimizer: over the model's parameters.
+    buffer: of pairs (x, y); any buffer will do, the papers use a `ReservoirBuffer`. One that holds samples must hold what the terms store.
+    terms: see `Term`; ones of weight 0 take no draw. loss_fn: mean loss of (outputs, y).
+    replay_batch_size: samples of a draw, uniform and without replacement; as many as the buffer holds, if fewer.
+    loss_normalization: divide by the sum of the weights, as above; the papers do not.
+    ema_memory_update_gamma: what is stored with replayed samples moves towards what the model gives for them now,
+        stored <- gamma * stored + (1 - gamma) * now, where the row still holds that sample. 1: stays as it is.
+    mask_unused_classes: outputs of classes that occurred in no batch so far count as -inf in `loss_fn`, and are not matched.
+    transform, target_transform: of each x and y of the stream. buffer_transform, buffer_target_transform: of each x and y of a draw,
+        anew every time. What is stored is the batch as it came.
+    max_outputs: width of stored logits, for a model whose outputs will become more; without it they must stay as many as they are.
+    seed: of the terms' random choices (draws follow from the buffer's seed). The same on all ranks of a distributed run.
+    device: where batches go; default: where x is.
+
+    Bad arguments are ArgumentErrors; a batch that is refused has changed nothing.
+
+    >>> import torch
+    >>> from leanreplay import ReservoirBuffer
+    >>> from leanreplay.torch import LogitMatching, ReplayLearner, ReplayLoss
+    >>> model = torch.nn.Linear(4, 2)
+    >>> learner = ReplayLearner(model, torch.optim.SGD(model.parameters(), lr=0.1), ReservoirBuffer(50),
+    ...                         terms=[ReplayLoss(0.5), LogitMatching(0.5)], replay_batch_size=8)
+    >>> for start in range(0, 100, 10):
+    ...     step = learner.step(torch.randn(10, 4), torch.arange(start, start + 10) % 2)
+    >>> learner.steps, sorted(step.losses), step.outputs.shape
+    (10, ['logits', 'replay', 'stream'], torch.Size([10, 2]))
+
+    `step` is short for this, which leaves the backward pass to you (for mixed precision, accumulation over batches, and so on):
+
+    >>> learner.optimizer.zero_grad()
+    >>> learner.loss(torch.randn(10, 4), torch.arange(10) % 2).backward()
+    >>> learner.optimizer.step()
+    >>> learner.after_step()
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        buffer: DataBuffer,
+        *,
+        terms: Sequence[Term] = (),
+        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.nn.functional.cross_entropy,
+        replay_batch_size: int = 32,
+        loss_weight: float = 1.0,
+        loss_normalization: bool = True,
+        ema_memory_update_gamma: float = 1.0,
+        mask_unused_classes: bool = False,
+        transform: Function | None = None,
+        target_transform: Function | None = None,
+        buffer_transform: Function | None = None,
+        buffer_target_transform: Function | None = None,
+        max_outputs: int | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if next(model.parameters(), None) is None:
+            raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if not isinstance(buffer, DataBuffer):
+            raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+        functions = {
+            "transform": transform,
+            "target_transform": target_transform,
+            "buffer_transform": buffer_transform,
+            "buffer_target_transform": buffer_target_transform,
+        }
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                raise ArgumentError(f"{name} must be a function of one sample's element, got {function!r:.200}")
+        if not callable(loss_fn):
+            raise ArgumentError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r:.200}")
+        self.model, self.optimizer, self.buffer, self.loss_fn = model, optimizer, buffer, loss_fn
+        self.replay_batch_size = required("replay_batch_size", replay_batch_size, 0, 2**40)
+        self.loss_weight = number("loss_weight", loss_weight)
+        self.loss_normalization = bool(loss_normalization)
+        self.ema_memory_update_gamma = fraction("ema_memory_update_gamma", ema_memory_update_gamma)
+        self.mask_unused_classes = bool(mask_unused_classes)
+        self.transform, self.target_transform = transform, target_transform
+        self.buffer_transform, self.buffer_target_transform = buffer_transform, buffer_target_transform
+        self.max_outputs = None if max_outputs is None else required("max_outputs", max_outputs, 1, 2**30)
+        self.seed = required("seed", seed, -(2**127), 2**127 - 1)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError(f"device: {error}") from None
+        self.terms = list(terms)
+        self._check_terms()
+        self.steps = 0
+        self.task: int | str | None = None
+        self.outputs = torch.empty(0)  # of the last `loss`, for its stream part
+        self.losses: dict[str, float] = {}
+        self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
+        self._seen: torch.Tensor | None = None
+        self._queue: list[_Queued] = []
+        self._fits = False  # whether the buffer is known to hold what the terms store
+        self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
+        self._labels = self._labels or any(term.needs_labels for term in self.terms)
+        for term in self.terms:
+            term.attach(self)
+        self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
+        self._layers = tuple(dict.fromkeys(name for term in self.terms for name in term.layers))
+
+    def _check_terms(self) -> None:
+        for term in self.terms:
+            if not isinstance(term, Term):
+                raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+        names = ["stream", "stream+replay", *(term.name for term in self.terms)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ArgumentError(f"several terms are called {twice[0]!r}; give each a name of its own: name='...'")
+        if sum(term.together for term in self.terms) > 1:
+            raise ArgumentError("only one term's draw can go through the model together with the stream")
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, without a DistributedDataParallel around it."""
+        return bare(self.model)
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass. Queues the batch for `after_step`.
+
+        Nothing else changes, but what a pass through the model changes: running statistics. Several calls before one
+        `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`.
+
+        Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
+        exception, nothing is queued, and the running statistics are as before.
+        """
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
+        if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0]:
+            raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.shape[0] == 0:
+            raise ArgumentError("the batch is empty; leave such a batch out")
+        device = x.device if self.device is None else self.device
+        inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
+        draws = self._draw(device)
+        before = [(b, b.clone()) for module in self._modules() for b in module.buffers()]
+        try:
+            total, *queued = self._compute(inputs, targets, draws)
+        except BaseException as error:
+            with torch.no_grad():
+                for b, old in before:
+                    b.copy_(old)
+            if isinstance(error, (IndexError, RuntimeError)) and self._labels and device.type == "cpu":
+                self._check_labels(targets, draws)  # which may be what it was
+            raise
+        finally:
+            self.mask = None
+        self._queue.append(_Queued(x, y, *queued))
+        return total
+
+    def _modules(self) -> list[torch.nn.Module]:
+        """All modules that a loss passes data through."""
+        return [self.module, *(module for term in self.terms for module in term.modules())]
+
+    def _ready(
+        self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y transformed, and on the device."""
+        if transform is not None:
+            x = _each(transform, x, "transform")
+        if target_transform is not None:
+            y = _each(target_transform, y, "target_transform")
+        return x if x.device == device else x.to(device), y if y.device == device else y.to(device)
+
+    def _draw(self, device: torch.device) -> list[tuple[Term, Replay]]:
+        """The terms that count now, each with its draw."""
+        draws: list[tuple[Term, Replay]] = []
+        m, replay = min(self.replay_batch_size, len(self.buffer)), None
+        for term in self.terms if m else ():
+            if term.draw is None or term.weight == 0:
+                continue
+            if replay is None or term.draw == "own":
+                drawn, metadata = sample(self.buffer, m)
+                if not isinstance(drawn, (tuple, list)) or len(drawn) != 2 or not all(isinstance(t, torch.Tensor) for t in drawn):
+                    raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays; this one's samples are {self.buffer.schema}")
+                x, y = self._ready(drawn[0], drawn[1], self.buffer_transform, self.buffer_target_transform, device)
+                replay = Replay(self.module, x, y, metadata, self._layers if self.ema_memory_update_gamma < 1 else ())
+            replay.layers = (*replay.layers, *term.layers)
+            draws.append((term, replay))
+        return draws
+
+    def _compute(self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> tuple[torch.Tensor, Any, Any, Any]:
+        """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
+        n = inputs.shape[0]
+        joined = one_mean = None
+        for term, replay in draws:
+            if term.together:
+                joined, one_mean = replay, term.weight is None
+        if joined is None:
+            stream = both = forward(self.model, inputs, self._layers)
+        else:
+            both = forward(self.model, torch.cat([inputs, joined.x]), self._layers)
+            stream = both.part(slice(n))
+            joined.together = both.part(slice(n, None))
+        self.outputs = stream.outputs.detach()
+        if self._labels and inputs.device.type == "cuda":
+            self._check_labels(targets, draws)  # before a kernel meets them, which would end the process's use of the device
+        seen = self._mark_seen(stream.outputs, targets, draws) if self.mask_unused_classes else None
+        self.mask = seen
+        stored: dict[str, torch.Tensor] = {}
+        for term in self.terms:
+            stored.update(term.keep(self, stream))
+        if not self._fits:
+            self._check_buffer(stored)
+
+        losses: dict[str, torch.Tensor] = {}
+        if one_mean and joined is not None:
+            first = self.criterion(both.outputs, torch.cat([targets, joined.y]))
+        else:
+            first = self.criterion(stream.outputs, targets)
+        losses[self._first] = first
+        total, weights = first if self.loss_weight == 1 else self.loss_weight * first, self.loss_weight
+        for term, replay in draws:
+            if term.weight is not None:
+                losses[term.name] = value = term.loss(self, replay)
+                total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
+        if self.loss_normalization and weights not in (0, 1):
+            total = total / weights
+        self._check_finite(total, losses, n, draws)
+        moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
+        return total, stored, moved, seen
+
+    def criterion(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`loss_fn`, with the outputs of unused classes masked if they are to be."""
+        if self.mask is not None:
+            outputs = outputs.masked_fill(~self.mask, -math.inf)
+        return self.loss_fn(outputs, targets)
+
+    def _check_labels(self, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+        """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
+        if self.outputs.ndim != 2:
+            return
+        classes = self.outputs.shape[1]
+        for where, y in (("batch", targets), *(("replayed samples", replay.y) for _, replay in draws)):
+            if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
+                continue
+            low, high = (int(v) for v in torch.aminmax(y))
+            if low < 0 or high >= classes:
+                raise ArgumentError(
+                    f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
+                    f"{classes - 1}; give the model more outputs, or map the labels with target_transform"
+                )
+
+    def _mark_seen(self, outputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> torch.Tensor:
+        """Which classes occurred up to and with this batch, (outputs,) bool."""
+        if outputs.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
+            raise ArgumentError(f"mask_unused_classes needs outputs (n, classes) and integer labels (n,), got {tuple(outputs.shape)}")
+        seen = torch.zeros(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+        before = self._queue[-1].seen if self._queue else self._seen
+        if before is not None:
+            k = min(before.shape[0], seen.shape[0])
+            seen[:k] = before[:k].to(seen.device)
+        seen[targets] = True
+        for _, replay in draws:  # of a buffer that others filled
+            seen[replay.y] = True
+        return seen
+
+    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+        """(rows, positions, name -> moved values) of every draw that went through the model."""
+        moved = []
+        for replay in dict.fromkeys(replay for _, replay in draws):
+            now = replay.latest
+            if now is not None:
+                values: dict[str, torch.Tensor] = {}
+                for term in self.terms:
+                    values.update(term.move(self, replay, now, self.ema_memory_update_gamma))
+                if values:
+                    moved.append((replay.metadata["idx"], replay.metadata["position"], values))
+        return moved
+
+    def _check_buffer(self, stored: Mapping[str, Any]) -> None:
+        schema = self.buffer.schema
+        if schema is None:
+            return
+        if sorted(stored) != schema.metadata_names:
+            raise ArgumentError(
+                f"{type(self).__name__} stores the metadata {sorted(stored)} with each sample, but the buffer has {schema.metadata_names}; "
+                "use a new buffer, or one that such a learner filled"
+            )
+        self._fits = True
+
+    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
+        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
+        for name, value in losses.items():
+            if not isinstance(value, torch.Tensor) or value.ndim:
+                shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
+        if total is losses[self._first]:
+            values = [total.item()] * 2
+        else:
+            values = torch.stack([t.detach() for t in (total, *losses.values())]).tolist()
+        self._total, self.losses = values[0], dict(zip(losses, values[1:], strict=True))
+        if not math.isfinite(sum(values)):
+            wrong = [(name, v) for name, v in {**self.losses, "whole": values[0]}.items() if not math.isfinite(v)]
+            if wrong:
+                raise LossError(
+                    f"the {wrong[0][0]} loss of step {self.steps} is {wrong[0][1]} (batch of {n}, {len(draws[0][1]) if draws else 0} "
+                    "replayed): this batch was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip "
+                    "gradients"
+                )
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def after_step(self, stepped: bool = True) -> None:
+        """What follows the optimizer's step: moved metadata and the queued batches go into the buffer, in one commit; then terms update.
+
+        stepped: False if the optimizer skipped the step (as after an overflow in mixed precision), which then does not count: samples
+        were seen and are stored, but no copy of the model moves.
+        """
+        queue, self._queue = self._queue, []
+        if queue:
+            write(self.buffer, queue)
+            self._seen = queue[-1].seen
+        if stepped:
+            self.steps += 1
+            for term in self.terms:
+                term.after_step(self)
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> Step:
+        """One training step on a batch from the stream, x (n, ...), y (n, ...). Raises what `loss` raises.
+
+        A step that fails leaves no sample queued, so it can be made again.
+        """
+        queued = len(self._queue)
+        try:
+            self.optimizer.zero_grad()
+            loss = self.loss(x, y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        except BaseException:
+            del self._queue[queued:]
+            raise
+        self.after_step()
+        return Step(self._total, self.losses, self.outputs)
+
+    # -- tasks ---------------------------------------------------------------------------------------------------------
+
+    def on_task_start(self, task: int | str | None = None) -> None:
+        """To be called before the first batch of a task; what happens there is the terms' (shrink-and-perturb, for instance).
+
+        task: a name for it. If that task is the one that is already going on, as after `load_state_dict` in the middle of it, nothing
+        happens: a script that names its tasks may call this again when it resumes. Without a name every call starts a task.
+        """
+        if task is not None and not isinstance(task, str):
+            task = required("task", task, -(2**63), 2**63 - 1)
+        if task is not None and task == self.task:
+            return
+        for term in self.terms:
+            term.on_task_start(self)
+        self.task = task
+
+    def on_task_end(self) -> None:
+        """To be called after the last step of a task."""
+        for term in self.terms:
+            term.on_task_end(self)
+        self.task = None
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, beside the model's and the optimizer's: plain values and tensors, that
+        `torch.load(weights_only=True)` takes. Marks a restore point of the buffer."""
+        if self._queue:
+            raise StateError(f"{len(self._queue)} batches wait for after_step; call that first, or the state would lack them")
+        return {
+            "format": 1,
+            "steps": self.steps,
+            "task": self.task,
+            "classes": [] if self._seen is None else self._seen.nonzero().flatten().tolist(),
+            "terms": {term.name: term.state_dict() for term in self.terms},
+            "buffer": self.buffer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state that `state_dict` returned, the buffer too. Raises StateError, and changes nothing, where that cannot be."""
+        kinds: dict[str, Any] = {"format": int, "steps": int, "task": (int, str, type(None)), "classes": list, "terms": dict}
+        if not isinstance(state, Mapping) or any(not isinstance(state.get(k, ...), t) for k, t in kinds.items()) or state["format"] != 1:
+            raise StateError(
+                f"not a state of a {type(self).__name__}: expected a dict with format=1, {', '.join(list(kinds)[1:])} and buffer, "
+                f"got {state!r:.200}"
+            )
+        classes = state["classes"]
+        if state["steps"] < 0 or any(type(c) is not int or not 0 <= c < 2**30 for c in classes):
+            raise StateError(f"not a state of a {type(self).__name__}: {state['steps']} steps, classes {classes!r:.200}")
+        mine = [term.name for term in self.terms]
+        if sorted(state["terms"]) != sorted(mine):
+            raise StateError(f"the state of a learner with the terms {sorted(state['terms'])}, but this one has {sorted(mine)}")
+        for term in self.terms:
+            term.check_state(state["terms"][term.name])
+        self.buffer.load_state_dict(state.get("buffer"))  # type: ignore[arg-type]
+        for term in self.terms:
+            term.load_state_dict(state["terms"][term.name])
+        self.steps, self.task, self._queue, self._fits, self._seen = state["steps"], state["task"], [], False, None
+        if classes:
+            self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
+            self._seen[classes] = True
+
+
+def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
+    """Offer the queued batches to the buffer, as one, after what moved."""
+    if len(queue) == 1:
+        x, y, stored = queue[0].x, queue[0].y, queue[0].stored
+    else:
+        x, y = torch.cat([q.x for q in queue]), torch.cat([q.y for q in queue])
+        stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
+    moves = [m for q in queue for m in q.moved]
+    moved = None
+    if moves:  # of a row drawn several times the last counts
+        rows, positions = torch.cat([m[0] for m in moves]).numpy(), torch.cat([m[1] for m in moves]).numpy()
+        moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
+    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
+
+
+def _array(tensor: torch.Tensor) -> Any:
+    """Its array where it has one (which the buffer takes faster), the tensor otherwise: on a GPU only survivors are copied."""
+    if tensor.device.type != "cpu" or tensor.dtype is torch.bfloat16 or tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+        return tensor
+    return tensor.numpy()
+
+
+def _each(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
+    """The function's results for each entry, stacked."""
+    try:
+        return torch.stack([torch.as_tensor(function(value)) for value in values])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error

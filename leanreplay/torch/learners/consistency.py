@@ -1,0 +1,118 @@
+"""The consistency term of CLS-ER, with the two slow copies of the model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ...errors import ArgumentError, StateError
+from .replay import Replay, forward
+from .term import Term, fraction, key, mean_square
+
+if TYPE_CHECKING:
+    from .base import ReplayLearner
+
+
+class Consistency(Term):
+    """CLS-ER's consistency loss: mean squared difference of the model's outputs on replayed samples and those of a slow copy of it.
+
+    There are two copies. For each sample the stable one counts where it gives the true class strictly more probability, the plastic
+    one otherwise. After step t (from 1), each with its probability, a copy moves:
+
+        theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
+
+    Copies stay in train mode, without gradients; only parameters are averaged. A model that grew lets its copies grow: what is new
+    starts as the model's.
+    """
+
+    needs_labels = True
+
+    def __init__(
+        self,
+        weight: float = 0.1,
+        *,
+        stable_model_update_weight: float = 0.999,
+        plastic_model_update_weight: float = 0.999,
+        stable_model_update_probability: float = 0.7,
+        plastic_model_update_probability: float = 0.9,
+        draw: Literal["own", "shared"] = "shared",
+        name: str = "consistency",
+    ) -> None:
+        super().__init__(name, weight, draw)
+        self.weights = {
+            "stable": fraction("stable_model_update_weight", stable_model_update_weight),
+            "plastic": fraction("plastic_model_update_weight", plastic_model_update_weight),
+        }
+        self.probabilities = {
+            "stable": fraction("stable_model_update_probability", stable_model_update_probability),
+            "plastic": fraction("plastic_model_update_probability", plastic_model_update_probability),
+        }
+        self.copies: dict[str, torch.nn.Module] = {}
+
+    def attach(self, learner: ReplayLearner) -> None:
+        if self.copies:
+            raise ArgumentError(f"the term {self.name!r} already belongs to a learner; make another one")
+        self.copies = {which: _copy(learner.module) for which in ("stable", "plastic")}
+
+    def modules(self) -> Iterable[torch.nn.Module]:
+        return self.copies.values()
+
+    def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
+        self._follow(learner.module)
+        true = replay.y[:, None]
+        with torch.no_grad():
+            logits, probability = {}, {}
+            for which, model in self.copies.items():
+                if not model.training:  # after an evaluation
+                    model.train()
+                logits[which] = z = forward(model, replay.x).outputs
+                probability[which] = (z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)).softmax(1).gather(1, true)
+            target = torch.where(probability["stable"] > probability["plastic"], logits["stable"], logits["plastic"])
+        return mean_square(replay.outputs, target, learner.mask)
+
+    def after_step(self, learner: ReplayLearner) -> None:
+        self._follow(learner.module)
+        for which, model in self.copies.items():
+            if key(f"{self.name} {which}", learner.seed, learner.steps) < self.probabilities[which] * 2**64:
+                a = min(1 - 1 / (learner.steps + 1), self.weights[which])
+                with torch.no_grad():
+                    mine: list[torch.Tensor] = list(model.parameters())
+                    theirs: list[torch.Tensor] = list(learner.module.parameters())
+                    torch._foreach_mul_(mine, a)
+                    torch._foreach_add_(mine, theirs, alpha=1 - a)
+
+    def _follow(self, model: torch.nn.Module) -> None:
+        """Let the copies have the model's shapes and device."""
+        for which, old in self.copies.items():
+            mine, theirs = list(old.parameters()), list(model.parameters())
+            if len(mine) == len(theirs) and all(m.shape == t.shape and m.device == t.device for m, t in zip(mine, theirs, strict=True)):
+                continue
+            self.copies[which] = new = _copy(model)
+            kept = old.state_dict()
+            with torch.no_grad():
+                for name, value in new.state_dict().items():
+                    if name in kept and kept[name].ndim == value.ndim:
+                        both = tuple(slice(min(a, b)) for a, b in zip(kept[name].shape, value.shape, strict=True))
+                        value[both] = kept[name][both].to(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {which: {name: value.detach().clone() for name, value in model.state_dict().items()} for which, model in self.copies.items()}
+
+    def check_state(self, state: Any) -> None:
+        for which, model in self.copies.items():
+            mine, theirs = model.state_dict(), state.get(which) if isinstance(state, Mapping) else None
+            fits = isinstance(theirs, Mapping) and all(isinstance(v, torch.Tensor) for v in theirs.values())
+            if not fits or {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:  # type: ignore[union-attr]
+                raise StateError(f"the state of the term {self.name!r} is not that of a {which} copy of this model; is it another model's?")
+
+    def load_state_dict(self, state: Any) -> None:
+        for which, model in self.copies.items():
+            model.load_state_dict(state[which])
+
+
+def _copy(model: torch.nn.Module) -> torch.nn.Module:
+    return copy.deepcopy(model).train().requires_grad_(False)

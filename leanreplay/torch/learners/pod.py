@@ -1,0 +1,52 @@
+"""Pooled output distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...buffers import DataBuffer
+from .base import ReplayLearner
+from .terms import PooledOutputDistillation
+
+
+class PODLearner(ReplayLearner):
+    """Pooled output distillation (Douillard et al., ECCV 2020, "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning").
+
+        L = l(f(x), y) + alpha * POD(x')
+
+    x' is a draw from the buffer, and POD compares what the named layers give for it now with what they gave when it was trained on: see
+    `PooledOutputDistillation` for the formula and the parameters. Stream and draw have passes through the model of their own.
+
+    Different from the paper: it compares with the model as it was before the task, this with the model as it was when it saw the sample.
+    It trains on the labels of the memory too; that is one term more: `ReplayLearner` with terms=[ReplayLoss(1.0),
+    PooledOutputDistillation(...)]. It weights distillation by the number of classes. By default the loss is divided by 1 + alpha.
+    Other parameters: see `ReplayLearner`.
+
+    >>> import torch
+    >>> from leanreplay import ReservoirBuffer
+    >>> from leanreplay.torch import PODLearner
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2))
+    >>> learner = PODLearner(model, torch.optim.SGD(model.parameters(), lr=0.1), ReservoirBuffer(50), layers=["1"])
+    >>> for start in range(0, 30, 10):
+    ...     step = learner.step(torch.randn(10, 1, 8, 8), torch.arange(start, start + 10) % 2)
+    >>> list(step.losses), learner.buffer.schema.metadata_names
+    (['stream', 'pod'], ['features.1'])
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        buffer: DataBuffer,
+        *,
+        layers: Sequence[str],
+        alpha: float = 1.0,
+        distillation_type: str = "spatial",
+        normalize: bool = True,
+        **options: Any,
+    ) -> None:
+        term = PooledOutputDistillation(alpha, layers=layers, distillation_type=distillation_type, normalize=normalize)
+        super().__init__(model, optimizer, buffer, terms=[term], **options)

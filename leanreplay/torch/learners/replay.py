@@ -1,0 +1,131 @@
+"""What passes between learners and their terms: a forward pass, and a replay draw with what the model makes of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...errors import ArgumentError
+
+
+class Forward(NamedTuple):
+    """One pass through the model. outputs: (n, ...). features: by name, what the layers that terms asked for gave, (n, ...) each."""
+
+    outputs: torch.Tensor
+    features: dict[str, torch.Tensor]
+
+    def part(self, which: slice) -> Forward:
+        """Some of the samples."""
+        return Forward(self.outputs[which], {name: f[which] for name, f in self.features.items()})
+
+
+class Replay:
+    """Samples drawn from the buffer: x (m, ...) and y (m, ...) on the model's device, transformed; terms may share one draw.
+
+    `outputs` and `features` are of the draw's own pass through the model, which the first term that asks for them sets off: terms
+    that share a draw share that pass. together: its part of a pass that it made together with the stream, if there was one.
+    """
+
+    def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
+        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
+        self.together: Forward | None = None
+        self._module = module
+        self._alone: Forward | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def stored(self, name: str) -> torch.Tensor:
+        """What was stored with these samples under this name, (m, ...), on their device."""
+        return self.metadata[name].to(self.x.device)
+
+    @property
+    def alone(self) -> Forward:
+        """The draw's own pass through the model."""
+        if self._alone is None:
+            self._alone = forward(self._module, self.x, tuple(dict.fromkeys(self.layers)))
+        return self._alone
+
+    @property
+    def outputs(self) -> torch.Tensor:
+        """The model's outputs now, in the draw's own pass."""
+        return self.alone.outputs
+
+    @property
+    def features(self) -> dict[str, torch.Tensor]:
+        """What the layers give now, in the draw's own pass."""
+        return self.alone.features
+
+    @property
+    def latest(self) -> Forward | None:
+        """Some pass of this step through the model: its own one if there was one."""
+        return self.together if self._alone is None else self._alone
+
+
+def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ()) -> Forward:
+    """Pass x through the model, and take what these layers give on the way. Hooks live for this one pass, whatever happens."""
+    if x.shape[0] < 2:
+        _refuse_batch_norm(model)
+    features: dict[str, torch.Tensor] = {}
+    handles = []
+    try:
+        for name in layers:
+            handles.append(bare(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
+        outputs = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(outputs, torch.Tensor):
+        raise ArgumentError(
+            f"the model must return a tensor of outputs (n, ...), got {type(outputs).__name__}; wrap it in a module that does"
+        )
+    for name in layers:
+        f = features.get(name)
+        if f is None:
+            raise ArgumentError(f"layer {name!r} did not run in this pass through the model; name one that always does")
+        if f.ndim < 1 or f.shape[0] != x.shape[0]:
+            raise ArgumentError(f"layer {name!r} gives shape {tuple(f.shape)} for {x.shape[0]} samples, expected ({x.shape[0]}, ...)")
+    return Forward(outputs, features)
+
+
+def _take(features: dict[str, torch.Tensor], name: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    if name in features:
+        raise ArgumentError(f"layer {name!r} runs several times for one batch; name a layer that runs once, say one around it")
+    if not isinstance(output, torch.Tensor):
+        raise ArgumentError(f"layer {name!r} gives a {type(output).__name__}, expected a tensor; name a layer within or after it")
+    features[name] = output.clone()  # the next layer may work in place, as ReLU(inplace=True) does
+
+
+def _refuse_batch_norm(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
+            raise ArgumentError(
+                f"a batch of 1 sample, but {name or 'the model'} is a {type(module).__name__} in train mode, which needs at least 2; "
+                "use drop_last=True in the DataLoader, a larger (replay) batch size, or put that layer into eval mode"
+            )
+
+
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The module within a DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
+    """Raise ArgumentError unless these are names of layers."""
+    names = [name for name, _ in bare(model).named_modules(remove_duplicate=False) if name]
+    if not layers:
+        raise ArgumentError(
+            f"layers: name at least one; {type(bare(model)).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+        )
+    for layer in layers:
+        if layer not in names:
+            near = difflib.get_close_matches(str(layer), names, 5, 0.4)
+            shown = (
+                f"did you mean {', '.join(map(repr, near))}?" if near else f"it has: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+            )
+            raise ArgumentError(f"{type(bare(model)).__name__} has no layer {layer!r:.200}; {shown} (names are those of named_modules())")

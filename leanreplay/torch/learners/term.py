@@ -1,0 +1,121 @@
+"""What a term of a loss is: the base class, and what terms share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import mse_loss
+
+from ...errors import ArgumentError
+from ...keys import key_pair
+from .replay import Forward, Replay
+
+if TYPE_CHECKING:
+    from .base import ReplayLearner
+
+
+class Term:
+    """A part of a loss, and what goes with it. Subclass it, give `loss`, and put it into the `terms` of a `ReplayLearner`.
+
+    name: its key in `Step.losses` and in states. weight: its factor in the loss; may be changed while training; 0 leaves it out.
+    draw: "own": it takes a draw of its own from the buffer; "shared": it takes that of the term before (the first one draws in any
+    case); None: it has no loss. layers: names of layers whose outputs it needs, in `features`. together: its draw goes
+    through the model together with the stream, in one batch.
+
+    >>> import torch
+    >>> from leanreplay.torch import Term
+    >>> class Entropy(Term):
+    ...     "Keeps predictions on replayed samples uncertain: their mean negative entropy."
+    ...     def loss(self, learner, replay):
+    ...         log_p = replay.outputs.log_softmax(1)
+    ...         return (log_p.exp() * log_p).sum(1).mean()
+    >>> Entropy("entropy", 0.1).weight
+    0.1
+    """
+
+    needs_labels = False  # whether labels must be checked to be numbers of outputs
+
+    def __init__(
+        self,
+        name: str,
+        weight: float | None,
+        draw: Literal["own", "shared"] | None = "own",
+        layers: Sequence[str] = (),
+        together: bool = False,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"a term's name is a non-empty str, got {name!r:.200}")
+        if draw not in ("own", "shared", None):
+            raise ArgumentError(f'draw is "own", "shared" or None, got {draw!r:.200}')
+        self.name, self.draw, self.layers, self.together = name, draw, tuple(layers), together
+        self.weight = None if weight is None else number(f"weight of the term {name!r}", weight)
+
+    def attach(self, learner: ReplayLearner) -> None:
+        """Called once, by the learner that gets this term: the place for checks and copies."""
+
+    def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
+        """A single number, a mean over the samples of the draw."""
+        raise NotImplementedError(f"{type(self).__name__} takes a draw, but has no loss")
+
+    def keep(self, learner: ReplayLearner, stream: Forward) -> dict[str, torch.Tensor]:
+        """What to store with each sample of the batch: name -> (n, ...), the same names always."""
+        return {}
+
+    def move(self, learner: ReplayLearner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
+        """What is stored with replayed samples, moved towards `now`: gamma * stored + (1 - gamma) * now."""
+        return {name: gamma * replay.stored(name) + (1 - gamma) * value for name, value in self.keep(learner, now).items()}
+
+    def on_task_start(self, learner: ReplayLearner) -> None:
+        """Called at the start of a task."""
+
+    def on_task_end(self, learner: ReplayLearner) -> None:
+        """Called at the end of a task."""
+
+    def after_step(self, learner: ReplayLearner) -> None:
+        """Called after each step that the optimizer made; `learner.steps` counts it, from 1."""
+
+    def modules(self) -> Iterable[torch.nn.Module]:
+        """Modules of its own that a loss may pass data through: if it fails, their running statistics are put back."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state for a checkpoint: plain values and tensors."""
+        return {}
+
+    def check_state(self, state: Any) -> None:
+        """Raise StateError unless `load_state_dict` can take this."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take a state that `check_state` has passed."""
+
+
+def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared difference, over the entries where `valid` (which broadcasts); in the wider of the two dtypes."""
+    dtype = torch.promote_types(outputs.dtype, targets.dtype)
+    outputs, targets = outputs.to(dtype), targets.to(dtype)
+    if valid is None:
+        return mse_loss(outputs, targets)
+    valid = valid.expand_as(outputs)
+    return torch.where(valid, outputs - targets, 0).square().sum() / valid.sum().clamp(min=1)
+
+
+def key(purpose: str, seed: int, step: int) -> int:
+    """A random number of 64 bits that follows from (seed, purpose, step)."""
+    return int(key_pair(f"{purpose} {step}", seed)[0])
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number of at least 0. Raises ArgumentError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r:.200}")
+    return float(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number from 0 to 1. Raises ArgumentError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ArgumentError(f"{name} must be from 0 to 1, got {value!r:.200}")
+    return float(value)

@@ -1,0 +1,77 @@
+"""Map-style datasets read in batches, in an order of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
+
+from ..batches import length
+from ..errors import ArgumentError
+
+
+class Reader:
+    """A dataset of pairs, in batches (x, y).
+
+    name: what errors call it. dataset: with len() and [i], or a tuple (x, y) of tensors or arrays. collate: of a list of samples; None:
+    torch's default. transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim for v in dataset):
+            x, y = (torch.as_tensor(v) for v in dataset)
+            if len(x) != len(y):
+                raise ArgumentError(f"{name}: x has {len(x)} samples, y has {len(y)}; they must be as many")
+            dataset = TensorDataset(x, y)
+        if isinstance(dataset, (IterableDataset, Mapping)) or length(dataset) < 0 or not hasattr(dataset, "__getitem__"):
+            raise ArgumentError(f"{name} must be a dataset with len() and [i], or a pair (x, y) of tensors, got {type(dataset).__name__}")
+        if length(dataset) == 0:
+            raise ArgumentError(f"{name} has no samples")
+        self.name, self.dataset = name, dataset
+        self.collate, self.transform, self.target_transform = collate, transform, target_transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples `indices`, in this order."""
+        x, y = self._read(indices)
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise ArgumentError(
+                f"{self.name}: expected a tensor of inputs and one of targets, got {type(x).__name__} and {type(y).__name__}; "
+                "give a collate function that makes tensors"
+            )
+        return _each(self.transform, x), _each(self.target_transform, y)
+
+    def _read(self, indices: npt.NDArray[np.int64]) -> tuple[Any, Any]:
+        if self.collate is None and type(self.dataset) is TensorDataset and len(self.dataset.tensors) == 2:
+            rows = torch.from_numpy(indices)
+            return self.dataset.tensors[0][rows], self.dataset.tensors[1][rows]  # what collating would give, without a loop over samples
+        which = indices.tolist()
+        # Several samples in one read where the dataset can do that, as DataLoader does.
+        samples = self.dataset.__getitems__(which) if hasattr(self.dataset, "__getitems__") else [self.dataset[i] for i in which]
+        batch = default_collate(samples) if self.collate is None else self.collate(samples)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            what = "its samples" if self.collate is None else "the collate function"
+            raise ArgumentError(f"{self.name}: expected pairs (x, y), but {what} gave {type(batch).__name__} {batch!r:.100}")
+        return batch[0], batch[1]
+
+
+def _each(function: Callable[[Any], Any] | None, values: torch.Tensor) -> torch.Tensor:
+    return values if function is None else torch.stack([torch.as_tensor(function(value)) for value in values])
+
+
+def check_function(name: str, function: Any) -> None:
+    if function is not None and not callable(function):
+        raise ArgumentError(f"{name} must be a function or None, got {function!r:.200}")

@@ -1,0 +1,613 @@
+"""The learners in use: resumed runs, the step in pieces (mixed precision, accumulation, DDP), transforms, bad input."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from learner_oracle import batches, conv, dense, held, sgd
+
+from leanreplay import ArgumentError, InfiniteBuffer, LeanReplayError, ReservoirBuffer, StateError
+from leanreplay.errors import LossError
+from leanreplay.torch import (
+    CLSLearner,
+    Consistency,
+    DERLearner,
+    ERLearner,
+    LogitMatching,
+    PODLearner,
+    ReplayLearner,
+    ReplayLoss,
+    SuperERLearner,
+    Term,
+)
+
+METHODS = {
+    "er": (ERLearner, {}),
+    "er-mean": (ERLearner, {"alpha": None, "mask_unused_classes": True}),
+    "der": (DERLearner, {"beta": 0.0, "max_outputs": 5}),
+    "der++": (DERLearner, {"mask_unused_classes": True, "ema_memory_update_gamma": 0.9}),
+    "pod": (PODLearner, {"layers": ["2"]}),
+    "cls": (CLSLearner, {"stable_model_update_probability": 0.5, "plastic_model_update_probability": 0.5}),
+    "super": (SuperERLearner, {"pod_layers": ["2"], "ema_memory_update_gamma": 0.9, "mask_unused_classes": True}),
+}
+ALL = pytest.mark.parametrize("method", METHODS)
+
+
+def make(method, buffer=None, model=None, **options):
+    kind, parameters = METHODS[method]
+    model = conv() if model is None else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    buffer = ReservoirBuffer(25, seed=5) if buffer is None else buffer
+    return kind(model, optimizer, buffer, **{"replay_batch_size": 8, **parameters, **options})
+
+
+def images(n, size=6, seed=0):
+    return batches(n, size, (1, 5, 6), seed=seed)
+
+
+def everything(learner):
+    """All tensors and arrays that a learner stands for."""
+    found = {f"model {k}": v.numpy() for k, v in learner.module.state_dict().items()}
+    for term in learner.terms:
+        for i, module in enumerate(term.modules()):
+            found |= {f"{term.name} {i} {k}": v.numpy() for k, v in module.state_dict().items()}
+    found |= {f"momentum {i}": s["momentum_buffer"].numpy() for i, s in learner.optimizer.state_dict()["state"].items()}
+    if len(learner.buffer):
+        found |= {f"buffer {k}": v for k, v in held(learner.buffer).items()}
+    found["counts"] = np.array([learner.steps, learner.buffer.seen])
+    return {k: v.copy() for k, v in found.items()}
+
+
+def differing(a, b):
+    """Names of what differs in a bit."""
+    assert a.keys() == b.keys()
+    return [k for k in a if a[k].dtype != b[k].dtype or a[k].shape != b[k].shape or a[k].tobytes() != b[k].tobytes()]
+
+
+def train(learner, stream, start=0):
+    """Three tasks of four batches; every task is announced, also the one that is going on."""
+    losses = []
+    for i, (x, y) in enumerate(stream, start):
+        if i % 4 == 0 or i == start:
+            learner.on_task_start(i // 4)
+        losses.append(learner.step(x, y).losses)
+    return losses
+
+
+# -- state ---------------------------------------------------------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("at, overrun", [(0, 0), (3, 5), (6, 2), (8, 0)])
+def test_resumed_run_is_the_same(method, at, overrun, tmp_path):
+    """Checkpoint after `at` batches, train on, come back in new objects through torch.load(weights_only=True): bit for bit the run
+    that nothing interrupted, tasks' starts, moved metadata, masks and slow copies included."""
+    stream = images(12)
+    whole = make(method)
+    wanted = train(whole, stream)
+
+    learner = make(method, ReservoirBuffer(25, tmp_path / "b.h5", seed=5))
+    losses = train(learner, stream[:at])
+    state = {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(), "learner": learner.state_dict()}
+    torch.save(state, tmp_path / "c.pt")
+    train(learner, stream[at : at + overrun], at)
+    learner.buffer.close()
+
+    learner = make(method, ReservoirBuffer(25, tmp_path / "b.h5", seed=5, mode="a"))
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    learner.model.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.load_state_dict(state["learner"])
+    assert learner.steps == at and learner.buffer.seen == 6 * at
+    losses += train(learner, stream[at:], at)
+    assert losses == wanted and learner.task == 2
+    assert not differing(everything(learner), everything(whole)) and not learner.buffer.check()
+
+
+@ALL
+def test_going_back_in_memory(method):
+    """A state in memory does not move with the learner, and brings it back."""
+    learner = make(method)
+    train(learner, images(6))
+    state = learner.state_dict()
+    model = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    before = everything(learner)
+    train(learner, images(3, seed=1), 8)
+    learner.load_state_dict(state)
+    learner.model.load_state_dict(model)
+    assert not [k for k in differing(everything(learner), before) if not k.startswith("momentum")]
+    assert learner.task == 1
+
+
+def test_states_that_do_not_fit(tmp_path):
+    """A StateError before anything changed: of other terms, another model's copies, wrong types, another buffer, or with batches queued."""
+    learner, other = make("super"), make("super")
+    train(learner, images(5)), train(other, images(5))
+    state = learner.state_dict()
+    train(learner, images(2, seed=3), 5)
+    before = everything(learner)
+    terms = state["terms"]
+    copies = terms["consistency"]
+    wider = {**copies, "stable": {**copies["stable"], "5.bias": torch.zeros(7)}}
+    wrong = [
+        {},
+        [],
+        None,
+        {**state, "format": 2},
+        {**state, "steps": "1"},
+        {**state, "steps": -1},
+        {**state, "task": 1.5},
+        {**state, "classes": [0, -1]},
+        {**state, "classes": ["a"]},
+        {**state, "buffer": None},
+        {k: v for k, v in state.items() if k != "terms"},
+        {**state, "terms": {}},
+        {**state, "terms": {**terms, "other": {}}},
+        {**state, "terms": {**terms, "consistency": wider}},
+        {**state, "terms": {**terms, "consistency": {"stable": copies["stable"]}}},
+        {**state, "terms": {**terms, "consistency": {**copies, "plastic": {"5.bias": 1}}}},
+        {**state, "terms": {**terms, "shrink and perturb": {"starts": -1}}},
+        {**state, "terms": {**terms, "shrink and perturb": 3}},
+        {**state, "buffer": other.state_dict()["buffer"]},
+        make("er").state_dict(),
+    ]
+    for value in wrong:
+        with pytest.raises(StateError):
+            learner.load_state_dict(value)
+        assert not differing(everything(learner), before), f"{value!r:.80}"
+    learner.loss(*images(1)[0])
+    with pytest.raises(StateError, match="1 batches wait for after_step"):
+        learner.state_dict()
+
+
+def test_tasks():
+    """A task that is going on is not started again; without a name every call starts one; after its end the same name does."""
+    starts = []
+
+    class Counter(Term):
+        def __init__(self):
+            super().__init__("counter", 0.0, None)
+
+        def on_task_start(self, learner):
+            starts.append(learner.steps)
+
+    model = dense()
+    learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Counter()])
+    for task, count in [(0, 1), (0, 1), (1, 2), ("a", 3), ("a", 3), (None, 4), (None, 5), (0, 6)]:
+        learner.on_task_start(task)
+        assert len(starts) == count
+    learner.on_task_end()
+    learner.on_task_start(0)
+    assert len(starts) == 7
+    with pytest.raises(ArgumentError, match="task"):
+        learner.on_task_start(1.5)
+
+
+# -- in pieces -----------------------------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_pieces_make_a_step(method):
+    """loss, backward, optimizer and after_step are `step`, bit for bit; until after_step nothing but running statistics changes."""
+    whole, pieces = make(method), make(method)
+    for x, y in images(5):
+        step = whole.step(x, y)
+        before = everything(pieces)
+        pieces.optimizer.zero_grad()
+        loss = pieces.loss(x, y)
+        assert loss.requires_grad and loss.item() == step.loss and pieces.losses == step.losses
+        assert not [k for k in differing(everything(pieces), before) if "running" not in k and "num_batches" not in k]
+        loss.backward()
+        pieces.optimizer.step()
+        pieces.after_step()
+    assert not differing(everything(whole), everything(pieces))
+
+
+def test_accumulation():
+    """Several losses before one step: batches, what is stored with them and what moved are written in one commit, the copies move once."""
+    learner = make("super", loss_normalization=False)
+    writes = []
+    add = learner.buffer.add
+    learner.buffer.add = lambda batch, **options: writes.append((len(batch[1]), options)) or add(batch, **options)
+    stream = images(9)
+    for i in range(0, 9, 3):
+        learner.optimizer.zero_grad()
+        for x, y in stream[i : i + 3]:
+            (learner.loss(x, y) / 3).backward()
+            assert learner.buffer.seen == 6 * i
+        learner.optimizer.step()
+        learner.after_step()
+        assert learner.steps == i // 3 + 1 and learner.buffer.seen == 6 * i + 18
+    assert [n for n, _ in writes] == [18] * 3
+    assert writes[0][1]["moved"] is None and len(writes[2][1]["moved"][0]) == 3 * 3 * 8
+    assert {k: v.shape[0] for k, v in writes[2][1]["metadata"].items()} == {"logits": 18, "features.2": 18}
+    assert np.array_equal(np.sort(learner.buffer.get_metadata("position"))[-1:] < 54, [True])
+
+
+def test_skipped_step():
+    """after_step(stepped=False): the samples were seen, what is stored moved; the step does not count and no copy moves."""
+    learner = make("super", cls_stable_model_update_probability=1.0, cls_plastic_model_update_probability=1.0)
+    for x, y in images(3):
+        learner.step(x, y)
+    before = everything(learner)
+    learner.loss(x, y)
+    learner.after_step(stepped=False)
+    changed = differing(everything(learner), before)
+    assert learner.steps == 3 and learner.buffer.seen == 24
+    assert not [k for k in changed if "running" not in k and "num_batches" not in k and not k.startswith("buffer") and k != "counts"]
+    assert "buffer logits" in changed
+    learner.loss(x, y)
+    learner.after_step()
+    assert learner.steps == 4 and "consistency 0 0.weight" in differing(everything(learner), before)
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="this torch scales gradients on CUDA only")
+def test_mixed_precision():
+    """autocast and GradScaler around `loss`: the first scales overflow and are skipped, then it trains; stored is float32."""
+    model = conv().float()
+    learner = make("super", model=model, loss_normalization=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    skipped = 0
+    for x, y in images(16):
+        learner.optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = learner.loss(x.float(), y)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scale = scaler.get_scale()
+        scaler.step(learner.optimizer)
+        scaler.update()
+        stepped = scaler.get_scale() >= scale
+        learner.after_step(stepped)
+        skipped += not stepped
+    assert 1 <= skipped <= 14 and learner.steps == 16 - skipped and learner.buffer.seen == 96
+    assert {str(f) for f in learner.buffer.schema.metadata} == {"metadata/logits: f4[3]", "metadata/features.2: f4[2, 3, 4]"}
+    assert all(torch.isfinite(p).all() for p in learner.stable_model.parameters()) and np.isfinite(held(learner.buffer)["logits"]).all()
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or os.name != "posix", reason="no torch.distributed")
+@ALL
+def test_distributed(method, group):
+    """In a DistributedDataParallel: layers' names, copies, batch norm; the same bits as without."""
+    plain = make(method)
+    model = conv()
+    wrapped = make(method, model=torch.nn.parallel.DistributedDataParallel(model))
+    passes = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[0]))
+    stream = images(6)
+    assert train(plain, stream) == train(wrapped, stream)
+    assert not differing(everything(plain), everything(wrapped)) and passes
+    assert wrapped.module is model and not any(m._forward_hooks for m in model.modules())
+
+
+# -- transforms ----------------------------------------------------------------------------------------------------------------
+
+
+def test_transforms():
+    """The stream's are called for each sample before the model, the replay's anew for each draw; what is stored is raw; logits are
+    those of the transformed batch."""
+    model = dense()
+    calls = {"x": 0, "y": 0, "old x": 0, "old y": 0}
+    passes = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].clone()))
+
+    def counted(name, function):
+        def transform(value):
+            calls[name] += 1
+            return function(value)
+
+        return transform
+
+    learner = DERLearner(
+        model, sgd(model), ReservoirBuffer(30), beta=0.0, replay_batch_size=4,
+        transform=counted("x", lambda x: 2 * x), target_transform=counted("y", lambda y: 2 - int(y)),
+        buffer_transform=counted("old x", lambda x: x.numpy() + calls["old x"]), buffer_target_transform=counted("old y", lambda y: 2 - y),
+    )  # fmt: skip
+    targets = []
+    learner.loss_fn = lambda outputs, y: targets.append(y) or torch.nn.functional.cross_entropy(outputs, y)
+    stream = batches(3, 6)
+    for x, y in stream:
+        learner.step(x, y)
+        assert torch.equal(targets[-1], 2 - y)
+    assert calls == {"x": 18, "y": 18, "old x": 8, "old y": 8}
+    assert all(torch.equal(p, 2 * x) for p, (x, _) in zip(passes[:2], stream, strict=False))
+    (x_held, y_held), meta = learner.buffer.get(np.arange(18))
+    assert np.array_equal(x_held, torch.cat([x for x, _ in stream])) and np.array_equal(y_held, torch.cat([y for _, y in stream]))
+    replayed = passes[2] - torch.arange(1, 5)[:, None]  # the number of the call is what this transform adds
+    assert all((replayed[i] - torch.from_numpy(x_held[:6])).abs().sum(1).min() < 1e-12 for i in range(4))
+    np.testing.assert_allclose(meta["logits"][:6], dense()(2 * stream[0][0]).detach().numpy(), rtol=1e-5)
+
+
+def test_float32_and_other_shapes():
+    """Targets that are no classes, outputs of any shape: a denoising network with logit matching."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(1, 1, 3, padding=1)
+    learner = DERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=torch.nn.functional.mse_loss)
+    for _ in range(4):
+        x = torch.randn(6, 1, 5, 5)
+        step = learner.step(x, 0.5 * x)
+    assert step.outputs.shape == (6, 1, 5, 5) and learner.buffer.get_metadata("logits").shape == (20, 1, 5, 5)
+
+
+def test_every_buffer_will_do(tmp_path):
+    """All stored fields and moves in a buffer that is a folder of parts."""
+    learner = make("super", InfiniteBuffer(tmp_path / "parts", rows_per_part=16))
+    train(learner, images(8))
+    assert len(learner.buffer) == 48 and not learner.buffer.check()
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(method, bad):
+    """A LossError that names the term; model, running statistics, copies, momentum, buffer and hooks are as before; and it trains on."""
+    learner = make(method)
+    train(learner, images(4))
+    (x, y), (x1, y1) = images(2, seed=1)
+    before, draws = everything(learner), learner.state_dict()
+    x[2, 0, 1, 1] = bad
+    for attempt in (learner.step, learner.loss):
+        with pytest.raises(LossError, match=r"the stream(\+replay)? loss of step 4 is nan .*neither trained on nor stored"):
+            attempt(x, y)
+        assert not differing(everything(learner), before)
+    assert (
+        not any(m._forward_hooks for m in learner.model.modules())
+        and not learner._queue
+        and draws["classes"] == learner.state_dict()["classes"]
+    )
+    learner.step(x1, y1)
+    assert learner.buffer.seen == 30 and all(np.isfinite(v).all() for k, v in everything(learner).items() if not k.startswith("buffer"))
+
+
+@pytest.mark.parametrize("name", ["logits", "replay", "consistency", "pod"])
+def test_loss_of_a_term_that_is_not_finite(name):
+    """It is the term that is named."""
+    learner = make("super")
+    train(learner, images(4))
+    term = next(t for t in learner.terms if t.name == name)
+    loss = term.loss
+    term.loss = lambda learner, replay: loss(learner, replay) * float("inf")
+    before = everything(learner)
+    with pytest.raises(LossError, match=f"the {name} loss of step 4 is inf"):
+        learner.step(*images(1)[0])
+    assert not differing(everything(learner), before)
+
+
+def test_whole_loss_that_is_not_finite():
+    """Terms that are finite may have a sum that is not."""
+    model = dense().float()
+    terms = [ReplayLoss(3e38)]
+    learner = ReplayLearner(model, sgd(model), ReservoirBuffer(20), terms=terms, loss_normalization=False)
+    with pytest.raises(LossError, match="the whole loss of step 1 is inf"):
+        for x, y in batches(2, 6):
+            learner.step(100 * x.float(), y)
+
+
+@ALL
+def test_batch_of_one(method):
+    """With batch norm in train mode an error of ours, in the stream and in a replay draw; nothing changed. In eval mode it may be."""
+    learner = make(method)
+    (x, y), (x1, y1) = images(2)
+    before = everything(learner)
+    with pytest.raises(ArgumentError, match=r"a batch of 1 sample, but 1 is a BatchNorm2d in train mode.*drop_last=True"):
+        learner.step(x[:1], y[:1])
+    assert not differing(everything(learner), before)
+    learner.step(x, y)
+    if not method.startswith("er"):  # where the draw has a pass of its own
+        learner.replay_batch_size = 1
+        before = everything(learner)
+        with pytest.raises(ArgumentError, match="a batch of 1 sample"):
+            learner.step(x1, y1)
+        assert not differing(everything(learner), before)
+    learner.model[1].eval()
+    if "consistency" in [t.name for t in learner.terms]:  # its copies stay in train mode
+        learner.replay_batch_size = 4
+    learner.step(x1[:1], y1[:1])
+    with pytest.raises(ArgumentError, match="empty"):
+        learner.step(x[:0], y[:0])
+
+
+@ALL
+@pytest.mark.parametrize("label", [3, -1, 100])
+def test_labels_out_of_range(method, label):
+    """In the batch, and in what is replayed."""
+    learner = make(method)
+    train(learner, images(2))
+    before = everything(learner)
+    (x, y), *_ = images(1, seed=1)
+    bad = y.clone()
+    bad[1] = label
+    with pytest.raises(ArgumentError, match=rf"a label of the batch is {label}, but the model has 3 outputs"):
+        learner.step(x, bad)
+    assert not differing(everything(learner), before) and not learner._queue
+    if method != "pod" and METHODS[method][1].get("beta", 1):
+        learner.buffer_target_transform = lambda y: y * 0 + label
+        with pytest.raises(ArgumentError, match=rf"a label of the replayed samples is {label}, but the model has 3 outputs"):
+            learner.step(x, y)
+        assert not differing(everything(learner), before)
+
+
+def test_wrong_layers():
+    """The near ones are listed."""
+    model = torch.nn.Sequential()
+    for name in ("conv1", "conv2", "head"):
+        model.add_module(name, torch.nn.Linear(4, 4))
+    for layers, message in [
+        (["conv"], r"Sequential has no layer 'conv'; did you mean 'conv[12]', 'conv[12]'\?"),
+        (["conv1", "zzz"], r"no layer 'zzz'; it has: conv1, conv2, head"),
+        ([], "layers: name at least one; Sequential has conv1, conv2, head"),
+        ("conv1", "layers is a list of names"),
+        ([1], "layers is a list of names"),
+        ([""], "no layer ''"),
+    ]:
+        for kind, name in ((PODLearner, "layers"), (SuperERLearner, "pod_layers")):
+            with pytest.raises(ArgumentError, match=message):
+                kind(model, sgd(model), ReservoirBuffer(9), **{name: layers})
+
+
+class Odd(torch.nn.Module):
+    """Layers that no activations can be taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.never, self.many = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.LSTM(4, 4)
+        self.lines, self.norm = torch.nn.Flatten(0), torch.nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        self.lines(x)
+        return self.norm(self.many(self.twice(self.twice(x)))[0])
+
+
+@pytest.mark.parametrize(
+    "layer, kind, message",
+    [
+        ("twice", "pixel", "'twice' runs several times"),
+        ("never", "pixel", "'never' did not run"),
+        ("many", "pixel", "'many' gives a tuple"),
+        ("lines", "pixel", r"'lines' gives shape \(24,\) for 6 samples"),
+        ("norm", "spatial", r"'spatial' pools activations \(n, c, h, w\), but layer 'norm' gives shape \(6, 4\)"),
+    ],
+)
+def test_odd_layers(layer, kind, message):
+    """Errors of our own; nothing changed, no hook stays."""
+    model = Odd()
+    learner = PODLearner(model, sgd(model), ReservoirBuffer(20), layers=[layer], distillation_type=kind)
+    x, y = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    with pytest.raises(ArgumentError, match=message):
+        for _ in range(2):
+            before = {k: v.clone() for k, v in model.state_dict().items()}
+            seen = learner.buffer.seen
+            learner.step(x, y)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items()) and learner.buffer.seen == seen
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_outputs_that_do_not_fit():
+    """A head that grew without max_outputs, or beyond it; a model that returns no tensor; masks without classes; a loss that is no mean."""
+    (x, y), *_ = batches(1, 6)
+    model = dense()
+    learner = DERLearner(model, sgd(model), ReservoirBuffer(20))
+    learner.step(x, y)
+    model[-1] = torch.nn.Linear(5, 4).double()
+    with pytest.raises(ArgumentError, match=r"outputs have shape \(6, 4\), the stored logits \(6, 3\).*max_outputs"):
+        learner.step(x, y)
+    model = dense()
+    with pytest.raises(ArgumentError, match=r"max_outputs=2, but the model's outputs have shape \(6, 3\)"):
+        DERLearner(model, sgd(model), ReservoirBuffer(20), max_outputs=2).step(x, y)
+    with pytest.raises(ArgumentError, match="mask_unused_classes needs"):
+        ERLearner(model, sgd(model), ReservoirBuffer(20), mask_unused_classes=True).step(x, torch.rand(6, 3).double())
+    with pytest.raises(ArgumentError, match=r"stream loss is of shape \(6,\)"):
+        loss_fn = torch.nn.CrossEntropyLoss(reduction="none")
+        ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=loss_fn).step(x, y)
+    with pytest.raises(ArgumentError, match="stream loss is of float"):
+        ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=lambda outputs, y: 1.0).step(x, y)
+    model = torch.nn.LSTM(4, 3).double()
+    with pytest.raises(ArgumentError, match=r"must return a tensor of outputs.*got tuple"):
+        ERLearner(model, sgd(model), ReservoirBuffer(20)).step(x, y)
+
+
+def test_batches_and_buffers_that_do_not_fit():
+    """Anything but two tensors of one length; buffers that hold other metadata, or no pairs; transforms whose results do not stack."""
+    (x, y), *_ = batches(1, 6)
+    model = dense()
+
+    def learner(buffer=None, kind=DERLearner, **options):
+        return kind(model, sgd(model), ReservoirBuffer(20) if buffer is None else buffer, **options)
+
+    with pytest.raises(ArgumentError, match="two tensors, x and y; got ndarray"):
+        learner().step(x.numpy(), y)
+    for wrong in ((x, y[:5]), (x[0, 0], y)):
+        with pytest.raises(ArgumentError, match="one entry per sample each"):
+            learner().step(*wrong)
+    buffer = ReservoirBuffer(20)
+    buffer.add((x, y))
+    with pytest.raises(ArgumentError, match=r"stores the metadata \['logits'\] with each sample, but the buffer has \[\]"):
+        learner(buffer).step(x, y)
+    learner(buffer, ERLearner).step(x, y)
+    buffer = ReservoirBuffer(20)
+    buffer.add(x)
+    with pytest.raises(ArgumentError, match=r"a buffer of pairs"):
+        learner(buffer, ERLearner).step(x, y)
+    with pytest.raises(ArgumentError, match="transform: its results cannot be stacked"):
+        learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)
+    with pytest.raises(ArgumentError, match="target_transform: its results cannot be stacked"):
+        learner(target_transform=lambda v: "name").step(x, y)
+
+
+PARAMETERS = [
+    (ReplayLearner, {"replay_batch_size": -1}, "replay_batch_size must be from 0"),
+    (ReplayLearner, {"replay_batch_size": 1.5}, "replay_batch_size must be an integer"),
+    (ReplayLearner, {"loss_weight": -1.0}, "loss_weight must be a finite number"),
+    (ReplayLearner, {"loss_weight": float("nan")}, "loss_weight must be a finite number"),
+    (ReplayLearner, {"ema_memory_update_gamma": 1.1}, "ema_memory_update_gamma must be from 0 to 1"),
+    (ReplayLearner, {"max_outputs": 0}, "max_outputs must be from 1"),
+    (ReplayLearner, {"seed": "a"}, "seed must be an integer"),
+    (ReplayLearner, {"device": "nowhere"}, "device"),
+    (ReplayLearner, {"transform": 3}, "transform must be a function"),
+    (ReplayLearner, {"buffer_target_transform": "x"}, "buffer_target_transform must be a function"),
+    (ReplayLearner, {"loss_fn": None}, "loss_fn must be a function"),
+    (ReplayLearner, {"terms": [3]}, "terms are objects of leanreplay.torch.Term, got int"),
+    (ReplayLearner, {"terms": [ReplayLoss(), ReplayLoss()]}, "several terms are called 'replay'"),
+    (ReplayLearner, {"terms": [ReplayLoss(name="stream")]}, "several terms are called 'stream'"),
+    (ReplayLearner, {"terms": [ReplayLoss(None), ReplayLoss(1.0, together=True, name="other")]}, "only one term's draw"),
+    (ERLearner, {"alpha": -0.5}, "weight of the term 'replay' must be a finite number of at least 0"),
+    (DERLearner, {"alpha": float("inf")}, "weight of the term 'logits'"),
+    (DERLearner, {"beta": "1"}, "weight of the term 'replay'"),
+    (PODLearner, {"layers": ["0"], "distillation_type": "both"}, "distillation_type is one of .*'spatial'.*got 'both'"),
+    (CLSLearner, {"stable_model_update_probability": 1.5}, "stable_model_update_probability must be from 0 to 1, got 1.5"),
+    (CLSLearner, {"plastic_model_update_probability": -0.1}, "plastic_model_update_probability must be from 0 to 1"),
+    (CLSLearner, {"stable_model_update_weight": float("nan")}, "stable_model_update_weight must be from 0 to 1"),
+    (SuperERLearner, {"pod_alpha": 0.0, "sp_shrink_factor": 2.0}, "shrink_factor must be from 0 to 1"),
+    (SuperERLearner, {"pod_alpha": 0.0, "sp_sigma": -1.0}, "sigma must be a finite number"),
+    (SuperERLearner, {"pod_alpha": 0.0, "cls_plastic_model_update_probability": 2}, "plastic_model_update_probability must be from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, options, message", PARAMETERS, ids=[f"{k.__name__}-{next(iter(o))}-{i}" for i, (k, o, _) in enumerate(PARAMETERS)]
+)
+def test_parameters(kind, options, message):
+    """Errors of our own, that say what was expected."""
+    model = dense()
+    with pytest.raises(ArgumentError, match=message) as caught:
+        kind(model, sgd(model), ReservoirBuffer(9), **options)
+    assert isinstance(caught.value, LeanReplayError)
+
+
+def test_wrong_objects():
+    """A model without parameters, and what is no model, optimizer or buffer; a term used twice; terms with bad names or draws."""
+    model, buffer = dense(), ReservoirBuffer(9)
+    for arguments, message in [
+        ((torch.nn.Flatten(), sgd(model), buffer), "Flatten has no parameters"),
+        ((print, sgd(model), buffer), "model must be a torch.nn.Module"),
+        ((model, 3, buffer), "optimizer must be"),
+        ((model, sgd(model), []), "buffer must be a buffer of leanreplay, got list"),
+    ]:
+        for kind in (ERLearner, DERLearner, CLSLearner):
+            with pytest.raises(ArgumentError, match=message):
+                kind(*arguments)
+    term = Consistency()
+    ReplayLearner(model, sgd(model), buffer, terms=[term])
+    with pytest.raises(ArgumentError, match="already belongs to a learner"):
+        ReplayLearner(model, sgd(model), buffer, terms=[term])
+    with pytest.raises(ArgumentError, match="name is a non-empty str"):
+        Term("", 1.0)
+    with pytest.raises(ArgumentError, match='draw is "own", "shared" or None'):
+        LogitMatching(1.0, draw="mine")
+    with pytest.raises(NotImplementedError):
+        learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Term("mine", 1.0)])
+        for x, y in batches(2, 6):
+            learner.step(x, y)
