@@ -1285,7 +1285,7 @@ def library(tmp_path: Path) -> Callable[..., dict[str, str]]:
         blocked.touch()
         (copy / "kernels" / "__pycache__").touch()
         places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(blocked))
-        return {**places, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "EXPECTED": str(copy)}
+        return {**places, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "EXPECTED": str(copy), "NUMBA_OPT": "0"}
 
     return make
 
