@@ -29,6 +29,38 @@ def tmp_path() -> Iterator[pathlib.Path]:
         yield pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Numba's machinery and the commonest kernels are loaded, which takes a second in every child that is forked without."""
+    import numpy as np
+
+    import leanreplay
+
+    with leanreplay.ClassBalancedBuffer(2) as buffer:
+        buffer.add((np.zeros((5, 2)), np.arange(5)), metadata={"z": np.zeros(5)})
+        buffer.load_state_dict(buffer.state_dict())
+        buffer.sample(1)
+        assert buffer.check() == []
+
+
+# Files in the order in which workers take them up. The kernels' tests compile most kernels, so what needs few of them goes beside
+# that; then files that take long (module by module, as they share fixtures), so that no worker is left alone with one in the end.
+FIRST = ("kernels", "interleaved", "selection", "layers", "features", "async_reservoir")
+LONG = (
+    "kill", "fuzz", "balanced_kill", "loader", "balanced", "examples", "processes", "uniform", "invariance", "torch", "power", "memory",
+    "merge", "model", "weighted", "parametric",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of pytest-xdist: files are in order already
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": i for i, name in enumerate((*FIRST, *LONG))}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_collection_finish() -> None:
     """Modules and collected tests stay: hundreds of full collections, and every fork, need not touch a million objects of theirs."""
     gc.collect()

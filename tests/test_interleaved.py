@@ -487,10 +487,10 @@ def test_resume_every_position_with_workers(arguments):
 
 
 def test_resume_across_worker_counts():
-    """A state does not know how many workers there were. Spawned ones take what is sent to them."""
+    """A state does not know how many workers there were. Those that are not forked take what is sent to them."""
     sampler, expected = case(*SMALL)
     expected = own_numbers(expected, sampler)
-    ways = [{}, {"num_workers": 2, "multiprocessing_context": "fork"}, {"num_workers": 1, "multiprocessing_context": "spawn"}]
+    ways = [{}, {"num_workers": 2, "multiprocessing_context": "fork"}, {"num_workers": 1, "multiprocessing_context": "forkserver"}]
     had, state = [], None
     for way in ways:
         one = fresh(sampler)

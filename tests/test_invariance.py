@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import in_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -262,8 +263,7 @@ def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journa
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_on_disk(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 on disk: any history, with the file closed, forgotten or copied in between, ends with the bytes of one add in RAM."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=base) as folder:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         run(kind, folder, history, journal, chunk)
 
 

@@ -1251,82 +1251,6 @@ def public_kernels(module: ModuleType) -> list[str]:
     return found
 
 
-WORK = """
-import hashlib, os, sys, warnings
-import numpy as np
-import leanreplay as lr
-
-folder = sys.argv[1]
-found = hashlib.sha256()
-
-def batch(a, b):
-    p = np.arange(a, b)
-    return ((p[:, None] * np.arange(1, 4)).astype(np.uint8), p * 7 % (3 + p // 4) - 2), {"z": np.stack([p, -p], 1).astype(np.float32)}
-
-def note(buffer):
-    assert buffer.check() == [], buffer.check()
-    (x, y), meta = buffer.get(buffer.get_metadata("idx"))
-    for a in (x, y, meta["z"], meta["position"], meta["idx"], np.array([buffer.seen, len(buffer)])):
-        found.update(np.ascontiguousarray(a).tobytes())
-    found.update(repr(buffer.group_sizes() if hasattr(buffer, "group_sizes") else 0).encode())
-
-makers = [
-    lambda p, **o: lr.ReservoirBuffer(6, p, seed=5, **o),
-    lambda p, **o: lr.SlidingWindowBuffer(6, p, seed=5, **o),
-    lambda p, **o: lr.GreedyClassBalancingBuffer(6, p, seed=5, **o),
-    lambda p, **o: lr.InfiniteBuffer(p, rows_per_part=5, seed=5, **o),
-    lambda p, **o: lr.ClassBalancedBuffer(6, p, seed=5, **o),
-    lambda p, **o: lr.ClassBalancedBuffer(6, p, seed=5, borrow=True, **o),
-    lambda p, **o: lr.ClassBalancingReservoirBuffer(6, p, seed=5, **o),
-    lambda p, **o: lr.ExperienceBalancedBuffer(6, p, seed=5, **o),
-]
-for i, make in enumerate(makers):
-    for path in (None, os.path.join(folder, f"{i}.h5")):
-        buffer = make(path)
-        for a, b in ((0, 3), (3, 4), (4, 13)):
-            data, meta = batch(a, b)
-            buffer.add(data, metadata=meta)
-        state = buffer.state_dict()
-        note(buffer)
-        data, meta = batch(13, 20)
-        buffer.update(list(zip(*data)), metadata=meta)
-        buffer.set_metadata("z", np.ones((2, 2), np.float32), rows=buffer.sample(2)[1]["idx"])
-        note(buffer)
-        buffer.load_state_dict(state)
-        note(buffer)
-        found.update(buffer.sample(4)[1]["idx"].tobytes() + buffer.sample(4, replace=True)[1]["idx"].tobytes())
-        if i != 3:
-            buffer.resize(4)
-            note(buffer)
-        buffer.close()
-        if path:
-            with lr.open(path, mode="r+") as buffer:
-                data, meta = batch(13, 15)
-                buffer.add(data, metadata=meta)
-                note(buffer)
-print(found.hexdigest())
-"""
-
-
-def work(folder: Path, settings: dict[str, str], options: tuple[str, ...] = ()) -> str:
-    """Run WORK in a process of its own; what it found."""
-    folder.mkdir()
-    environment = {**os.environ, **settings}
-    command = [sys.executable, *options, "-c", WORK, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def test_whole_buffers_without_jit(tmp_path: Path) -> None:
-    """Create, add, update, sample, state, resize and reopen give the same bytes where Python itself runs the kernels."""
-    compiled = work(tmp_path / "compiled", {})
-    # Unsigned words wrap around in NumPy too, but it warns of that.
-    plain = work(tmp_path / "plain", {"NUMBA_DISABLE_JIT": "1"}, ("-W", "ignore::RuntimeWarning"))
-    assert plain == compiled
-    assert len(plain) == 65
-
-
 def test_kernel_tests_without_jit() -> None:
     """The tests of this file, of kernels as plain Python, hold with NUMBA_DISABLE_JIT=1 as well."""
     here = Path(__file__)
@@ -1337,6 +1261,8 @@ def test_kernel_tests_without_jit() -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-o",
+        "addopts=",
         "-k",
         "python and (reservoir or greedy or balanced or freed or log or journal or scan)",
     ]
@@ -1359,7 +1285,7 @@ def library(tmp_path: Path) -> Callable[..., dict[str, str]]:
         blocked.touch()
         (copy / "kernels" / "__pycache__").touch()
         places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(blocked))
-        return {**places, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "EXPECTED": str(copy)}
+        return {**places, "PYTHONPATH": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1", "EXPECTED": str(copy), "NUMBA_OPT": "0"}
 
     return make
 

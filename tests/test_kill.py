@@ -12,7 +12,6 @@ import gc
 import glob
 import json
 import os
-import pathlib
 import random
 import shutil
 import signal
@@ -20,12 +19,12 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import in_memory
 
 import leanreplay
 from leanreplay import (
@@ -62,8 +61,12 @@ BOUNDED = [kind for kind in KINDS if kind != "infinite"]
 
 
 def stream(start: int, stop: int) -> dict[str, Any]:
-    """What `add` gets for these positions: bytes of an odd number, labels that are not balanced, and metadata."""
-    p = np.arange(start, stop)
+    """What `add` gets for these positions."""
+    return stream_at(np.arange(start, stop))
+
+
+def stream_at(p: Any) -> dict[str, Any]:
+    """Bytes of an odd number, labels that are not balanced, and metadata."""
     x = ((p[:, None] * 40503 + np.arange(1021) * 2654435761) >> 9).astype(np.uint8)
     y = np.minimum(p * 7919 % 11, 5)
     z = np.stack([p, -p, p % 17], 1).astype(np.float32)
@@ -100,7 +103,7 @@ def image(path: str) -> list[Any]:
 @functools.cache
 def expected(kind: str, seen: int) -> list[Any]:
     """The image of a buffer that was fed the first `seen` samples in one piece, without interruption."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=in_memory()) as folder:
         path = os.path.join(folder, "b.h5")
         with KINDS[kind](path) as buffer:
             buffer.add(**stream(0, seen))
@@ -118,10 +121,10 @@ def assert_prefix(kind: str, buffer: Any, note: str) -> None:
     if kind == "infinite":  # and not only by our own bookkeeping
         assert len(buffer) == seen, note
     (x, y), meta = buffer.get(buffer.get_metadata("idx"))
-    for i, p in enumerate(meta["position"]):
-        row = stream(int(p), int(p) + 1)
-        assert (x[i] == row["batch"][0][0]).all(), note
-        assert y[i] == row["batch"][1][0], note
+    right = stream_at(meta["position"])
+    assert (x == right["batch"][0]).all(), note
+    assert (y == right["batch"][1]).all(), note
+    assert (meta["logits"] == right["metadata"]["logits"]).all(), note
 
 
 def child(work: Callable[[int], None]) -> tuple[int, int]:
@@ -171,16 +174,6 @@ def die() -> None:
     time.sleep(60)
 
 
-@pytest.fixture
-def tmp_path(tmp_path: Any) -> Iterator[Any]:
-    """In memory where possible: thousands of files are made and synced here."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield pathlib.Path(folder)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def compiled() -> None:
     """Compile all kernels once, before any fork."""
@@ -196,13 +189,13 @@ def compiled() -> None:
 
 # -- killed at random instants -----------------------------------------------------------------------------------------
 
-KILLS = 55  # per buffer
-END = {"reservoir": 24_000, "window": 6_000, "greedy": 6_000, "infinite": 1_200}
+KILLS = 30  # per buffer; 45 more each in the tests below, and 95 for each kind in test_balanced_kill.py
+END = {"reservoir": 8_000, "window": 3_000, "greedy": 3_000, "infinite": 1_200}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_instants(kind: str, tmp_path: Any) -> None:
-    """G3: 220 kills while feeding; each time clean, exactly the first `seen`, and the end is that of an uninterrupted run."""
+    """G3: killed while feeding; each time clean, exactly the first `seen`, and the end is that of an uninterrupted run."""
     rng = random.Random(kind)
     path, end, done = str(tmp_path / "b0.h5"), END[kind], 0
     for trial in range(KILLS):
@@ -242,7 +235,7 @@ def protocol(buffer: Any, first: int, stop: int, report: Callable[[int, dict[str
 def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any) -> None:
     """G3: after a kill, going back to the last reported state and on from there is the uninterrupted run, draws included."""
     rng = random.Random(f"points {kind}")
-    total = 40 if kind == "infinite" else 200
+    total = 40 if kind == "infinite" else 120
     with KINDS[kind](str(tmp_path / "whole.h5")) as buffer:
         whole = protocol(buffer, 0, total)
     path = str(tmp_path / "b.h5")
@@ -250,7 +243,7 @@ def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any)
         protocol(buffer, 0, 3)
         last: tuple[int, Any] = (3, buffer.state_dict())
     ended = 0
-    for trial in range(45):
+    for trial in range(30):
         note = f"{kind}, trial {trial}, back to batch {last[0]}"
 
         def work(pipe: int, last: Any = last) -> None:
@@ -321,32 +314,28 @@ def test_killed_while_going_back(kind: str, tmp_path: Any) -> None:
 
 
 class Steps:
-    """Ends this process at one step: before, within or after a call of a kernel or of the system, or at a line of the store.
+    """What this process would leave if it were killed: around or within a call of a kernel or of the system, or at a line of the store.
 
     "Within" a kernel: its stores done but for a random part of their cache lines, because a compiled kernel's stores come in any
-    order. A kill leaves nothing but the files, so of steps that find the same bytes in them one is enough: without `at`, all
-    are counted, and `points` receives those worth a kill, each with a seed for how a call is cut off.
+    order. A kill leaves nothing but the files, so a step is one that changes their bytes, and a copy of them is what a kill there
+    leaves; one run gives all copies. With `at`, the process is killed indeed, at that step.
     """
 
     FILES = (store.__file__, undo.__file__, infinite.__file__, system.__file__, buffers.__file__)
 
-    def __init__(self, folder: str, at: int | None = None, seed: int = 0) -> None:
-        self.folder, self.at, self.seed, self.count = folder, at, seed, 0
-        self.points: list[tuple[int, int]] = []
+    def __init__(self, folder: str, copies: str, at: int | None = None) -> None:
+        self.folder, self.copies, self.at, self.count = folder, copies, at, 0
         self.last: Any = None
 
-    def step(self, always: bool = False) -> bool:
-        self.count += 1
+    def step(self) -> None:
+        now = contents(self.folder)
+        if now == self.last:
+            return
         if self.at is None:
-            now = self.bytes_now()
-            if always or now != self.last:
-                self.points += [(self.count - 1, seed) for seed in range(3 if always else 1)]
-            self.last = None if always else now
-        return self.count - 1 == self.at
-
-    def bytes_now(self) -> list[Any]:
-        names = [os.path.join(folder, name) for folder, _, files in os.walk(self.folder) for name in sorted(files)]
-        return [(name, zlib.crc32(np.fromfile(name, np.uint8))) for name in names]
+            lay_out(os.path.join(self.copies, str(self.count)), now)
+        elif self.count == self.at:
+            die()
+        self.last, self.count = now, self.count + 1
 
     def install(self) -> None:
         store._COLD = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
@@ -364,79 +353,102 @@ class Steps:
 
     def _call(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            if self.step():
-                die()
-            if function.__name__ == "write_all" and self.step(always=True):  # cut off in the middle
+            self.step()
+            if function.__name__ == "write_all":  # cut off in the middle
                 data = memoryview(args[1]).cast("B")
-                os.pwrite(args[0], data[: len(data) * self.seed // 4], args[2])
-                die()
+                for part in (1, 2, 3):
+                    os.pwrite(args[0], data[: len(data) * part // 4], args[2])
+                    self.step()
             result = function(*args, **named)
-            if self.step():
-                die()
+            self.step()
             return result
 
         return call
 
     def _kernel(self, function: Any, target: int) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            if self.step():
-                die()
-            if self.step(always=True):
-                mem, before = args[target], args[target].copy()
-                function(*args)
-                self._tear(mem, before)
-                die()
+            self.step()
+            mem = args[target]
+            before = mem.copy()
             result = function(*args)
-            if self.step():
-                die()
+            for seed in range(3):
+                self._tear(mem, before, random.Random(f"{self.count} {seed}"))
+            self.step()
             return result
 
         return call
 
-    def _tear(self, mem: Any, before: Any) -> None:
-        """Take a random part of the changed lines back."""
+    def _tear(self, mem: Any, before: Any, rng: random.Random) -> None:
+        """A step with a random part of the changed lines as they were."""
         words, old = mem[: mem.shape[0] // 8 * 8].view(np.uint64), before[: mem.shape[0] // 8 * 8].view(np.uint64)
         changed = [int(i) for i in np.unique(np.flatnonzero(words != old) // 8)]
-        rng = random.Random(f"{self.at} {self.seed}")
-        for line in rng.sample(changed, rng.randint(0, len(changed))):
-            words[8 * line : 8 * line + 8] = old[8 * line : 8 * line + 8]
+        lines = [slice(8 * i, 8 * i + 8) for i in rng.sample(changed, rng.randint(0, len(changed)))]
+        new = [words[line].copy() for line in lines]
+        for line in lines:
+            words[line] = old[line]
+        self.step()
+        for line, value in zip(lines, new, strict=True):
+            words[line] = value
 
     def _trace(self, frame: Any, event: str, _: Any) -> Any:
         if frame.f_code.co_filename not in self.FILES:
             return None
-        if event == "line" and self.step():
-            die()
+        if event == "line":
+            self.step()
         return self._trace
 
 
+def contents(folder: str) -> dict[str, bytes | None]:
+    """The bytes of all files below a folder; None for a folder."""
+    found: dict[str, bytes | None] = {}
+    for path, folders, files in os.walk(folder):
+        inner = os.path.relpath(path, folder)
+        found |= {os.path.join(inner, name): None for name in sorted(folders)}
+        for name in sorted(files):
+            with open(os.path.join(path, name), "rb") as file:
+                found[os.path.join(inner, name)] = file.read()
+    return found
+
+
+def lay_out(folder: str, found: dict[str, bytes | None]) -> None:
+    """A folder with these contents."""
+    os.makedirs(folder)
+    for name, data in found.items():
+        if data is None:
+            os.mkdir(os.path.join(folder, name))
+        else:
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(data)
+
+
 def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, examine: Callable[[str], None], most: int = 10**6) -> int:
-    """Run `work` in children that are killed at one step each, from its call of its argument on; `examine` what each left.
+    """Run `work` in a child, and `examine` what it would leave at each step from its call of its argument on; two of them by a kill.
 
     Of more than `most` steps evenly many are taken. Returns how many.
     """
-    scene.reset()
+    copies = tempfile.mkdtemp(dir=os.path.dirname(scene.folder))
 
-    def dry(pipe: int) -> None:
-        steps = Steps(scene.folder)
+    def run(pipe: int, at: int | None = None) -> None:
+        steps = Steps(scene.folder, copies, at)
         try:
             work(steps.install)
         finally:
             sys.settrace(None)
-        os.write(pipe, json.dumps(steps.points).encode())
+        os.write(pipe, str(steps.count).encode())
 
-    points = json.loads(reap(*child(dry))[1])
+    scene.reset()
+    count = int(reap(*child(run))[1])
     examine("not stopped")
-    if len(points) > most:
-        points = points[:: -(-len(points) // most)]
-    for at, seed in points:
+    chosen = range(0, count, -(-count // most))
+    for at in chosen:
+        scene.reset(os.path.join(copies, str(at)))
+        examine(f"step {at}")
+    for at in (count // 3, count * 2 // 3):
         scene.reset()
-
-        def run(pipe: int, at: int = at, seed: int = seed) -> None:
-            work(Steps(scene.folder, at, seed).install)
-
-        assert reap(*child(run))[0] == signal.SIGKILL, f"step {at} never came"
-        examine(f"step {at}, seed {seed}")
-    return len(points)
+        assert reap(*child(lambda pipe, at=at: run(pipe, at)))[0] == signal.SIGKILL, f"step {at} never came"
+        examine(f"killed at step {at}")
+    shutil.rmtree(copies)
+    return len(chosen)
 
 
 class Scene:
@@ -451,15 +463,15 @@ class Scene:
         """The buffer from which trials begin: fill it, and close it."""
         return KINDS[self.kind](os.path.join(self.base, "b.h5"))
 
-    def reset(self) -> None:
+    def reset(self, base: str = "") -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(self.base, self.folder)
+        shutil.copytree(base or self.base, self.folder)
 
     def open(self, mode: str = "r+", **options: Any) -> Any:
         return KINDS[self.kind](self.path, mode=mode, **options)
 
 
-def finish(buffer: Any, kind: str, note: str, end: int = 300) -> None:
+def finish(buffer: Any, kind: str, note: str, end: int = 180) -> None:
     """Feed the rest: it ends as an uninterrupted run does."""
     feed(buffer, buffer.seen, end)
     assert image(buffer.path) == expected(kind, end), note
@@ -837,7 +849,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "ram"), [("reservoir", False), ("reservoir", True), ("infinite", False)])
 def test_interrupted_in_the_first_add(kind: str, ram: bool, tmp_path: Any) -> None:
-    """G3: Ctrl-C at every second line while the file is created: the same buffer object goes on."""
+    """G3: Ctrl-C at every fifth line (in RAM ninth) while the file is created: the same buffer object goes on."""
     if ram and not os.path.isdir("/proc/self/fd"):
         pytest.skip("no one place to compare its bytes in")
     step, came = 0, True
@@ -849,12 +861,12 @@ def test_interrupted_in_the_first_add(kind: str, ram: bool, tmp_path: Any) -> No
             assert_holds(kind, buffer, [BATCH], note)
             feed(buffer, BATCH, 90)
             assert_holds(kind, buffer, [90], note)
-        step += 2 if not ram else 5
+        step += 5 if not ram else 9
     assert step > 200
 
 
 def test_interrupted_when_a_part_is_full(tmp_path: Any) -> None:
-    """G3: Ctrl-C at every second line of an `add` that makes a part: the same buffer object goes on."""
+    """G3: Ctrl-C at every fifth line of an `add` that makes a part: the same buffer object goes on."""
     step, came = 0, True
     while came:
         with KINDS["infinite"](str(tmp_path / f"b{step}")) as buffer:
@@ -863,12 +875,12 @@ def test_interrupted_when_a_part_is_full(tmp_path: Any) -> None:
             assert_holds("infinite", buffer, (60, 70, 90), f"interrupt after {step}")
             buffer.add(**stream(60, 90), at=60)
             assert_holds("infinite", buffer, [90], f"interrupt after {step}")
-        step += 2
+        step += 5
     assert step > 200
 
 
 def test_interrupted_in_resize_and_load(tmp_path: Any) -> None:
-    """G3: Ctrl-C at every third line while another file takes the name: the buffer goes on with the one that has it."""
+    """G3: Ctrl-C at every seventh line while another file takes the name: the buffer goes on with the one that has it."""
     saved = str(tmp_path / "saved")
     with KINDS["window"](str(tmp_path / "first.h5")) as buffer:
         feed(buffer, 0, 60)
@@ -895,7 +907,7 @@ def test_interrupted_in_resize_and_load(tmp_path: Any) -> None:
             came |= interrupted(lambda b=buffer: b.load(saved), step)
             assert_holds("window", buffer, (60, 90), f"load, {step}")
             finish(buffer, "window", f"load, {step}")
-        step += 3
+        step += 7
     assert step > 200
 
 

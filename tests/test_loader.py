@@ -52,6 +52,7 @@ from leanreplay import (  # noqa: E402
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("kernels")
 PATIENCE = 30  # seconds: no test waits so long unless it is wrong
 SIZE = 6  # samples in a batch
 
@@ -306,9 +307,9 @@ def test_content_is_that_of_the_plan(where, operation, pace, tmp_path):
 @pytest.mark.parametrize("pace", ["held", "done", "asleep"])
 @pytest.mark.parametrize("kind, where", list(itertools.product(KINDS, ["ram", "disk"])))
 def test_every_kind_and_prefetch(kind, where, pace, tmp_path):
-    """Any buffer and 1 to 4 batches ahead, with operations in random order."""
+    """Any buffer and 1 to 4 batches ahead (in RAM 1 and 3, on disk 2 and 4), with operations in random order."""
     names = ["add", "add", "update", "set_metadata", "some metadata", "rollback", "load"] + ["resize"] * (kind != "infinite")
-    for prefetch in range(1, 5):
+    for prefetch in (1, 3) if where == "ram" else (2, 4):
         (tmp_path / str(prefetch)).mkdir()
         buffers = twins(kind, where, tmp_path / str(prefetch))
         chosen = random.Random(f"{kind} {prefetch}").choices(names, k=12)
@@ -559,7 +560,7 @@ def test_balanced_draws(balance, size):
     sizes = np.bincount(number)
     each, rest = divmod(size, len(names))
     more, rows, places = np.zeros(len(names)), np.zeros(44), np.zeros((size, len(names)))
-    trials = 3000
+    trials = 1500
     with ReplayLoader(buffer, size, balance=balance, prefetch=2) as loader:
         for _ in range(trials):
             (x, label), meta = next(loader)
@@ -1028,9 +1029,9 @@ def test_ctrl_c_at_every_line(place):
     before = sys.gettrace()
     oracle = Oracle(make(), SIZE, 3) if place != "balance" else balanced_oracle(make(), SIZE, 3, "class")
     order = []
-    for _ in range(8):
+    for _ in range(6):
         order.append(next(oracle))
-        if place == "add" and len(order) < 6:
+        if place == "add" and len(order) < 4:
             feed(oracle.buffer, 20)
     wrong, n, buffer = [], 0, make()
     done = False
@@ -1044,7 +1045,7 @@ def test_ctrl_c_at_every_line(place):
         loader = ReplayLoader(buffer, SIZE, prefetch=3, **options)
         got, interrupts, added = [], 0, 0
         with Interrupt(n) as interrupt:
-            while len(got) < 6:
+            while len(got) < 4:
                 try:
                     if added < len(got) and place == "add":
                         feed(buffer, 20, 60 + 20 * added)
@@ -1292,7 +1293,7 @@ def play(loader, buffer, steps):
 
 @pytest.mark.parametrize("batches", [None, 3])
 @pytest.mark.parametrize("balance", [None, "class", "task"])
-@pytest.mark.parametrize("prefetch", [1, 2, 3, 4])
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
 def test_resume_at_every_position(prefetch, balance, batches):
     """Checkpoint after p batches, train on, come back through torch.load(weights_only=True): the same batches and ends of passes."""
     options = {"prefetch": prefetch, "balance": balance, "batches": batches}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from interpreter import Script
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -14,8 +14,9 @@ def test_readme_blocks_run(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 4
     for i, block in enumerate(blocks):
-        run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, f"block {i}:\n{block}\n{run.stderr}"
+        run = Script(block, cwd=tmp_path)
+        _, errors = run.communicate(120)
+        assert run.returncode == 0, f"block {i}:\n{block}\n{errors}"
     assert (tmp_path / "replay.h5").exists()
 
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -151,14 +149,6 @@ class Broken:
         if i >= self.fails_at:
             raise RuntimeError("as wanted")
         return self.start + i
-
-
-@pytest.fixture(scope="module")
-def folder() -> Iterator[str]:
-    """A folder in memory where there is one: thousands of files are made."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=base) as name:
-        yield name
 
 
 # -- the reservoir -----------------------------------------------------------------------------------------------------
@@ -325,7 +315,7 @@ def test_capacity_rule(dropped: str, tmp_path: Any) -> None:
         assert (held(buffer, 300) == planned(bound, 300, 1)).all()
 
 
-def test_inclusion_through_interruptions(folder: str) -> None:
+def test_inclusion_through_interruptions(tmp_path: Any) -> None:
     """G1, 2,000 seeds; on disk: closed and opened, forgotten without closing, cut off in an update, batches replayed."""
     kept = []
     cuts_of = np.sort(np.random.default_rng(5).integers(1, 20, (2000, 3))).tolist()
@@ -336,7 +326,7 @@ def test_inclusion_through_interruptions(folder: str) -> None:
             bare.load(10)
         kept.append(bare.kept())
     for seed, cuts in enumerate(cuts_of[:IN_BUFFERS]):
-        path = os.path.join(folder, "b.h5")
+        path = str(tmp_path / "b.h5")
         buffer: Any = ReservoirBuffer(10, path, seed=seed, mode="w", schema=NUMBER)
         buffer.add(np.arange(cuts[0]))
         buffer.close()

@@ -13,8 +13,6 @@ import math
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -620,30 +618,3 @@ def test_a_file_that_lies() -> None:
             store.commit(4, store.policy, np.arange(4), index[0], index[1], sources)
             with pytest.raises(CorruptionError, match="weights"):
                 buffer.add(samples(4, 8), weights=np.ones(4))
-
-
-WORK = """
-import hashlib, numpy as np, leanreplay as lr
-found = hashlib.sha256()
-with lr.WeightedReservoirBuffer(9, seed=3) as buffer:
-    for start in range(0, 120, 13):
-        p = np.arange(start, start + 13)
-        buffer.add(p, weights=np.ldexp(p % 5, p % 40 - 20))
-        found.update(buffer.get_metadata("position").tobytes() + buffer.get_metadata("weight").tobytes())
-    buffer.resize(5)
-    found.update(buffer.get_metadata("position").tobytes())
-print(found.hexdigest())
-"""
-
-
-def test_without_jit() -> None:
-    """The same samples in the same rows where Python itself runs the kernels."""
-    ran = [
-        subprocess.run(
-            [sys.executable, "-W", "ignore::RuntimeWarning", "-c", WORK],
-            env={**os.environ, "NUMBA_DISABLE_JIT": off}, capture_output=True, text=True, check=False,
-        )
-        for off in ("0", "1")
-    ]  # fmt: skip
-    assert all(r.returncode == 0 for r in ran), [r.stderr[-2000:] for r in ran]
-    assert ran[0].stdout == ran[1].stdout
