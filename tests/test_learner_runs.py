@@ -515,6 +515,10 @@ def test_outputs_that_do_not_fit():
         ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=loss_fn).step(x, y)
     with pytest.raises(ArgumentError, match="stream loss is of float"):
         ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=lambda outputs, y: 1.0).step(x, y)
+    learner = CLSLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=torch.nn.functional.mse_loss)
+    with pytest.raises(ArgumentError, match=r"'consistency' needs outputs \(n, classes\) and integer labels"):
+        for _ in range(2):
+            learner.step(x, torch.rand(6, 3).double())
     model = torch.nn.LSTM(4, 3).double()
     with pytest.raises(ArgumentError, match=r"must return a tensor of outputs.*got tuple"):
         ERLearner(model, sgd(model), ReservoirBuffer(20)).step(x, y)
@@ -623,6 +627,8 @@ def test_wrong_objects():
         ReplayLearner(model, sgd(model), buffer, terms=[term])
     with pytest.raises(ArgumentError, match="name is a non-empty str"):
         Term("", 1.0)
+    with pytest.raises(ArgumentError, match="has no weight"):
+        Term("mine", None)
     with pytest.raises(ArgumentError, match='draw is "own", "shared" or None'):
         LogitMatching(1.0, draw="mine")
     with pytest.raises(ArgumentError, match="the term 'mine' takes a draw, but Term has no loss"):

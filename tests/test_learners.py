@@ -26,7 +26,7 @@ from learner_oracle import (
     whole,
 )
 
-from leanreplay import ReservoirBuffer, SlidingWindowBuffer
+from leanreplay import ReservoirBuffer, SlidingWindowBuffer, StateError
 from leanreplay.torch import (
     CLSLearner,
     Consistency,
@@ -501,6 +501,13 @@ def test_copies_grow():
     learner.after_step()
     learner.step(x1, y1)
     assert learner.stable_model(x).shape == (6, 4)
+    small = dense(outputs=2)
+    resumed = CLSLearner(small, sgd(small), learner.buffer, mask_unused_classes=True)
+    with pytest.raises(StateError, match="another model's"):
+        resumed.load_state_dict(learner.state_dict())
+    grow(small, 4)
+    resumed.load_state_dict(learner.state_dict())
+    assert torch.equal(resumed.stable_model[-1].weight, learner.stable_model[-1].weight) and resumed.steps == learner.steps == 5
 
 
 # -- terms ---------------------------------------------------------------------------------------------------------------------

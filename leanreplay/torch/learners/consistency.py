@@ -52,16 +52,23 @@ class Consistency(Term):
             "plastic": fraction("plastic_model_update_probability", plastic_model_update_probability),
         }
         self.copies: dict[str, torch.nn.Module] = {}
+        self._learner: ReplayLearner | None = None
 
     def attach(self, learner: ReplayLearner) -> None:
-        if self.copies:
+        if self._learner is not None:
             raise ArgumentError(f"the term {self.name!r} already belongs to a learner; make another one")
+        self._learner = learner
         self.copies = {which: _copy(learner.module) for which in ("stable", "plastic")}
 
     def modules(self) -> Iterable[torch.nn.Module]:
         return self.copies.values()
 
     def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
+        if replay.y.ndim != 1 or replay.y.is_floating_point() or replay.outputs.ndim != 2:
+            raise ArgumentError(
+                f"the term {self.name!r} needs outputs (n, classes) and integer labels (n,), got {tuple(replay.outputs.shape)} and "
+                f"{replay.y.dtype} of {tuple(replay.y.shape)}"
+            )
         self._follow(learner.module)
         true = replay.y[:, None]
         with torch.no_grad():
@@ -103,13 +110,17 @@ class Consistency(Term):
         return {which: {name: value.detach().clone() for name, value in model.state_dict().items()} for which, model in self.copies.items()}
 
     def check_state(self, state: Any) -> None:
-        for which, model in self.copies.items():
-            mine, theirs = model.state_dict(), state.get(which) if isinstance(state, Mapping) else None
+        model = self.copies["stable"] if self._learner is None else self._learner.module
+        mine = model.state_dict()
+        for which in self.copies:
+            theirs = state.get(which) if isinstance(state, Mapping) else None
             fits = isinstance(theirs, Mapping) and all(isinstance(v, torch.Tensor) for v in theirs.values())
             if not fits or {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:  # type: ignore[union-attr]
                 raise StateError(f"the state of the term {self.name!r} is not that of a {which} copy of this model; is it another model's?")
 
     def load_state_dict(self, state: Any) -> None:
+        if self._learner is not None:
+            self._follow(self._learner.module)
         for which, model in self.copies.items():
             model.load_state_dict(state[which])
 

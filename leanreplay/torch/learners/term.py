@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ class Term:
     name: its key in `Step.losses` and in states. weight: its factor in the loss; may be changed while training; 0 leaves it out.
     draw: "own": it takes a draw of its own from the buffer; "shared": it takes that of the term before (the first one draws in any
     case); None: it has no loss. layers: names of layers whose outputs it needs, in `features`. together: its draw goes
-    through the model together with the stream, in one batch.
+    through the model together with the stream, in one batch; weight None: and there is one loss, a mean over both.
 
     >>> import torch
     >>> from leanreplay.torch import Term
@@ -50,6 +51,8 @@ class Term:
             raise ArgumentError(f"a term's name is a non-empty str, got {name!r:.200}")
         if draw not in ("own", "shared", None):
             raise ArgumentError(f'draw is "own", "shared" or None, got {draw!r:.200}')
+        if weight is None and not together:
+            raise ArgumentError(f"the term {name!r} has no weight (None); only a draw that goes together with the stream needs none")
         self.name, self.draw, self.layers, self.together = name, draw, tuple(layers), together
         self.weight = None if weight is None else number(f"weight of the term {name!r}", weight)
 
@@ -109,13 +112,13 @@ def key(purpose: str, seed: int, step: int) -> int:
 
 def number(name: str, value: Any) -> float:
     """A finite number of at least 0. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r:.200}")
     return float(value)
 
 
 def fraction(name: str, value: Any) -> float:
     """A number from 0 to 1. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ArgumentError(f"{name} must be from 0 to 1, got {value!r:.200}")
     return float(value)

@@ -29,8 +29,8 @@ class ReplayLoss(Term):
         super().__init__(name, weight, draw, together=together or weight is None)
 
     def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
-        outputs = replay.outputs if replay.together is None else replay.together.outputs
-        return learner.criterion(outputs, replay.y)
+        together = replay.together
+        return learner.criterion(replay.outputs if together is None else together.outputs, replay.y)
 
 
 class LogitMatching(Term):
