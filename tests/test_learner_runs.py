@@ -292,6 +292,25 @@ def test_distributed(method, group):
     assert wrapped.module is model and not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@ALL
+def test_cuda(method):
+    """On a CUDA device, batches from the CPU: as on the CPU, but for rounding; a label out of range leaves the device usable."""
+    learners = make(method), make(method, model=conv().cuda(), device="cuda")
+    for found in zip(*(train(learner, images(8)) for learner in learners), strict=True):
+        assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
+    for p, q in zip(learners[0].model.parameters(), learners[1].model.parameters(), strict=True):
+        torch.testing.assert_close(p, q.cpu(), rtol=1e-4, atol=1e-6)
+    assert held(learners[0].buffer)["position"].tolist() == held(learners[1].buffer)["position"].tolist()
+    (x, y), *_ = images(1, seed=1)
+    with pytest.raises(ArgumentError, match="a label of the batch is 7"):
+        learners[1].step(x, y * 0 + 7)
+    with pytest.raises(LossError):
+        learners[1].step(x * float("nan"), y)
+    learners[1].step(x, y)
+    assert learners[1].buffer.seen == 54
+
+
 # -- transforms ----------------------------------------------------------------------------------------------------------------
 
 
