@@ -397,6 +397,9 @@ class Store:
         """Undo a commit that did not end, finish a rollback that did not. Interrupted, it can simply run again."""
         self._settled = False
         self._policy = [-1]
+        if self.head is self._work:  # cut off within `_take_over`
+            self._work = np.zeros(HEADER_WORDS, np.uint64)
+        self._now, self._next = self.head.data, self._work.data
         self._newest(self.head)
         if self.head[H_TARGET] != 0:
             self._finish_rollback()

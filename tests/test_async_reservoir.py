@@ -8,7 +8,6 @@ import importlib
 import logging
 import multiprocessing
 import os
-import queue
 import random
 import signal
 import struct
@@ -16,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-import types
+import weakref
 from concurrent.futures import wait
 
 import numpy as np
@@ -179,18 +178,28 @@ def test_flatten():
 def test_waiting_blocks(monkeypatch):
     """A wait of a second is one call, not many."""
     calls = []
-
-    class Counting(queue.SimpleQueue):
-        def get(self, *args):
-            calls.append(args)
-            return super().get(*args)
-
-    monkeypatch.setattr(async_reservoir, "queue", types.SimpleNamespace(SimpleQueue=Counting, Empty=queue.Empty))
+    finished = AsyncReservoir._finished
+    monkeypatch.setattr(AsyncReservoir, "_finished", lambda self, seconds: calls.append(seconds) or finished(self, seconds))
     for deterministic in (False, True):
+        calls.clear()
         with threads(range(3), lambda i: time.sleep(1), deterministic=deterministic) as reservoir:
             assert list(reservoir) == [None]
-    assert 2 <= len(calls) <= 6
+        assert calls[0] == async_reservoir._LOOK and set(calls[1:]) <= {0}
     assert async_reservoir._LOOK >= 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_has_left_is_forgotten(deterministic):
+    """Memory does not grow with what was ever loaded."""
+    jobs = weakref.WeakSet()
+    with threads(range(99), most=3, deterministic=deterministic, max_jobs_at_once=2) as reservoir:
+        for _ in range(20):
+            list(reservoir)
+            settle(reservoir)
+            jobs.update(reservoir._jobs)
+        gc.collect()
+        assert reservoir._number > 20
+        assert set(jobs) == set(reservoir._jobs), "jobs, with their results, that were taken in long ago"
 
 
 def test_breaking_off_loses_nothing():
@@ -873,6 +882,7 @@ ENDS += [(processes, m, "fail") for m in METHODS if m != "fork"]
 def test_nothing_is_left(make, method, how, monkeypatch):
     """No thread, process, descriptor or semaphore: after close, after an exception, after it was forgotten."""
     monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", f"/lr{os.getpid()}")
+    gc.collect()  # what other tests left
     nothing_left()
     before = 0
     for attempt in range(3):
@@ -1044,10 +1054,10 @@ SCRIPT = """
         try:
             if place == "begin":
                 reservoir._queue()
-                say(f"children {[p.pid for p in reservoir._processes]}")
+                say(f"children {[p.pid for p in reservoir._processes.started()]}")
             for entry in reservoir:
                 pass
-            children = [p.pid for p in reservoir._processes]
+            children = [p.pid for p in reservoir._processes.started()]
             say(f"children {children}")
             if place == "wait":
                 reservoir.min_reservoir_samples = 3
@@ -1098,7 +1108,7 @@ def test_ctrl_c(tmp_path, place, method, close):
     run, children = script(tmp_path, place, method, close)
     time.sleep(0.3)
     os.killpg(run.pid, signal.SIGINT)
-    out, error = run.communicate(timeout=PATIENCE)
+    out, error = run.communicate(PATIENCE)
     assert error.count("KeyboardInterrupt") == 1, error
     assert error.count("Traceback") == 1, error
     assert run.returncode == -signal.SIGINT
@@ -1111,7 +1121,7 @@ def test_ctrl_c(tmp_path, place, method, close):
 def test_the_end_of_the_interpreter(tmp_path):
     """Without close, jobs that are queued are not waited for."""
     run, children = script(tmp_path, "end", "fork", "no")
-    out, error = run.communicate(timeout=PATIENCE)
+    out, error = run.communicate(PATIENCE)
     assert (out, error, run.returncode) == ("the end\n", "", 0)
     assert gone(children)
 

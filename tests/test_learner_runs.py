@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from learner_oracle import batches, conv, dense, held, sgd
 
-from leanreplay import ArgumentError, InfiniteBuffer, LeanReplayError, ReservoirBuffer, StateError
+from leanreplay import ArgumentError, InfiniteBuffer, LeanReplayError, ModeError, ReservoirBuffer, SchemaError, StateError
 from leanreplay.errors import LossError
 from leanreplay.torch import (
     CLSLearner,
@@ -541,6 +542,23 @@ def test_batches_and_buffers_that_do_not_fit():
     buffer.add(x)
     with pytest.raises(ArgumentError, match=r"a buffer of pairs"):
         learner(buffer, ERLearner).step(x, y)
+    model.float()
+    for bad in ((x.float(), y), (x, y.int())):
+        buffer = ReservoirBuffer(20)
+        buffer.add((x, y))
+        er = learner(buffer, ERLearner)
+        with pytest.raises(SchemaError, match=r"data/[01]: expected (float64|int64)"):
+            er.step(*bad)
+        assert buffer.seen == 6 and er.steps == 0
+    er = learner(ReservoirBuffer(20), ERLearner)
+    er.loss(x.float(), y)
+    with pytest.raises(SchemaError, match="wait for after_step"):
+        er.loss(x.float(), y.int())
+    model.double()
+    buffer = ReservoirBuffer(20, target_transform=lambda y: "name")
+    buffer.add((x, y))
+    with pytest.raises(ArgumentError, match=r"drawn were Tensor and list: what does the buffer's transform return"):
+        learner(buffer, ERLearner).step(x, y)
     with pytest.raises(ArgumentError, match="transform: its results cannot be stacked"):
         learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)
     with pytest.raises(ArgumentError, match="target_transform: its results cannot be stacked"):
@@ -607,7 +625,8 @@ def test_wrong_objects():
         Term("", 1.0)
     with pytest.raises(ArgumentError, match='draw is "own", "shared" or None'):
         LogitMatching(1.0, draw="mine")
-    with pytest.raises(NotImplementedError):
-        learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Term("mine", 1.0)])
-        for x, y in batches(2, 6):
-            learner.step(x, y)
+    with pytest.raises(ArgumentError, match="the term 'mine' takes a draw, but Term has no loss"):
+        ReplayLearner(model, sgd(model), buffer, terms=[Term("mine", 1.0)])
+    buffer.add(batches(1, 6)[0])
+    with pytest.raises(ModeError, match="adds to its buffer"):
+        ERLearner(model, sgd(model), pickle.loads(pickle.dumps(buffer)))

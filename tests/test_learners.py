@@ -35,6 +35,7 @@ from leanreplay.torch import (
     LogitMatching,
     PODLearner,
     PooledOutputDistillation,
+    Replay,
     ReplayLearner,
     ReplayLoss,
     ShrinkAndPerturb,
@@ -124,7 +125,7 @@ def test_der_draws_are_independent():
     for x, y in batches(4, 10):
         learner.step(x, y)
     first, second = seen[-2][1], seen[-1][1]
-    assert first is not second and not torch.equal(first.metadata["idx"], second.metadata["idx"]) and len(seen) == 6
+    assert first is not second and not np.array_equal(first.metadata["idx"], second.metadata["idx"]) and len(seen) == 6
 
 
 @NORMAL
@@ -164,12 +165,48 @@ def test_cls(norm, normalise, alpha, probabilities):
         descend(hand, total)
         twin.add((x, y))
         average(copies, hand, i, weights, rate, 5)
+        learner.stable_model.train(i == 1)  # an evaluation leaves it in eval mode
         check_same(learner, hand, twin, learner.step(x, y), losses, total, logits[:6])
         for which, mine in (("stable", learner.stable_model), ("plastic", learner.plastic_model)):
             assert mine.training and not any(p.requires_grad for p in mine.parameters())
             for p, q in zip(mine.state_dict().values(), copies[which].state_dict().values(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
     assert True in choices and False in choices, "one copy was always chosen: the choice was not tested"
+
+
+class Fixed(torch.nn.Module):
+    """Gives the same outputs for any input."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = torch.nn.Parameter(torch.tensor(outputs, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.outputs.expand(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    "stable, plastic, labels, unused, chosen",
+    [
+        ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0, 1], [], "pp"),  # equal probabilities: not strictly more
+        ([2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0, 1], [], "sp"),  # sample by sample
+        ([1.0, 0.0, 9.0], [0.9, 0.0, 0.0], [0, 1], [], "pp"),
+        ([1.0, 0.0, 9.0], [0.9, 0.0, 0.0], [0, 1], [2], "sp"),  # a class that never occurred takes no probability
+    ],
+)
+def test_which_copy_counts(stable, plastic, labels, unused, chosen):
+    """Consistency for logits given directly."""
+    model = Fixed([0.5, 0.25, -1.0])
+    term = Consistency()
+    learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[term])
+    with torch.no_grad():
+        for which, outputs in (("stable", stable), ("plastic", plastic)):
+            term.copies[which].outputs.copy_(torch.tensor(outputs, dtype=torch.float64))
+    learner.mask = torch.tensor([c not in unused for c in range(3)]) if unused else None
+    x, y = torch.zeros(len(labels), 1), torch.tensor(labels)
+    kept = [c for c in range(3) if c not in unused]
+    squares = [(model.outputs[c].item() - (stable if which == "s" else plastic)[c]) ** 2 for which in chosen for c in kept]
+    assert term.loss(learner, Replay(model, x, y, {}, ())).item() == pytest.approx(sum(squares) / len(squares), rel=1e-12)
 
 
 @NORMAL
@@ -384,9 +421,10 @@ def test_classes_count_when_their_batch_does():
     learner.step(x, y)
     with pytest.raises(ArithmeticError):
         learner.loss(x1 * float("nan"), y1)
+    learner.loss(x, y)
     learner.loss(x2, y2)
     learner.loss(x, y)
-    assert learner._queue[-1].seen.tolist() == [True, False, True, False, False]
+    assert [q.seen.tolist() for q in learner._queue] == [[True, False, seen, False, False] for seen in (False, True, True)]
     learner.after_step()
     assert learner.state_dict()["classes"] == [0, 2]
 

@@ -22,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import wait as first_done
 from multiprocessing.connection import wait as first_ready
 from typing import Any
 
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, default_collate, default_convert
 
-from ..batches import integer, length, stack
+from ..batches import integer, length, required, stack
 from ..buffers import SlidingWindowBuffer
 from ..errors import ArgumentError, ModeError, SchemaError, StateError, WorkerError
 from ..format import STREAM_BITS
@@ -39,6 +40,7 @@ from .data import BufferDataset
 _PATIENCE = 5.0  # seconds that running jobs have to end before their processes are killed
 _LOOK = 2.0  # seconds between looks at the workers, while waiting for them
 _ENDLESS = 10_000  # failures in a row that end a source whose length is not known
+_MOST = 2**40
 _END = object()
 _LOG = logging.getLogger("leanreplay")
 _RUNNING: weakref.WeakSet[AsyncReservoir] = weakref.WeakSet()
@@ -121,20 +123,21 @@ class AsyncReservoir:
             raise ArgumentError("source is empty: there is nothing to load")
         self.source = source
         self.function: Callable[[Any], Any] = _function("function", function)
-        self.max_reservoir_samples = _count("max_reservoir_samples", max_reservoir_samples)
-        self.min_reservoir_samples = _count("min_reservoir_samples", min_reservoir_samples)
+        self.max_reservoir_samples = required("max_reservoir_samples", max_reservoir_samples, 1, _MOST)
+        self.min_reservoir_samples = required("min_reservoir_samples", min_reservoir_samples, 1, _MOST)
         if self.min_reservoir_samples > self.max_reservoir_samples:
             raise ArgumentError(
                 f"min_reservoir_samples={min_reservoir_samples} can never be reached with max_reservoir_samples={max_reservoir_samples}; "
                 "lower the one or raise the other"
             )
-        self.workers = _count("workers", workers)
-        self.max_jobs_at_once = _count("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0)
+        self.workers = required("workers", workers, 1, _MOST)
+        self.max_jobs_at_once = required("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0, _MOST)
         self.sampler = None if sampler is None else _function("sampler", sampler, ", for instance torch's RandomSampler class")
+        self._seeded = self.sampler is not None and _takes_generator(self.sampler)
         self.collate_fn = collate_fn if collate_fn in (None, "default") else _function("collate_fn", collate_fn)
         limit, replaced = maximum_number_of_samples_per_epoch, max_reservoir_replacement_size
-        self.maximum_number_of_samples_per_epoch = None if limit is None else _count("maximum_number_of_samples_per_epoch", limit)
-        self.max_reservoir_replacement_size = None if replaced is None else _count("max_reservoir_replacement_size", replaced)
+        self.maximum_number_of_samples_per_epoch = integer("maximum_number_of_samples_per_epoch", limit, 1, _MOST)
+        self.max_reservoir_replacement_size = integer("max_reservoir_replacement_size", replaced, 1, _MOST)
         for name, value, allowed in (("executor", executor, ("process", "thread")), ("on_error", on_error, ("raise", "skip"))):
             if value not in allowed:
                 raise ArgumentError(f"{name} is one of {allowed}, got {value!r:.200}")
@@ -150,8 +153,8 @@ class AsyncReservoir:
         self._jobs: dict[Future[Any], tuple[int, Any]] = {}  # (number, sample) of those not yet taken in, oldest first
         self._number = 0  # of jobs so far
         self._good = -1  # number of the newest job that gave an entry
-        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()  # of the present pool
-        self._processes: list[Any] = []
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()  # of the present pool, unless `deterministic`
+        self._processes = _Processes(self.mp_context)  # of the present pool
         self._left: deque[tuple[Any, int, Any]] = deque()  # (entry, number, sample) of results that had no room in their epoch
         self._times = {name: [0.0, 0] for name in ("sending", "receiving", "waiting")}
 
@@ -192,11 +195,7 @@ class AsyncReservoir:
     def _order(self, snapshot: Sequence[Any]) -> Iterator[Any]:
         if self.sampler is None:
             return iter(range(len(snapshot)))
-        options = {}
-        with contextlib.suppress(ValueError, TypeError):  # not every callable has a signature
-            if "generator" in inspect.signature(self.sampler).parameters:
-                options["generator"] = self._generator(f"epoch {self.epoch}")
-        order = self.sampler(snapshot, **options)
+        order = self.sampler(snapshot, **({"generator": self._generator(f"epoch {self.epoch}")} if self._seeded else {}))
         if hasattr(order, "set_epoch"):
             order.set_epoch(self.epoch)
         if not isinstance(order, Iterable):
@@ -276,20 +275,18 @@ class AsyncReservoir:
             raise self._killed() from error
         self._jobs[job] = self._number, sample
         self._number += 1
-        job.add_done_callback(self._done.put)
-        self._processes = list((getattr(self._pool, "_processes", None) or {}).values())
+        if not self.deterministic:
+            job.add_done_callback(self._done.put)
 
     def _start(self) -> Executor:
-        self._done = queue.SimpleQueue()
-        self._processes = []
         self._pid = os.getpid()
         _RUNNING.add(self)
         if self.executor == "thread":
             return ThreadPoolExecutor(self.workers, "AsyncReservoir")
-        context = self.mp_context or multiprocessing.get_context()
-        forked = context.get_start_method() == "fork"
-        function = self.function if forked else _pickled(self.function, "the function")
-        return ProcessPoolExecutor(self.workers, context, _start_worker, (function, not forked))
+        self._processes = _Processes(self.mp_context)
+        context: Any = self._processes
+        function = self.function if context.get_start_method() == "fork" else _pickled(self.function, "the function")
+        return ProcessPoolExecutor(self.workers, context, _start_worker, (function,))
 
     def _next_job(self, wait: bool) -> Future[Any] | None:
         """The job to take in next: the first that is done, or the oldest if `deterministic`. None: not now."""
@@ -297,23 +294,25 @@ class AsyncReservoir:
             return None
         with self._timed("waiting") if wait else contextlib.nullcontext():
             stuck = False
-            while True:
-                oldest = next(iter(self._jobs))
-                if self.deterministic and oldest.done():
-                    return oldest
-                try:
-                    job = self._done.get(wait, _LOOK)
-                except queue.Empty:
-                    if stuck:
-                        raise self._killed() from None
-                    # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
-                    stuck = bool(self._processes and first_ready([p.sentinel for p in self._processes], 0))
-                    if not wait and not stuck:
-                        return None
-                    wait = True
-                    continue
-                if not self.deterministic:
-                    return job
+            while (job := self._finished(_LOOK if wait else 0)) is None:
+                if stuck:
+                    raise self._killed()
+                # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
+                stuck = self._processes.one_ended()
+                if not wait and not stuck:
+                    return None
+                wait = True
+            return job
+
+    def _finished(self, seconds: float) -> Future[Any] | None:
+        """A job that is done, or will be within so many seconds."""
+        if self.deterministic:
+            oldest = next(iter(self._jobs))
+            return oldest if first_done([oldest], seconds).done else None
+        try:
+            return self._done.get(seconds > 0, seconds)  # Python 3.10 waits for ever if it may wait for 0 seconds
+        except queue.Empty:
+            return None
 
     def _receive(self, job: Future[Any]) -> None:
         """Take the result of a job that is done."""
@@ -369,9 +368,8 @@ class AsyncReservoir:
             raise WorkerError(f"none of the last {failed} jobs, a whole pass through the source, gave an entry; of the last: {message}")
 
     def _killed(self) -> WorkerError:
-        processes = self._processes
         self._stop()  # after which all of them have ended
-        codes = [p.exitcode for p in processes if p.exitcode]
+        codes = [p.exitcode for p in self._processes.started() if p.exitcode]
         ends = sorted({signal.Signals(-c).name if c < 0 else f"exit code {c}" for c in codes})
         # The pool ends the other workers by SIGTERM.
         reason = ", ".join([e for e in ends if e != "SIGTERM"] or ends) or "unknown reason"
@@ -421,7 +419,7 @@ class AsyncReservoir:
         (3, 3)
         """
         self._require()
-        n = _count("n", n)
+        n = required("n", n, 1, _MOST)
         if hasattr(self.source, "subsample"):
             return self._like(self.source.subsample(n), n)
         size = self._indexable("subsample")
@@ -534,11 +532,11 @@ class AsyncReservoir:
             return
         self._pool = None
         self._jobs.clear()
+        self._done = queue.SimpleQueue()
         self._good = self._number - 1  # what is dropped did not fail
         _RUNNING.discard(self)
         if isinstance(pool, ProcessPoolExecutor):
-            _end_processes(pool)
-            self._processes = []
+            self._processes.end(pool)
         else:
             pool.shutdown(cancel_futures=True)
 
@@ -546,29 +544,54 @@ class AsyncReservoir:
 # -- the processes ---------------------------------------------------------------------------------------------------
 
 
-def _end_processes(pool: ProcessPoolExecutor) -> None:
-    """Shut a pool down, within `_PATIENCE` whatever its jobs do, which `shutdown` alone would not (Python 3.14 has `kill_workers`)."""
-    manager = getattr(pool, "_executor_manager_thread", None)
-    processes = list((getattr(pool, "_processes", None) or {}).values())
-    results: Any = getattr(pool, "_result_queue", None)
-    pool.shutdown(wait=False, cancel_futures=True)
-    try:
-        if manager is not None:
-            manager.join(_PATIENCE)
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-        writer = results._writer
-        os.set_blocking(writer.fileno(), False)
-        while manager is not None and manager.is_alive():
-            # A worker that died while sending leaves the manager reading for ever: give it something to read, until it gives up.
-            with contextlib.suppress(BlockingIOError):
-                os.write(writer.fileno(), bytes(1 << 16))
-            manager.join(0.01)
-        for process in processes:
-            process.join()
-        results.close()
+class _Processes:
+    """A context of multiprocessing for one pool, which keeps what the pool makes by it: the processes, and the pipe of their results."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context or multiprocessing.get_context()
+        self._made: list[Any] = []
+        self._results: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def Process(self, *arguments: Any, **named: Any) -> Any:  # noqa: N802
+        self._made.append(self._context.Process(*arguments, **named))
+        return self._made[-1]
+
+    def SimpleQueue(self) -> Any:  # noqa: N802
+        self._results = self._context.SimpleQueue()
+        return self._results
+
+    def started(self) -> list[Any]:
+        return [process for process in self._made if process.pid is not None]
+
+    def one_ended(self) -> bool:
+        return bool(first_ready([process.sentinel for process in self.started()], 0)) if self._made else False
+
+    def end(self, pool: ProcessPoolExecutor) -> None:
+        """Shut the pool down, whatever its jobs do within `_PATIENCE`; `shutdown` would wait for them (Python 3.14 has `kill_workers`)."""
+        manager = getattr(pool, "_executor_manager_thread", None)  # private; without it, its end would not be waited for
+        pool.shutdown(wait=False, cancel_futures=True)
+        until = time.monotonic() + _PATIENCE
+        try:
+            for process in self.started():
+                process.join(max(0.0, until - time.monotonic()))
+        finally:
+            for process in self.started():
+                if process.is_alive():
+                    process.kill()
+            writer = self._results._writer.fileno()
+            os.set_blocking(writer, False)
+            while manager is not None and manager.is_alive():
+                # A worker that died while sending leaves the manager reading for ever: give it something to read, until it gives up.
+                with contextlib.suppress(BlockingIOError):
+                    os.write(writer, bytes(1 << 16))
+                manager.join(0.01)
+            self._results.close()
+            self._results = None  # and with it its semaphores
+            for process in self.started():
+                process.join()
 
 
 @contextlib.contextmanager
@@ -589,19 +612,16 @@ def _stop_all() -> None:
 
 getattr(threading, "_register_atexit", atexit.register)(_stop_all)
 
-_work: Any = None  # of a worker process: the function, or the error that it could not be unpickled
+_work: Any = None  # of a worker process: the function, pickled until the first job unless it was forked
 
 
-def _start_worker(function: Any, pickled: bool) -> None:
+def _start_worker(function: Any) -> None:
     global _work  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends these
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # as DataLoader does: OpenMP's threads do not survive a fork, and workers share the cores
-    try:
-        _work = pickle.loads(function) if pickled else function
-    except BaseException as error:
-        _work = _Raises(error)
+    _work = function
 
 
 def _end_with_parent() -> None:
@@ -612,27 +632,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class _Raises:
-    """In place of a function that cannot be unpickled in a worker: every job says why."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def __call__(self, sample: Any) -> Any:
-        raise self.error
-
-
 def _job(sample: bytes, seed: int) -> bytes:
     """In a worker process: (None, result) or (traceback, pickled exception), pickled.
 
     Pickled here and plainly: multiprocessing's own pickling would send tensors by shared memory, with a descriptor each for as
     long as they live, and a result that cannot be pickled would not be known as that of its sample.
     """
+    global _work  # noqa: PLW0603
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed >> 1)
     text: str | None = None
     try:
+        if isinstance(_work, bytes):
+            _work = pickle.loads(_work)
         text, value = _attempt(_work, pickle.loads(sample))
         if text is None:
             return _dumps((None, value))
@@ -727,16 +740,17 @@ def _picked(snapshot: Sequence[Any], indices: list[int]) -> list[Any]:
         raise ArgumentError(f"the sampler gave indices {indices!r:.200} for a snapshot of {len(snapshot)} entries") from error
 
 
-def _count(name: str, value: Any, low: int = 1) -> int:
-    if value is None:
-        raise ArgumentError(f"{name} must be an integer, got None")
-    return integer(name, value, low, 2**40) or 0
-
-
 def _function(name: str, value: Any, hint: str = "") -> Any:
     if not callable(value):
         raise ArgumentError(f"{name} must be a function{hint}, got {value!r:.200}")
     return value
+
+
+def _takes_generator(sampler: Callable[..., Any]) -> bool:
+    try:
+        return "generator" in inspect.signature(sampler).parameters
+    except (ValueError, TypeError):  # not every callable has a signature
+        return False
 
 
 def _context(value: Any) -> Any:
@@ -798,6 +812,6 @@ def _unpickled(value: bytes | None) -> Any:
 
 
 def _worker_error(message: str, sample: Any) -> WorkerError:
-    error = WorkerError(message)
+    error = WorkerError(message)  # no variable of the frame that raises it, which would keep the reservoir in a cycle
     error.sample = sample
     return error

@@ -392,7 +392,7 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
     those of callback i begin at `index_offsets[i]`. Every pass begins at the start that the config gives; the pass after
     `load_state_dict` goes on from there. Starting in the middle of an epoch skips the indices before, so with a train_sampler whose
     order is a function of the epoch, it gives the same indices and callbacks as never stopping. (torch's RandomSampler draws a new
-    order each time.) Costs about 0.1 microseconds an index, 0.2 a batch and 3 a pass over a callback, and no memory beyond a batch or
+    order each time.) Costs about 0.1 microseconds an index, 0.2 a batch and 7 a pass over a callback, and no memory beyond a batch or
     64 indices: that many are read of a sampler ahead of smaller batches, but never beyond an epoch or an update at which a callback is due.
 
     dataset, collator, batch_sampler: for a DataLoader of your own; an item of `dataset` is (0, training sample) or (i + 1, sample of

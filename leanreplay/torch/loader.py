@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batches import integer
+from ..batches import integer, required
 from ..buffers import DataBuffer
 from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
@@ -144,8 +144,8 @@ class ReplayLoader:
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
         self.buffer, self.device, self.pin_memory = buffer, _device(device), bool(pin_memory)
-        self.batch_size = _positive("batch_size", batch_size)
-        self.prefetch = _positive("prefetch", prefetch)
+        self.batch_size = required("batch_size", batch_size, 1, 2**31)
+        self.prefetch = required("prefetch", prefetch, 1, 2**31)
         self.batches = integer("batches", batches, 1, 2**62)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
         self.batch_transform, self.balance = batch_transform, balance
@@ -375,13 +375,6 @@ def _device(device: Any) -> torch.device | None:
         raise ArgumentError(f"device {device!r:.200} is none of torch's: {error}") from None
 
 
-def _positive(name: str, value: Any) -> int:
-    number = integer(name, value, 1, 2**31)
-    if number is None:
-        raise ArgumentError(f"{name} must be a positive integer, got None")
-    return number
-
-
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU, in memory of its own."""
     return tensor.to("cpu", copy=True)
@@ -424,7 +417,7 @@ class MixedLoader:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
         self.stream_loader, self.buffer, self.device = stream_loader, buffer, _device(device)
-        self.replay_batch_size = _positive("replay_batch_size", replay_batch_size)
+        self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
 
     def __len__(self) -> int:
         return len(self.stream_loader)  # type: ignore[arg-type]

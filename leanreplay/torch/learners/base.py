@@ -7,16 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...batches import required
 from ...buffers import DataBuffer
-from ...errors import ArgumentError, LossError, StateError
-from ..data import sample
-from .replay import Replay, bare, forward
+from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError
+from ...schema import check_leaf
+from ..data import bfloat16_fields, to_torch
+from .replay import Replay, bare, forward, running_statistics
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
+Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class _Queued:
     x: torch.Tensor
     y: torch.Tensor
     stored: dict[str, torch.Tensor]
-    moved: list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+    moved: list[Moved]
     seen: torch.Tensor | None
 
 
@@ -116,6 +119,8 @@ class ReplayLearner:
             raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+        if buffer.mode == "r":
+            raise ModeError(f"a learner adds to its buffer, but this one is open for reading only: {buffer!r}; open it with mode='r+'")
         functions = {
             "transform": transform,
             "target_transform": target_transform,
@@ -151,6 +156,8 @@ class ReplayLearner:
         self._seen: torch.Tensor | None = None
         self._queue: list[_Queued] = []
         self._fits = False  # whether the buffer is known to hold what the terms store
+        self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
+        self._like: Any = None  # shapes and dtypes of samples that it will take
         self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         self._labels = self._labels or any(term.needs_labels for term in self.terms)
         for term in self.terms:
@@ -162,6 +169,10 @@ class ReplayLearner:
         for term in self.terms:
             if not isinstance(term, Term):
                 raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+            if term.draw is not None and type(term).loss is Term.loss:
+                raise ArgumentError(
+                    f"the term {term.name!r} takes a draw, but {type(term).__name__} has no loss; give it one, or draw=None"
+                )
         names = ["stream", "stream+replay", *(term.name for term in self.terms)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -179,8 +190,8 @@ class ReplayLearner:
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass. Queues the batch for `after_step`.
 
-        Nothing else changes, but what a pass through the model changes: running statistics. Several calls before one
-        `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`.
+        Nothing else changes, but what a pass through the model changes, running statistics, and the count of the buffer's draws. Several
+        calls before one `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`.
 
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
@@ -191,10 +202,13 @@ class ReplayLearner:
             raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
         if x.shape[0] == 0:
             raise ArgumentError("the batch is empty; leave such a batch out")
+        like = x.shape[1:], x.dtype, y.shape[1:], y.dtype
+        if like != self._like:
+            self._check_batch(x, y, like)
         device = x.device if self.device is None else self.device
         inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
         draws = self._draw(device)
-        before = [(b, b.clone()) for module in self._modules() for b in module.buffers()]
+        before = [(b, b.clone()) for b in self._statistics()]
         try:
             total, *queued = self._compute(inputs, targets, draws)
         except BaseException as error:
@@ -209,9 +223,25 @@ class ReplayLearner:
         self._queue.append(_Queued(x, y, *queued))
         return total
 
-    def _modules(self) -> list[torch.nn.Module]:
-        """All modules that a loss passes data through."""
-        return [self.module, *(module for term in self.terms for module in term.modules())]
+    def _check_batch(self, x: torch.Tensor, y: torch.Tensor, like: Any) -> None:
+        """Raise SchemaError for a batch that the buffer would refuse after the step, ArgumentError for a buffer of something else."""
+        if self._queue:
+            raise SchemaError(f"samples of shapes and dtypes {like}, but those that wait for after_step have {self._like}")
+        schema = self.buffer.schema
+        if schema is not None:
+            if schema.structure not in (["tuple", ["leaf", 0], ["leaf", 1]], ["list", ["leaf", 0], ["leaf", 1]]):
+                raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays, but this one's samples are {schema}")
+            for leaf, field in zip((x, y), schema.data, strict=True):
+                check_leaf(leaf, field, x.shape[0])
+        self._like = like
+
+    def _statistics(self) -> list[torch.Tensor]:
+        """Running statistics of all modules that a loss passes data through."""
+        found = running_statistics(self.module, [])
+        for term in self.terms:
+            for module in term.modules():
+                running_statistics(module, found)
+        return found
 
     def _ready(
         self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
@@ -231,14 +261,25 @@ class ReplayLearner:
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                drawn, metadata = sample(self.buffer, m)
-                if not isinstance(drawn, (tuple, list)) or len(drawn) != 2 or not all(isinstance(t, torch.Tensor) for t in drawn):
-                    raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays; this one's samples are {self.buffer.schema}")
-                x, y = self._ready(drawn[0], drawn[1], self.buffer_transform, self.buffer_target_transform, device)
+                pair, metadata = self.buffer.sample(m)
+                x, y = self._tensors(pair)
+                x, y = self._ready(x, y, self.buffer_transform, self.buffer_target_transform, device)
                 replay = Replay(self.module, x, y, metadata, self._layers if self.ema_memory_update_gamma < 1 else ())
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
+
+    def _tensors(self, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was drawn, as two tensors."""
+        if self._bits is None:
+            self._bits = bfloat16_fields(self.buffer.schema)  # type: ignore[arg-type]  # it holds samples, so it has one
+        x, y = to_torch(pair[0], self._bits, path="data/0"), to_torch(pair[1], self._bits, path="data/1")
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            return x, y
+        raise ArgumentError(
+            f"a learner needs tensors or arrays from its buffer, but drawn were {type(x).__name__} and {type(y).__name__}: "
+            "what does the buffer's transform return?"
+        )
 
     def _compute(self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> tuple[torch.Tensor, Any, Any, Any]:
         """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
@@ -251,10 +292,10 @@ class ReplayLearner:
             stream = both = forward(self.model, inputs, self._layers)
         else:
             both = forward(self.model, torch.cat([inputs, joined.x]), self._layers)
+            joined.joined(both)
             stream = both.part(slice(n))
-            joined.together = both.part(slice(n, None))
         self.outputs = stream.outputs.detach()
-        if self._labels and inputs.device.type == "cuda":
+        if self._labels and inputs.device.type not in ("cpu", "meta"):
             self._check_labels(targets, draws)  # before a kernel meets them, which would end the process's use of the device
         seen = self._mark_seen(stream.outputs, targets, draws) if self.mask_unused_classes else None
         self.mask = seen
@@ -316,9 +357,9 @@ class ReplayLearner:
             seen[replay.y] = True
         return seen
 
-    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+    def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[Moved]:
         """(rows, positions, name -> moved values) of every draw that went through the model."""
-        moved = []
+        moved: list[Moved] = []
         for replay in dict.fromkeys(replay for _, replay in draws):
             now = replay.latest
             if now is not None:
@@ -351,14 +392,12 @@ class ReplayLearner:
         else:
             values = torch.stack([t.detach() for t in (total, *losses.values())]).tolist()
         self._total, self.losses = values[0], dict(zip(losses, values[1:], strict=True))
-        if not math.isfinite(sum(values)):
-            wrong = [(name, v) for name, v in {**self.losses, "whole": values[0]}.items() if not math.isfinite(v)]
-            if wrong:
-                raise LossError(
-                    f"the {wrong[0][0]} loss of step {self.steps} is {wrong[0][1]} (batch of {n}, {len(draws[0][1]) if draws else 0} "
-                    "replayed): this batch was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip "
-                    "gradients"
-                )
+        if not all(map(math.isfinite, values)):
+            wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
+            raise LossError(
+                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {len(draws[0][1]) if draws else 0} replayed): this batch "
+                "was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip gradients"
+            )
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -451,7 +490,8 @@ class ReplayLearner:
         self.buffer.load_state_dict(state.get("buffer"))  # type: ignore[arg-type]
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])
-        self.steps, self.task, self._queue, self._fits, self._seen = state["steps"], state["task"], [], False, None
+        self.steps, self.task, self._queue, self._seen = state["steps"], state["task"], [], None
+        self._fits, self._bits, self._like = False, None, None
         if classes:
             self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
             self._seen[classes] = True
@@ -467,16 +507,17 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     moves = [m for q in queue for m in q.moved]
     moved = None
     if moves:  # of a row drawn several times the last counts
-        rows, positions = torch.cat([m[0] for m in moves]).numpy(), torch.cat([m[1] for m in moves]).numpy()
+        rows, positions = np.concatenate([m[0] for m in moves]), np.concatenate([m[1] for m in moves])
         moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
     buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
 
 
 def _array(tensor: torch.Tensor) -> Any:
     """Its array where it has one (which the buffer takes faster), the tensor otherwise: on a GPU only survivors are copied."""
-    if tensor.device.type != "cpu" or tensor.dtype is torch.bfloat16 or tensor.requires_grad or tensor.is_conj() or tensor.is_neg():
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError):
         return tensor
-    return tensor.numpy()
 
 
 def _each(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:

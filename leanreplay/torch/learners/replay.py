@@ -28,21 +28,30 @@ class Replay:
     """Samples drawn from the buffer: x (m, ...) and y (m, ...) on the model's device, transformed; terms may share one draw.
 
     `outputs` and `features` are of the draw's own pass through the model, which the first term that asks for them sets off: terms
-    that share a draw share that pass. together: its part of a pass that it made together with the stream, if there was one.
+    that share a draw share that pass. metadata: the buffer's for these samples, NumPy arrays; see `stored`.
     """
 
     def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
         self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
-        self.together: Forward | None = None
         self._module = module
         self._alone: Forward | None = None
+        self._both: Forward | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device."""
-        return self.metadata[name].to(self.x.device)
+        return torch.from_numpy(self.metadata[name]).to(self.x.device)
+
+    def joined(self, both: Forward) -> None:
+        """Tell it of a pass that it made together with the stream, which came first."""
+        self._both = both
+
+    @property
+    def together(self) -> Forward | None:
+        """Its part of the pass that it made together with the stream, if there was one."""
+        return None if self._both is None else self._both.part(slice(-len(self), None))
 
     @property
     def alone(self) -> Forward:
@@ -72,14 +81,17 @@ def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ())
     if x.shape[0] < 2:
         _refuse_batch_norm(model)
     features: dict[str, torch.Tensor] = {}
-    handles = []
-    try:
-        for name in layers:
-            handles.append(bare(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
+    if not layers:
         outputs = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    else:
+        handles = []
+        try:
+            for name in layers:
+                handles.append(bare(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
+            outputs = model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
     if not isinstance(outputs, torch.Tensor):
         raise ArgumentError(
             f"the model must return a tensor of outputs (n, ...), got {type(outputs).__name__}; wrap it in a module that does"
@@ -113,6 +125,15 @@ def _refuse_batch_norm(model: torch.nn.Module) -> None:
 def bare(model: torch.nn.Module) -> torch.nn.Module:
     """The module within a DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def running_statistics(module: torch.nn.Module, found: list[torch.Tensor]) -> list[torch.Tensor]:
+    """All buffers of a module: what `buffers()` gives, several times as fast, some perhaps twice."""
+    found += [b for b in module._buffers.values() if b is not None]
+    for child in module._modules.values():
+        if child is not None:
+            running_statistics(child, found)
+    return found
 
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ class Term:
 
     def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
         """A single number, a mean over the samples of the draw."""
-        raise NotImplementedError(f"{type(self).__name__} takes a draw, but has no loss")
+        raise ArgumentError(f"{type(self).__name__} has no loss")
 
     def keep(self, learner: ReplayLearner, stream: Forward) -> dict[str, torch.Tensor]:
         """What to store with each sample of the batch: name -> (n, ...), the same names always."""
