@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 import test_kill
+from children import child, killed, outcome
 from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped
-from test_kill import Interrupts, Scene, Steps, child, image, interrupted, place, reap, stop_everywhere
+from test_kill import Interrupts, Scene, Steps, image, interrupted, place, stop_everywhere
 
 import leanreplay
 from leanreplay import (
@@ -213,7 +214,7 @@ def test_experiences_go_on_after_a_kill(tmp_path: Any) -> None:
             buffer.update(list(range(20)))
             test_kill.die()
 
-    assert reap(*child(work))[0] == signal.SIGKILL
+    killed(*child(work))
     with ExperienceBalancedBuffer(path=path, mode="r+") as buffer:
         assert list(buffer.groups) == [0, 1, 2]
         buffer.update([1])
@@ -235,7 +236,7 @@ def kill_after_lines(pid: int, read: int, lines: int) -> list[str]:
     while text.count(b"\n") < lines and (data := os.read(read, 1 << 16)):
         text += data
     os.kill(pid, signal.SIGKILL)
-    found = text.decode() + reap(pid, read)[1]
+    found = text.decode() + outcome(pid, read)[1]
     assert "ERROR" not in found, found
     return found.split("\n")[:-1]
 
@@ -474,7 +475,7 @@ def test_stopped_while_recovering(kind: str, tmp_path: Any) -> None:
             with KINDS[kind](os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 
-        assert reap(*child(run))[0] == signal.SIGKILL
+        killed(*child(run))
 
     def work(arm: Any) -> None:
         arm()
@@ -741,7 +742,7 @@ def test_readers_of_a_group_get_no_other(tmp_path: Any) -> None:
             buffer._store._write_header = lambda words: test_kill.die()
             buffer.add(**stream("class", 60, 83))
 
-    assert reap(*child(work))[0] == signal.SIGKILL
+    killed(*child(work))
     with leanreplay.open(path) as reader:
         assert reader.group_sizes() == {g: len(r) for g, r in wanted("class", 60)[1].items()}
         for g in reader.groups:
@@ -780,7 +781,7 @@ def test_readers_of_a_busy_writer(tmp_path: Any) -> None:
                 assert fitting, (before, after)
                 states.add(before)
     finally:
-        reap(pid, read)
+        outcome(pid, read)
     assert len(states) > 5
 
 

@@ -18,12 +18,12 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from children import child, killed, outcome, result
 from conftest import in_memory
 
 import leanreplay
@@ -127,46 +127,12 @@ def assert_prefix(kind: str, buffer: Any, note: str) -> None:
     assert (meta["logits"] == right["metadata"]["logits"]).all(), note
 
 
-def child(work: Callable[[int], None]) -> tuple[int, int]:
-    """Fork; `work(pipe)` runs in the child. Returns its pid and the end of the pipe to read."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    code = 70
-    try:
-        gc.disable()
-        signal.alarm(60)
-        os.close(read)
-        work(write)
-        code = 0
-    except BaseException:
-        os.write(write, ("\nERROR " + traceback.format_exc()).encode()[-60_000:])
-    finally:
-        os._exit(code)
-
-
-def reap(pid: int, read: int) -> tuple[int, str]:
-    """Wait for a child; (signal that ended it or 0, what it wrote). A child that failed fails the test."""
-    text = b""
-    while data := os.read(read, 1 << 16):
-        text += data
-    os.close(read)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 0, text.decode()
-        return 0, text.decode()
-    assert os.WTERMSIG(status) == signal.SIGKILL, os.WTERMSIG(status)
-    return signal.SIGKILL, text.decode()
-
-
 def kill_after(pid: int, read: int, seconds: float) -> str:
     """Wait for the child's first byte, then so long, then kill it. What it wrote."""
     assert os.read(read, 1) == b"."
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
-    return reap(pid, read)[1]
+    return outcome(pid, read)[1]
 
 
 def die() -> None:
@@ -338,6 +304,7 @@ class Steps:
         self.last, self.count = now, self.count + 1
 
     def install(self) -> None:
+        gc.disable()  # which might run a destructor in between
         store._COLD = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
         for name, target in (("save_rows", 0), ("seal_block", 0), ("write_field", 0), ("write_index", 0), ("restore_rows", -1)):
             setattr(kernel, name, self._kernel(getattr(kernel, name), target))
@@ -428,16 +395,16 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
     """
     copies = tempfile.mkdtemp(dir=os.path.dirname(scene.folder))
 
-    def run(pipe: int, at: int | None = None) -> None:
+    def run(_: int, at: int | None = None) -> int:
         steps = Steps(scene.folder, copies, at)
         try:
             work(steps.install)
         finally:
             sys.settrace(None)
-        os.write(pipe, str(steps.count).encode())
+        return steps.count
 
     scene.reset()
-    count = int(reap(*child(run))[1])
+    count = result(*child(run))
     examine("not stopped")
     chosen = range(0, count, -(-count // most))
     for at in chosen:
@@ -445,7 +412,7 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
         examine(f"step {at}")
     for at in (count // 3, count * 2 // 3):
         scene.reset()
-        assert reap(*child(lambda pipe, at=at: run(pipe, at)))[0] == signal.SIGKILL, f"step {at} never came"
+        killed(*child(functools.partial(run, at=at)))
         examine(f"killed at step {at}")
     shutil.rmtree(copies)
     return len(chosen)
@@ -593,7 +560,7 @@ def test_stopped_while_recovering(tmp_path: Any) -> None:
             with ReservoirBuffer(path=os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 
-        assert reap(*child(run))[0] == signal.SIGKILL
+        killed(*child(run))
 
     def work(arm: Any) -> None:
         arm()
@@ -1043,7 +1010,7 @@ def test_moved_in_the_middle_of_a_rollback(tmp_path: Any) -> None:
             kernel.restore_rows = lambda *args: die()
             buffer.load_state_dict(state)
 
-    assert reap(*child(run))[0] == signal.SIGKILL
+    killed(*child(run))
     os.rename(path, elsewhere)
     with pytest.raises(RecoveryError, match="rollback was cut off"):
         ReservoirBuffer(path=elsewhere, mode="r+")

@@ -18,13 +18,13 @@ import sys
 import textwrap
 import threading
 import time
-import traceback
 import warnings
 import weakref
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from children import child, result
 from interpreter import Script
 from test_uniform import assert_even, assert_inclusion
 
@@ -1100,29 +1100,6 @@ def test_ctrl_c_while_add_copies():
 # -- processes -----------------------------------------------------------------------------------------------------------------
 
 
-def in_child(function):
-    """What function() returned in a forked child, or its traceback; the child is killed if it takes too long."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, 20)
-            os.close(read)
-            try:
-                text = repr(function())
-            except BaseException:
-                text = traceback.format_exc()
-            os.write(write, text.encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return text or f"ended by {status}"
-
-
 @needs_fork
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_fork(where, tmp_path):
@@ -1136,7 +1113,7 @@ def test_fork(where, tmp_path):
         gate.release()
         assert plain(next(loader)) == next(oracle)  # the background is in a batch, two wait
 
-        def child():
+        def fresh_one(_):
             said = [error_of(call) for call in (lambda: next(loader), loader.state_dict)]
             assert all(isinstance(e, ModeError) and "process" in str(e) for e in said), said
             assert isinstance(error_of(lambda: buffer.add(samples(0, 3))), ModeError)
@@ -1145,7 +1122,7 @@ def test_fork(where, tmp_path):
             loader.close()
             return found == [next(fresh) for _ in range(4)]
 
-        assert in_child(child) == "True"
+        assert result(*child(fresh_one, 20)) is True
         feed(buffer, 20)
         feed(twin, 20)
         gate.release(100)
@@ -1159,7 +1136,7 @@ def test_fork_at_any_moment(tmp_path):
     buffer = make("window", "disk", tmp_path)
     rng = random.Random(0)
 
-    def child():
+    def draw(_):
         with ReplayLoader(buffer, SIZE) as mine:
             return sum(len(y) for (_, y), _ in take(mine, 3))
 
@@ -1167,7 +1144,7 @@ def test_fork_at_any_moment(tmp_path):
         for _ in range(25):
             take(loader, rng.randrange(4))
             time.sleep(rng.random() * 0.001)
-            assert in_child(child) == str(3 * SIZE)
+            assert result(*child(draw, 20)) == 3 * SIZE
 
 
 @needs_fork

@@ -11,12 +11,12 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from children import child, killed, result
 from interpreter import Script
 
 import leanreplay
@@ -66,50 +66,6 @@ def assert_whole(drawn: Any) -> None:
 def feed(buffer: Any, stop: int, step: int = 20) -> None:
     while buffer.seen < stop:
         buffer.add(**stream(buffer.seen, min(stop, buffer.seen + step)))
-
-
-def child(work: Callable[[int], Any], limit: int = 60) -> tuple[int, int]:
-    """Fork; `work(pipe)` runs in the child, and what it returns is written to the pipe as JSON."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    code = 70
-    try:
-        signal.alarm(limit)  # a child that hangs ends by SIGALRM
-        store._PATIENCE = limit / 2  # on a busy machine a writer may stand still for long
-        os.close(read)
-        result = work(write)
-        os.write(write, json.dumps(result).encode())
-        code = 0
-    except BaseException:
-        os.write(write, ("\nERROR " + traceback.format_exc()).encode()[-60_000:])
-    finally:
-        os._exit(code)
-
-
-def reap(pid: int, read: int) -> Any:
-    """Wait for a child that is to end well; what it returned."""
-    text = b""
-    while data := os.read(read, 1 << 16):
-        text += data
-    os.close(read)
-    status = os.waitpid(pid, 0)[1]
-    assert not os.WIFSIGNALED(status), f"child ended by {signal.Signals(os.WTERMSIG(status)).name}: {text.decode()}"
-    assert os.WEXITSTATUS(status) == 0, text.decode()
-    return json.loads(text)
-
-
-def killed(pid: int, read: int) -> None:
-    """Wait for a child that is to end by SIGKILL."""
-    text = b""
-    while data := os.read(read, 1 << 16):
-        text += data
-    os.close(read)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status), text.decode()
-    assert os.WTERMSIG(status) == signal.SIGKILL, text.decode()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,7 +120,7 @@ def test_second_writer_is_refused(kind: str, mode: str, path: str) -> None:
     with KINDS[kind](path) as buffer:
         feed(buffer, 30)
         assert "open for writing elsewhere" in second()
-        assert "open for writing elsewhere" in reap(*child(second))
+        assert "open for writing elsewhere" in result(*child(second))
         with leanreplay.open(path) as reader:
             assert_whole(reader.sample(5))
         feed(buffer, 60)  # undisturbed
@@ -232,7 +188,7 @@ def test_forked_copies_read_only(path: str) -> None:
         pid, read = child(work)
         feed(buffer, 300)
         os.write(told, b"!")
-        seen, refused = reap(pid, read)
+        seen, refused = result(pid, read)
         os.close(go)
         os.close(told)
         assert seen == 300
@@ -267,7 +223,7 @@ def test_fork_while_a_thread_is_busy(ram: bool, path: str) -> None:
                 return len(buffer)
 
             for _ in range(FORKS):
-                assert reap(*child(work, limit=20)) == 60
+                assert result(*child(work, limit=20)) == 60
         finally:
             stop.set()
             thread.join()
@@ -319,8 +275,8 @@ def test_a_writer_and_two_readers(path: str) -> None:
     writer = child(write, limit=SECONDS + 60)
     assert os.read(writer[1], 1) == b" "
     readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
-    results = [reap(*reader) for reader in readers]
-    seen = reap(*writer)
+    results = [result(*reader) for reader in readers]
+    seen = result(*writer)
     assert seen > 1000
     for rows, moments in results:
         assert rows > 200, results
@@ -356,7 +312,7 @@ def test_readers_follow_a_resize(path: str) -> None:
             feed(buffer, buffer.seen + rng.randint(20, 60))
             time.sleep(0.002)
         os.write(over, b"!")
-        sizes, held, most = reap(pid, read)
+        sizes, held, most = result(pid, read)
         os.close(done)
         os.close(over)
         assert (held, most) == (len(buffer), 79)
@@ -488,9 +444,9 @@ def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> Non
     writer = child(write, limit=SECONDS + 60)
     assert os.read(writer[1], 1) == b" "
     readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
-    (_, moments), (items, _) = [reap(*reader) for reader in readers]
+    (_, moments), (items, _) = [result(*reader) for reader in readers]
     os.write(tell, b"!")
-    assert reap(*writer) > 2
+    assert result(*writer) > 2
     os.close(told)
     os.close(tell)
     assert items > 200
