@@ -15,6 +15,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from compiled import call_helpers
 from interpreter import Script
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
@@ -1094,6 +1095,7 @@ def test_shuffle_is_checked():
 
 @pytest.mark.parametrize("f", [reservoir.position_keys, getattr(reservoir.position_keys, "py_func", reservoir.position_keys)])
 def test_shuffle_kernel_compiled_and_not(f, monkeypatch):
+    call_helpers(reservoir, monkeypatch)
     monkeypatch.setattr(reservoir, "position_keys", f)
     with np.errstate(over="ignore"):
         assert list(ShuffleSampler(range(12), seed=3)) == GOLDEN[0]

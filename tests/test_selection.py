@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from compiled import call_helpers
 
 from leanreplay import (
     ArgumentError,
@@ -36,6 +37,7 @@ def run(request, monkeypatch):
     """Run a test with compiled kernels, and with the Python functions that they are made from."""
     if request.param == "python":
         for module, names in ((herding, ("hash_rows", "herd", "take")), (reservoir, ("position_keys",))):
+            call_helpers(module, monkeypatch)
             for name in names:
                 kernel = getattr(module, name)
                 plain = getattr(kernel, "py_func", kernel)
