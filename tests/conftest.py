@@ -48,7 +48,7 @@ def kernels() -> None:
 FIRST = ("kernels", "interleaved", "selection", "layers", "features", "async_reservoir")
 LONG = (
     "kill", "fuzz", "balanced_kill", "loader", "balanced", "examples", "processes", "uniform", "invariance", "torch", "power", "memory",
-    "merge", "model", "weighted", "parametric",
+    "training", "loop_examples", "merge", "model", "weighted", "parametric",
 )  # fmt: skip
 
 

@@ -19,13 +19,19 @@ from typing import Any
 
 
 class Script:
-    """A script that runs, as subprocess.Popen with pipes would have it. It leads a session of its own."""
+    """A script that runs, as subprocess.Popen with pipes would have it. It leads a session of its own.
 
-    def __init__(self, text: str, *arguments: object, cwd: object = ".", file: object = "<script>") -> None:
+    arguments: its sys.argv[1:]. file: what it takes for its file. environment: variables that it has beside those of the tests.
+    """
+
+    def __init__(
+        self, text: str, *arguments: object, cwd: object = ".", file: object = "<script>", environment: dict[str, str] | None = None
+    ) -> None:
         self._channel, _ = _server()
         pipes = [os.pipe() for _ in range(2)]
         ends = [os.open(os.devnull, os.O_RDONLY), *(write for _, write in pipes)]
-        request = {"text": text, "argv": [str(file), *map(str, arguments)], "cwd": os.path.abspath(str(cwd))}
+        argv = [str(file), *map(str, arguments)]
+        request = {"text": text, "argv": argv, "cwd": os.path.abspath(str(cwd)), "environment": environment or {}}
         socket.send_fds(self._channel, [json.dumps(request).encode()], ends)
         for fd in ends:
             os.close(fd)
@@ -98,6 +104,7 @@ def _serve(channel: socket.socket) -> dict[str, Any]:
                 os.dup2(fd, target)
                 os.close(fd)
             os.chdir(request["cwd"])
+            os.environ.update(request["environment"])
             return request
         for fd in fds:
             os.close(fd)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreter import Script
 
 import leanreplay
 from leanreplay.torch import ReplayLearner
@@ -163,14 +164,21 @@ def write_stripes(folder):
 
 
 def test_distributed(tmp_path):
-    """Two processes under torchrun: the same weights, and a merged buffer that equals one over both streams."""
+    """Two processes, as torchrun starts them: the same weights, and a merged buffer that equals one over both streams."""
     write_stripes(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "distributed.py")]
-    options = ["--data", str(tmp_path), "--out", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "all ranks have the same weights: yes" in done.stdout and "problems: []" in done.stdout
-    assert float(re.search(r"average: ([0-9.]+)%", done.stdout)[1]) > 50
+    path = EXAMPLES / "distributed.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "tests"}
+    runs = []
+    for rank in "01":
+        environment = {**place, "RANK": rank, "LOCAL_RANK": rank}
+        options = ["--data", tmp_path, "--out", tmp_path]
+        runs.append(Script(path.read_text(encoding="utf-8"), *options, cwd=EXAMPLES, file=path, environment=environment))
+    out, errors = map("".join, zip(*(run.communicate(240) for run in runs), strict=True))
+    assert [run.returncode for run in runs] == [0, 0], errors[-3000:]
+    assert "all ranks have the same weights: yes" in out and "problems: []" in out
+    assert float(re.search(r"average: ([0-9.]+)%", out)[1]) > 50
     with leanreplay.open(tmp_path / "merged.h5") as merged:
         positions = merged.get(np.arange(200))[1]["position"].tolist()
         assert len(merged) == 200
