@@ -1,4 +1,4 @@
-"""What replay costs a training step: `python -m benchmarks.learners [--quick]`.
+"""What replay costs a training step: `python -m benchmarks.learners [--quick] [--device cuda]`.
 
 A learner's whole step (draw, forward, backward, optimizer, adding to a buffer on disk), beside the same forward passes, backward and
 optimizer without any buffer, the batches at hand. Measured in turn, one thread, float32 images; figures are medians. "wanted" was set
@@ -174,18 +174,18 @@ class Minimal:
 # -- measuring -----------------------------------------------------------------------------------------------------------------
 
 
-def images(shape: tuple[int, ...]) -> Batches:
+def images(shape: tuple[int, ...], device: torch.device) -> Batches:
     """Batches of noise with labels."""
     rng = np.random.default_rng(0)
-    return [
-        (torch.from_numpy(rng.random((BATCH, *shape), dtype=np.float32)), torch.from_numpy(rng.integers(0, 10, BATCH))) for _ in range(16)
-    ]
+    batches = ((rng.random((BATCH, *shape), dtype=np.float32), rng.integers(0, 10, BATCH)) for _ in range(16))
+    return [(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches]
 
 
 def measure(name: str, make: Callable[..., Any], model: torch.nn.Module, least: str, shape: tuple[int, ...], options: Any) -> Row:
     """One line of the table: blocks of steps of a learner and of its minimum, in turn."""
-    stream, steps = images(shape), options.steps
-    minimal = Minimal(copy.deepcopy(model), stream, torch.zeros(BATCH, 10), LAYER if least in ("pod", "super_er") else "")
+    device, steps = options.device, options.steps
+    stream, model = images(shape, device), model.to(device)
+    minimal = Minimal(copy.deepcopy(model), stream, torch.zeros(BATCH, 10, device=device), LAYER if least in ("pod", "super_er") else "")
     minimum: Step = getattr(minimal, least)
     path = Path(options.folder) / f"{name.replace(' ', '-')}.h5"
     with ReservoirBuffer(CAPACITY, path) as buffer:
@@ -194,25 +194,24 @@ def measure(name: str, make: Callable[..., Any], model: torch.nn.Module, least: 
         learner.step(*stream[0])
         metadata = {n: v[:1] for n, v in buffer.get(np.arange(1))[1].items() if n not in ("idx", "position", "group")}
         while buffer.seen < SEEN:
-            x, y = (torch.cat(parts) for parts in zip(*stream, strict=True))
+            x, y = (torch.cat(parts).cpu() for parts in zip(*stream, strict=True))
             buffer.add((x, y), metadata={n: np.repeat(v, len(x), 0) for n, v in metadata.items()})
         number = 0
 
-        def ours() -> float:
+        def step() -> None:
             nonlocal number
+            number = (number + 1) % len(stream)
+            learner.step(*stream[number])
+
+        def timed(step: Step) -> float:
             start = time.perf_counter()
             for _ in range(steps):
-                number = (number + 1) % len(stream)
-                learner.step(*stream[number])
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             return (time.perf_counter() - start) / steps
 
-        def theirs() -> float:
-            start = time.perf_counter()
-            for _ in range(steps):
-                minimum()
-            return (time.perf_counter() - start) / steps
-
-        found = interleaved({"ours": ours, "minimum": theirs}, options.repetitions)
+        found = interleaved({"ours": partial(timed, step), "minimum": partial(timed, minimum)}, options.repetitions)
     mine, other = (f"{median(found[k]) * 1e3:.3f} ms ({quartiles(found[k], 1e3)})" for k in ("ours", "minimum"))
     return name, mine, other, f"{median(found['ours']) / median(found['minimum']):.3f}"
 
@@ -235,8 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, only ER for the ResNet-18")
     parser.add_argument("--folder", default=None, help="where the buffers lie (default: a temporary folder)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where model and batches lie (default: cpu)")
     options = parser.parse_args()
-    quick = options.quick
+    quick, cpu = options.quick, options.device.type == "cpu"
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as options.folder:
@@ -244,12 +244,12 @@ def main() -> None:
         for name, (make, least) in LEARNERS.items():
             rows.append((*measure(f"{name}, MLP", make, MLP(), least, (1, 28, 28), options), "<= 1.25" if name == "ER" else ""))
             print(rows[-1], flush=True)
-        options.steps = 1
+        options.steps = 1 if cpu else 50
         for name, (make, least) in ({"ER": LEARNERS["ER"]} if quick else LEARNERS | WITH_LAYER).items():
-            options.repetitions = 3 if quick or name != "ER" else 15
+            options.repetitions = 3 if quick or (cpu and name != "ER") else 15
             rows.append((*measure(f"{name}, ResNet-18", make, ResNet18(), least, (3, 32, 32), options), "<= 1.03" if name == "ER" else ""))
             print(rows[-1], flush=True)
-    print(f"{machine()}, torch {torch.__version__}, 1 thread")
+    print(f"{machine()}, torch {torch.__version__}, 1 thread" + ("" if cpu else f", {torch.cuda.get_device_name(options.device)}"))
     print()
     print(table(rows, (f"a step of {BATCH} + {BATCH}", "learner, median (quartiles)", "minimum", "ratio", "wanted")))
 
