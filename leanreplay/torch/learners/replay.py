@@ -20,9 +20,11 @@ class Forward(NamedTuple):
     outputs: torch.Tensor
     features: dict[str, torch.Tensor]
 
-    def part(self, which: slice) -> Forward:
-        """Some of the samples."""
-        return Forward(self.outputs[which], {name: f[which] for name, f in self.features.items()})
+    def part(self, start: int, n: int, detached: bool = False) -> Forward:
+        """n of the samples; detached: only to be looked at, which costs less."""
+        outputs = self.outputs.detach() if detached else self.outputs
+        features = {name: (f.detach() if detached else f).narrow(0, start, n) for name, f in self.features.items()}
+        return Forward(outputs.narrow(0, start, n), features)
 
 
 class Replay:
@@ -32,14 +34,43 @@ class Replay:
     that share a draw share that pass. metadata: the buffer's for these samples, NumPy arrays; see `stored`.
     """
 
-    def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
-        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        x: torch.Tensor | None,
+        y: torch.Tensor | None,
+        metadata: dict[str, Any],
+        layers: Sequence[str],
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None,
+        n: int = 0,
+    ) -> None:
+        """whole: in place of x and y, those of the stream's batch of n samples and of the draw, one after the other."""
+        self._x, self._y, self.metadata, self.layers = x, y, metadata, layers
+        self._whole, self._n = whole, n
         self._module = module
         self._alone: Forward | None = None
         self._both: Forward | None = None
 
     def __len__(self) -> int:
-        return self.x.shape[0]
+        return len(self.metadata["idx"])
+
+    @property
+    def x(self) -> torch.Tensor:
+        """What was drawn."""
+        if self._x is None:
+            self._x = self._whole[0][self._n :]  # type: ignore[index]
+        return self._x
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Its targets."""
+        if self._y is None:
+            self._y = self._whole[1][self._n :]  # type: ignore[index]
+        return self._y
+
+    def behind(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream's batch and the draw, one after the other."""
+        return self._whole or (torch.cat([inputs, self.x]), torch.cat([targets, self.y]))
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device."""
@@ -52,7 +83,7 @@ class Replay:
     @property
     def together(self) -> Forward | None:
         """Its part of the pass that it made together with the stream, if there was one."""
-        return None if self._both is None else self._both.part(slice(-len(self), None))
+        return None if self._both is None else self._both.part(-len(self), len(self))
 
     @property
     def alone(self) -> Forward:
