@@ -15,7 +15,7 @@ from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError
 from ...schema import check_leaf
 from ..data import bfloat16_fields, to_torch
-from .replay import Replay, bare, forward, running_statistics
+from .replay import Replay, Statistics, bare, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
@@ -162,6 +162,8 @@ class ReplayLearner:
         self._queue: list[_Queued] = []
         self._fits = False  # whether the buffer is known to hold what the terms store
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
+        self._statistics = Statistics()
+        self._pending: Any = None  # names and values of the losses of the last pass, see `_look_at`
         self._like: Any = None  # shapes and dtypes of samples that it will take
         self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         self._labels = self._labels or any(term.needs_labels for term in self.terms)
@@ -207,6 +209,16 @@ class ReplayLearner:
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
         """
+        total = self._begin(x, y)
+        try:
+            self._check_finite()
+        except BaseException:
+            del self._queue[-1]
+            raise
+        return total
+
+    def _begin(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`loss` without its look at the value."""
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
         shapes = x.shape, y.shape
@@ -218,18 +230,16 @@ class ReplayLearner:
         if like != self._like:
             self._check_batch(x, y, like)
         device = x.device if self.device is None else self.device
-        inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
+        inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
         arrays = _array(x), _array(y)
         draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
-        before = [(b, b.clone()) for b in self._statistics()]
+        self._statistics.remember([self.module, *(module for term in self.terms for module in term.modules())])
         try:
-            total, *queued = self._compute(inputs, targets, draws)
+            total, *queued = self._compute(inputs, targets, labels, draws)
         except BaseException as error:
-            with torch.no_grad():
-                for b, old in before:
-                    b.copy_(old)
+            self._statistics.put_back()
             if isinstance(error, (IndexError, RuntimeError)) and self._labels and device.type == "cpu":
-                self._check_labels(targets, draws)  # which may be what it was
+                self._check_labels(labels, draws)  # which may be what it was
             raise
         finally:
             self.mask = None
@@ -248,23 +258,15 @@ class ReplayLearner:
                 check_leaf(leaf, field, x.shape[0])
         self._like = like
 
-    def _statistics(self) -> list[torch.Tensor]:
-        """Running statistics of all modules that a loss passes data through."""
-        found = running_statistics(self.module, [])
-        for term in self.terms:
-            for module in term.modules():
-                running_statistics(module, found)
-        return found
-
     def _ready(
         self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y transformed, and on the device."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x and y transformed, and on the device; y also where it was before."""
         if transform is not None:
             x = _each(transform, x, "transform")
         if target_transform is not None:
             y = _each(target_transform, y, "target_transform")
-        return x if x.device == device else x.to(device), y if y.device == device else y.to(device)
+        return x if x.device == device else x.to(device), y if y.device == device else y.to(device), y
 
     def _draw(self, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any]) -> list[tuple[Term, Replay]]:
         """The terms that count now, each with its draw. arrays: of inputs and targets, where they have one."""
@@ -279,8 +281,9 @@ class ReplayLearner:
                     replay = self._draw_behind(m, inputs, targets, arrays, layers)
                 else:
                     pair, metadata = self.buffer.sample(m)
-                    x, y = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
+                    x, y, labels = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
                     replay = Replay(self.module, x, y, metadata, layers)
+                    replay.labels = labels
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
@@ -316,8 +319,10 @@ class ReplayLearner:
             "what does the buffer's transform return?"
         )
 
-    def _compute(self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> tuple[torch.Tensor, Any, Any, Any]:
-        """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
+    def _compute(
+        self, inputs: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, draws: list[tuple[Term, Replay]]
+    ) -> tuple[torch.Tensor, Any, Any, Any]:
+        """The loss, to be checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
         joined = one_mean = None
         for term, replay in draws:
@@ -331,7 +336,7 @@ class ReplayLearner:
             joined.joined(both)
         self._outputs = both.outputs.detach(), n
         if self._labels and not (inputs.is_cpu or inputs.is_meta):
-            self._check_labels(targets, draws)  # before a kernel meets them, which would end the process's use of the device
+            self._check_labels(labels, draws)  # before a kernel meets them, which would end the process's use of the device
         self.mask = seen = self._mark_seen(both.outputs, targets, draws) if self.mask_unused_classes else None
         stored: dict[str, torch.Tensor] = {}
         if self._keepers:
@@ -352,7 +357,7 @@ class ReplayLearner:
                 total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
-        self._check_finite(total, losses, n, draws)
+        self._look_at(total, losses, (n, len(draws[0][1]) if draws else 0))
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
 
@@ -362,16 +367,19 @@ class ReplayLearner:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
         return self.loss_fn(outputs, targets)
 
-    def _check_labels(self, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+    def _check_labels(self, labels: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
         outputs = self._outputs[0]
         if outputs.ndim != 2:
             return
         classes = outputs.shape[1]
-        for where, y in (("batch", targets), *(("replayed samples", replay.y) for _, replay in draws)):
+        for where, y in (
+            ("batch", labels),
+            *(("replayed samples", replay.y if replay.labels is None else replay.labels) for _, replay in draws),
+        ):
             if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
                 continue
-            low, high = (int(v) for v in torch.aminmax(y))
+            low, high = torch.stack(torch.aminmax(y)).tolist()
             if low < 0 or high >= classes:
                 raise ArgumentError(
                     f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
@@ -416,22 +424,34 @@ class ReplayLearner:
             )
         self._fits = True
 
-    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
-        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
+    def _look_at(self, total: torch.Tensor, losses: dict[str, torch.Tensor], counts: tuple[int, int]) -> None:
+        """Have the values of the losses on their way for `_check_finite`; on a GPU they come while it goes on."""
         for name, value in losses.items():
             if not isinstance(value, torch.Tensor) or value.ndim:
                 shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
-        if total is losses[self._first]:
-            values = [float(total.item())]
-            self._total, self.losses = values[0], {self._first: values[0]}
-        else:
-            values = torch.stack([t.detach() for t in (total, *losses.values())]).tolist()
-            self._total, self.losses = values[0], dict(zip(losses, values[1:], strict=True))
+        names, values, event = list(losses), total, None
+        if total is not losses[names[0]]:
+            values = torch.stack([t.detach() for t in (*losses.values(), total)])
+        if values.is_cuda:
+            there, values = values.detach(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values.copy_(there, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._pending = names, values, event, counts
+
+    def _check_finite(self) -> None:
+        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
+        (names, tensor, event, (n, m)), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        values = tensor.tolist() if tensor.ndim else [tensor.item()]
+        self._total, self.losses = values[-1], dict(zip(names, values, strict=False))
         if not all(map(math.isfinite, values)):
+            self._statistics.put_back()
             wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
             raise LossError(
-                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {len(draws[0][1]) if draws else 0} replayed): this batch "
+                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {m} replayed): this batch "
                 "was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip gradients"
             )
 
@@ -460,11 +480,17 @@ class ReplayLearner:
         queued = len(self._queue)
         try:
             self.optimizer.zero_grad()
-            loss = self.loss(x, y)
+            loss = self._begin(x, y)
+            if not loss.is_cuda:
+                self._check_finite()
             loss.backward()  # type: ignore[no-untyped-call]
+            if loss.is_cuda:  # not before, or the device would wait for this process
+                self._check_finite()
             self.optimizer.step()
-        except BaseException:
+        except BaseException as error:
             del self._queue[queued:]
+            if isinstance(error, LossError):
+                self.optimizer.zero_grad()
             raise
         self.after_step()
         return Step(self._total, self.losses, self._outputs)

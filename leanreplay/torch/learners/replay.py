@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Replay:
     ) -> None:
         """whole: in place of x and y, those of the stream's batch of n samples and of the draw, one after the other."""
         self._x, self._y, self.metadata, self.layers = x, y, metadata, layers
+        self.labels = y  # the targets, where they can be looked at without waiting for a device
         self._whole, self._n = whole, n
         self._module = module
         self._alone: Forward | None = None
@@ -169,6 +171,32 @@ def running_statistics(module: torch.nn.Module, found: list[torch.Tensor]) -> li
             if child is not None:
                 running_statistics(child, found)
     return found
+
+
+class Statistics:
+    """Running statistics as they were before a pass, to be put back if it fails. Its memory is used again: a copy is one call."""
+
+    def __init__(self) -> None:
+        self._now: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
+
+    def remember(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Take a copy of what these modules have now."""
+        found: list[torch.Tensor] = []
+        for module in modules:
+            running_statistics(module, found)
+        if len(found) == len(self._now) and all(map(operator.is_, found, self._now)):
+            if found:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._before, found)
+        else:
+            self._now, self._before = found, [b.detach().clone() for b in found]
+
+    def put_back(self) -> None:
+        """As they were when `remember` was called."""
+        with torch.no_grad():
+            for now, before in zip(self._now, self._before, strict=True):
+                now.copy_(before)
 
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
