@@ -27,7 +27,7 @@ class Step:
     """What `step` returns.
 
     loss: the whole loss. losses: its terms by name, before weights and normalisation; "stream" is that of the batch itself,
-    "stream+replay" one mean over batch and replay. outputs: the model's outputs for the batch, (n, ...), detached.
+    "stream+replay" one mean over batch and replay.
     """
 
     loss: float
@@ -36,6 +36,7 @@ class Step:
 
     @property
     def outputs(self) -> torch.Tensor:
+        """The model's outputs for the batch, (n, ...), detached."""
         return _first(*self._outputs)
 
 
