@@ -164,7 +164,6 @@ class ReplayLearner:
         self._fits = False  # whether the buffer is known to hold what the terms store
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
         self._statistics = Statistics()
-        self._pending: Any = None  # names and values of the losses of the last pass, see `_look_at`
         self._like: Any = None  # shapes and dtypes of samples that it will take
         self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         self._labels = self._labels or any(term.needs_labels for term in self.terms)
@@ -210,16 +209,6 @@ class ReplayLearner:
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
         """
-        total = self._begin(x, y)
-        try:
-            self._check_finite()
-        except BaseException:
-            del self._queue[-1]
-            raise
-        return total
-
-    def _begin(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`loss` without its look at the value."""
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
         shapes = x.shape, y.shape
@@ -323,7 +312,7 @@ class ReplayLearner:
     def _compute(
         self, inputs: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, draws: list[tuple[Term, Replay]]
     ) -> tuple[torch.Tensor, Any, Any, Any]:
-        """The loss, to be checked, and what to queue: what to store, what moves, which classes occurred."""
+        """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
         joined = one_mean = None
         for term, replay in draws:
@@ -358,7 +347,7 @@ class ReplayLearner:
                 total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
-        self._look_at(total, losses, (n, len(draws[0][1]) if draws else 0))
+        self._check_finite(total, losses, n, draws)
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
 
@@ -425,34 +414,21 @@ class ReplayLearner:
             )
         self._fits = True
 
-    def _look_at(self, total: torch.Tensor, losses: dict[str, torch.Tensor], counts: tuple[int, int]) -> None:
-        """Have the values of the losses on their way for `_check_finite`; on a GPU they come while it goes on."""
+    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
+        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
         for name, value in losses.items():
             if not isinstance(value, torch.Tensor) or value.ndim:
                 shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
-        names, values, event = list(losses), total, None
-        if total is not losses[names[0]]:
-            values = torch.stack([t.detach() for t in (*losses.values(), total)])
-        if values.is_cuda:
-            there, values = values.detach(), torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values.copy_(there, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._pending = names, values, event, counts
-
-    def _check_finite(self) -> None:
-        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
-        (names, tensor, event, (n, m)), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
-        values = tensor.tolist() if tensor.ndim else [tensor.item()]
-        self._total, self.losses = values[-1], dict(zip(names, values, strict=False))
+        if total is losses[self._first]:
+            values = [float(total.item())]
+        else:
+            values = torch.stack([t.detach() for t in (*losses.values(), total)]).tolist()
+        self._total, self.losses = values[-1], dict(zip(losses, values, strict=False))
         if not all(map(math.isfinite, values)):
-            self._statistics.put_back()
             wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
             raise LossError(
-                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {m} replayed): this batch "
+                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {len(draws[0][1]) if draws else 0} replayed): this batch "
                 "was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip gradients"
             )
 
@@ -481,17 +457,11 @@ class ReplayLearner:
         queued = len(self._queue)
         try:
             self.optimizer.zero_grad()
-            loss = self._begin(x, y)
-            if not loss.is_cuda:
-                self._check_finite()
+            loss = self.loss(x, y)
             loss.backward()  # type: ignore[no-untyped-call]
-            if loss.is_cuda:  # not before, or the device would wait for this process
-                self._check_finite()
             self.optimizer.step()
-        except BaseException as error:
+        except BaseException:
             del self._queue[queued:]
-            if isinstance(error, LossError):
-                self.optimizer.zero_grad()
             raise
         self.after_step()
         return Step(self._total, self.losses, self._outputs)
