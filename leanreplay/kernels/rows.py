@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import config
 
-from . import njit
+from . import entry, inlined, njit
 
 _G = np.uint64(0x9E3779B97F4A7C15)
 _M0 = np.uint64(0xFF51AFD7ED558CCD)
@@ -327,8 +327,8 @@ def keep_last(rows, slots, start, samples, taken, positions):
     return count
 
 
-@njit
-def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_at, record, digests, counts):
+@inlined
+def _save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_at, record, digests, counts):
     """Write the undo records of `rows` (distinct) into mem, and take the checksums about to change off the digests.
 
     whole: how many of the rows, the first ones, change wholly; the others in the fields f where changing[f] (uint8) is 1.
@@ -393,6 +393,9 @@ def save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_a
         for i in range(rows.shape[0]):
             stamps[rows[i]] = stamp
     return _mix(total + _hash_words(words, np.uint64(list_at), np.uint64(8 * done)))
+
+
+save_rows = entry(_save_rows)
 
 
 @njit
@@ -496,8 +499,8 @@ def exchange_digests(src, cols, list_at, record_at, record, live, use, mem, dige
                 digests[b] += _share(source[((record_at + (i + 1) * record) >> 3) - fields + f])
 
 
-@njit
-def write_field(mem, cols, field, rows, samples, src, positions, groups, digests):
+@inlined
+def _write_field(mem, cols, field, rows, samples, src, positions, groups, digests):
     """Write one field of `rows`, its checksums, and their share of the digests.
 
     src: uint8; rows[i] gets the bytes of sample samples[i] in it. positions, groups: (n,) int64 of the rows.
@@ -519,8 +522,11 @@ def write_field(mem, cols, field, rows, samples, src, positions, groups, digests
         digests[np.int64(r % buckets)] += _share(h)
 
 
-@njit
-def write_index(mem, cols, rows, positions, groups):
+write_field = entry(_write_field)
+
+
+@inlined
+def _write_index(mem, cols, rows, positions, groups):
     """Write positions and groups of `rows`, (n,) int64 each."""
     fields = cols.shape[0] - 3
     words = _words(mem)
@@ -528,6 +534,9 @@ def write_index(mem, cols, rows, positions, groups):
     for i in range(rows.shape[0]):
         r = np.uint64(rows[i])
         words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
+
+
+write_index = entry(_write_index)
 
 
 @njit
@@ -539,12 +548,12 @@ def commit_rows(mem, cols, rows, positions, groups, samples, s0, s1, s2, s3, sea
     `save_rows`; where the seal goes; which of its words say how many rows are live, how many there are, and the hash; which of the
     header's are size, end of the rows in use, hash, first digest; how many digests there are.
     """
-    digests, counts = head[at[10] : at[10] + at[11]], np.empty(4, np.int64)
-    found = save_rows(mem, cols, rows, rows.shape[0], np.empty(0, np.uint8), np.empty(0, np.int32), 0, at[0], at[1], at[2], digests, counts)
+    digests, counts, stamps = head[at[10] : at[10] + at[11]], np.empty(4, np.int64), np.empty(0, np.int64)
+    found = _save_rows(mem, cols, rows, rows.shape[0], s3, stamps, 0, at[0], at[1], at[2], digests, counts)  # s3 is not looked at
     live, count, top = np.uint64(counts[1]), np.uint64(counts[2]), np.uint64(counts[3])
     seal[at[4]], seal[at[5]], seal[at[6]] = live, count, found
     _fence(mem)
-    seal_block(mem, at[3], seal, 0)
+    seal_block(mem, at[3], seal, np.int64(0))
     _fence(mem)
     for f in range(cols.shape[0] - 3):
         source = s0
@@ -554,8 +563,8 @@ def commit_rows(mem, cols, rows, positions, groups, samples, s0, s1, s2, s3, sea
             source = s2
         elif f == 3:
             source = s3
-        write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
-    write_index(mem, cols, rows, positions, groups)
+        _write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
+    _write_index(mem, cols, rows, positions, groups)
     head[at[7]] += count - live
     head[at[8]] = max(head[at[8]], top)
     _fence(mem)
