@@ -10,7 +10,21 @@ import pytest
 import torch
 from learner_oracle import batches, conv, dense, held, sgd
 
-from leanreplay import ArgumentError, InfiniteBuffer, LeanReplayError, ModeError, ReservoirBuffer, SchemaError, StateError
+from leanreplay import (
+    ArgumentError,
+    ClassBalancedBuffer,
+    ClassBalancingReservoirBuffer,
+    ExperienceBalancedBuffer,
+    GreedyClassBalancingBuffer,
+    InfiniteBuffer,
+    LeanReplayError,
+    ModeError,
+    ParametricBuffer,
+    ReservoirBuffer,
+    SchemaError,
+    StateError,
+    WeightedReservoirBuffer,
+)
 from leanreplay.errors import LossError
 from leanreplay.torch import (
     CLSLearner,
@@ -586,6 +600,184 @@ def test_batches_and_buffers_that_do_not_fit():
         learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)
     with pytest.raises(ArgumentError, match="target_transform: its results cannot be stacked"):
         learner(target_transform=lambda v: "name").step(x, y)
+
+
+class Keeps(Term):
+    """Stores whatever a function makes of the outputs."""
+
+    def __init__(self, function):
+        super().__init__("keeps", 0.0, None)
+        self.function = function
+
+    def keep(self, learner, stream):
+        return self.function(stream.outputs.detach())
+
+
+def grown(learner):
+    learner.module[-1] = torch.nn.Linear(5, 4).double()
+    learner.optimizer = sgd(learner.module)
+
+
+REFUSED = {
+    "name": (lambda out: {"idx": out}, None, SchemaError, "metadata/idx: the names .* are taken"),
+    "length": (lambda out: {"a": out[:3]}, None, SchemaError, "differ in length"),
+    "number": (lambda out: {"a": 3.0}, None, ArgumentError, "stores a float as 'a'"),
+    "array": (lambda out: {"a": out.numpy()}, None, ArgumentError, "stores a ndarray as 'a'"),
+    "sparse": (lambda out: {}, lambda x, y: (x.to_sparse(), y), SchemaError, "to_dense"),
+    "model": (lambda out: {}, lambda x, y: (x.to("meta"), y), ArgumentError, "the batch is on meta, the model on cpu; give device="),
+    "float32": (lambda out: {}, lambda x, y: (x.float(), y), ArgumentError, "does not take x of torch.float32.*torch.float64: convert x"),
+    "integers": (lambda out: {}, lambda x, y: (x.long(), y), ArgumentError, "does not take x of torch.int64"),
+    "labels": (
+        lambda out: {},
+        lambda x, y: (x, y.double()),
+        ArgumentError,
+        r"labels are torch.float64 of shape \(6,\).*int64 of shape \(6,\)",
+    ),
+    "bools": (lambda out: {}, lambda x, y: (x, y > 0), ArgumentError, "labels are torch.bool"),
+    "column": (lambda out: {}, lambda x, y: (x, y[:, None]), ArgumentError, r"labels are torch.int64 of shape \(6, 1\)"),
+    "complex": (lambda out: {}, lambda x, y: (x, y.to(torch.complex64)), ArgumentError, "labels are torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_step(case):
+    """What an empty buffer, the model or the loss will not take: an error of ours before the optimizer's step, not after it."""
+    keep, change, error, message = REFUSED[case]
+    model = dense(norm=True)
+    learner = ReplayLearner(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), ReservoirBuffer(20), terms=[Keeps(keep)])
+    x, y = batches(1, 6)[0]
+    before = everything(learner)
+    with pytest.raises(error, match=message):
+        learner.step(*((x, y) if change is None else change(x, y)))
+    assert not differing(everything(learner), before) and not learner._queue
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_what_is_stored_must_keep_its_shape(draws):
+    """A head that grew without max_outputs is refused before the step, too where nothing is drawn; so are batches queued together."""
+    (x, y), (x1, y1) = batches(2, 6)
+    model = dense()
+    learner = DERLearner(model, sgd(model), ReservoirBuffer(20), replay_batch_size=4 if draws else 0)
+    learner.step(x, y)
+    learner.loss(x, y)
+    grown(learner)
+    weights, seen = model[-1].weight.clone(), learner.buffer.seen
+    for _ in range(2):
+        with pytest.raises(LeanReplayError, match="give max_outputs from the start" if draws else "with those that wait for after_step"):
+            learner.loss(x1, y1)
+        with pytest.raises(LeanReplayError):
+            learner.step(x1, y1)
+    learner.after_step()
+    assert learner.buffer.seen == seen + 6
+    with pytest.raises(
+        LeanReplayError, match=r"max_outputs|metadata/logits: expected float32 of shape \(6, 3\), got float32 of shape \(6, 4\)"
+    ):
+        learner.step(x1, y1)
+    assert torch.equal(model[-1].weight, weights) and learner.buffer.seen == seen + 6 and learner.steps == 2
+
+
+def test_kinds_of_buffers(tmp_path):
+    """Every buffer that needs nothing with a batch but the batch; one that refuses labels does so before the step."""
+    (x, y), *_ = batches(1, 6)
+    model = dense()
+    for kind in (ClassBalancedBuffer, ClassBalancingReservoirBuffer, ExperienceBalancedBuffer, GreedyClassBalancingBuffer):
+        learner = DERLearner(model, sgd(model), kind(20), replay_batch_size=4, ema_memory_update_gamma=0.5)
+        for batch in batches(4, 6):
+            learner.step(*batch)
+        assert learner.buffer.seen == 24 and not learner.buffer.check()
+    for kind in (ParametricBuffer, WeightedReservoirBuffer):
+        with pytest.raises(ArgumentError, match=f"no features or weights to give to a {kind.__name__}"):
+            ERLearner(model, sgd(model), kind(20))
+    learner = ERLearner(model, sgd(model), ClassBalancedBuffer(20, total_num_classes=2, adaptive_size=False))
+    learner.step(x, y.clamp(max=1))
+    weights = model[0].weight.clone()
+    with pytest.raises(ArgumentError, match="of a total of 2 are there already"):
+        learner.step(x, y * 0 + 2)
+    learner = ReplayLearner(model, sgd(model), ClassBalancedBuffer(20), loss_fn=torch.nn.functional.mse_loss)
+    with pytest.raises(SchemaError, match="balances over classes"):
+        learner.step(x, torch.zeros(6, 3).double())
+    assert torch.equal(model[0].weight, weights)
+
+
+def test_a_step_that_fails_in_the_backward_pass():
+    """Its batch is not queued, and what `loss` queued before stays."""
+    learner = make("der++")
+    (x, y), (x1, y1) = images(2)
+    learner.loss(x, y)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise KeyboardInterrupt
+
+    inner = learner.loss_fn
+    learner.loss_fn = lambda outputs, targets: Fails.apply(inner(outputs, targets))
+    before = [p.clone() for p in learner.model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        learner.step(x1, y1)
+    assert len(learner._queue) == 1 and all(map(torch.equal, before, learner.model.parameters()))
+    learner.after_step()
+    assert np.array_equal(np.sort(held(learner.buffer)["y"]), np.sort(y.numpy()))
+
+
+def test_nothing_to_train():
+    """Frozen parameters, no_grad, another model's optimizer."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    with pytest.raises(ArgumentError, match="none of the parameters of this Sequential; make it of"):
+        ERLearner(model, sgd(dense()), ReservoirBuffer(9))
+    learner = ERLearner(model, sgd(model), ReservoirBuffer(9))
+    with pytest.raises(ArgumentError, match="nothing to train"), torch.no_grad():
+        learner.step(x, y)
+    model.requires_grad_(False)
+    with pytest.raises(ArgumentError, match="nothing to train: all parameters are frozen"):
+        learner.step(x, y)
+    assert learner.buffer.seen == 0 and not learner._queue
+    model[-1].requires_grad_(True)
+    learner.step(x, y)
+
+
+def test_ignored_labels():
+    """Cross entropy leaves out labels of its ignore_index; where a label is looked at otherwise, it is out of range."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    for loss_fn, label in ((torch.nn.functional.cross_entropy, -100), (torch.nn.CrossEntropyLoss(ignore_index=-1), -1)):
+        y[1] = label
+        learner = ERLearner(model, sgd(model), ReservoirBuffer(9), loss_fn=loss_fn)
+        learner.step(x, y)
+        learner._check_labels(y, [])  # what other devices ask before the loss
+        with pytest.raises(ArgumentError, match="a label of the batch is -7"):
+            learner._check_labels(torch.where(y == label, y, -7), [])
+        with pytest.raises(LossError):
+            learner.step(x, torch.full((6,), label))
+        for kind, options in ((ERLearner, {"mask_unused_classes": True}), (CLSLearner, {})):
+            learner = kind(model, sgd(model), ReservoirBuffer(9), loss_fn=loss_fn, **options)
+            with pytest.raises(ArgumentError, match=f"a label of the (batch|replayed samples) is {label}"):
+                for _ in range(3):
+                    learner.step(x, y)
+
+
+@ALL
+def test_labels_of_one_byte(method):
+    """uint8, which cross entropy takes, is int64 to everything else, masks and slow copies too."""
+    several = [make(method, mask_unused_classes=True) for _ in range(2)]
+    for (x, y), size in zip(images(4), (3, 6, 3, 6), strict=True):  # as many samples as outputs: bytes are not a mask
+        for learner, dtype in zip(several, (torch.int64, torch.uint8), strict=True):
+            learner.step(x[:size], y[:size].to(dtype))
+    assert [k for k in differing(*map(everything, several)) if k != "buffer y"] == []
+
+
+def test_classes_in_a_buffer_that_others_filled():
+    """What is drawn has occurred, too: its class is not masked, which would make the loss infinite."""
+    model = dense()
+    buffer = ReservoirBuffer(20)
+    (x, y), *_ = batches(1, 6)
+    buffer.add((x, y * 0 + 2))
+    learner = ERLearner(model, sgd(model), buffer, mask_unused_classes=True)
+    learner.step(x, y * 0)
+    assert learner.state_dict()["classes"] == [0, 2]
 
 
 PARAMETERS = [

@@ -13,7 +13,10 @@ import torch
 from ...batches import required
 from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError
+from ...parametric import ParametricBuffer
+from ...policies import Policy
 from ...schema import check_leaf
+from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
 from .replay import Replay, bare, forward, running_statistics
 from .term import Term, fraction, number
@@ -56,7 +59,8 @@ class ReplayLearner:
 
     model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper,
     which is what its gradient exchange needs. optimizer: over the model's parameters.
-    buffer: of pairs (x, y); any buffer will do, the papers use a `ReservoirBuffer`. One that holds samples must hold what the terms store.
+    buffer: of pairs (x, y); any that asks for no features or weights, the papers use a `ReservoirBuffer`. One that holds samples must
+        hold what the terms store.
     terms: see `Term`; ones of weight 0 take no draw. loss_fn: mean loss of (outputs, y).
     replay_batch_size: samples of a draw, uniform and without replacement; as many as the buffer holds, if fewer.
     loss_normalization: divide by the sum of the weights, as above; the papers do not.
@@ -117,8 +121,16 @@ class ReplayLearner:
             raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        mine = set(model.parameters())
+        if not any(p in mine for group in optimizer.param_groups for p in group["params"]):
+            raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+        if isinstance(buffer, (ParametricBuffer, WeightedReservoirBuffer)):
+            raise ArgumentError(
+                f"a learner has no features or weights to give to a {type(buffer).__name__} with each batch; use a buffer "
+                "that needs none, such as a ReservoirBuffer"
+            )
         if buffer.mode == "r":
             raise ModeError(f"a learner adds to its buffer, but this one is open for reading only: {buffer!r}; open it with mode='r+'")
         functions = {
@@ -155,11 +167,14 @@ class ReplayLearner:
         self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
         self._seen: torch.Tensor | None = None
         self._queue: list[_Queued] = []
-        self._fits = False  # whether the buffer is known to hold what the terms store
+        self._kept: Any = None  # shapes and dtypes of what terms store, which it will take as well
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
         self._like: Any = None  # shapes and dtypes of samples that it will take
-        self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
-        self._labels = self._labels or any(term.needs_labels for term in self.terms)
+        self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
+        self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
+        strict = mask_unused_classes or any(term.needs_labels for term in self.terms)
+        self._labels = strict or self._cross_entropy
+        self._ignored = None if strict or not self._cross_entropy else getattr(loss_fn, "ignore_index", -100)
         for term in self.terms:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
@@ -210,13 +225,13 @@ class ReplayLearner:
         draws = self._draw(device)
         before = [(b, b.clone()) for b in self._statistics()]
         try:
-            total, *queued = self._compute(inputs, targets, draws)
+            total, *queued = self._compute(x, y, inputs, targets, draws)
         except BaseException as error:
             with torch.no_grad():
                 for b, old in before:
                     b.copy_(old)
-            if isinstance(error, (IndexError, RuntimeError)) and self._labels and device.type == "cpu":
-                self._check_labels(targets, draws)  # which may be what it was
+            if isinstance(error, (IndexError, RuntimeError)):
+                self._explain(error, inputs, targets, draws)
             raise
         finally:
             self.mask = None
@@ -281,7 +296,9 @@ class ReplayLearner:
             "what does the buffer's transform return?"
         )
 
-    def _compute(self, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> tuple[torch.Tensor, Any, Any, Any]:
+    def _compute(
+        self, x: torch.Tensor, y: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]
+    ) -> tuple[torch.Tensor, Any, Any, Any]:
         """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
         joined = one_mean = None
@@ -302,8 +319,10 @@ class ReplayLearner:
         stored: dict[str, torch.Tensor] = {}
         for term in self.terms:
             stored.update(term.keep(self, stream))
-        if not self._fits:
-            self._check_buffer(stored)
+        kept = n, [(name, getattr(value, "shape", None), getattr(value, "dtype", None)) for name, value in stored.items()]
+        new = kept != self._kept or self._picky
+        if new:
+            self._check_names(stored)
 
         losses: dict[str, torch.Tensor] = {}
         if one_mean and joined is not None:
@@ -319,6 +338,9 @@ class ReplayLearner:
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
         self._check_finite(total, losses, n, draws)
+        if new:  # last, as terms say more clearly what is wrong
+            self._check_stored(x, y, stored)
+            self._kept = kept
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
 
@@ -327,6 +349,32 @@ class ReplayLearner:
         if self.mask is not None:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
         return self.loss_fn(outputs, targets)
+
+    def _explain(self, error: Exception, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+        """Raise an ArgumentError for an error of torch's that comes from a batch which does not fit the model or the loss."""
+        places = {p.device for p in self.module.parameters()}
+        if inputs.device not in places:
+            where = ", ".join(sorted(map(str, places)))
+            raise ArgumentError(f"the batch is on {inputs.device}, the model on {where}; give device=, or move the model") from error
+        if targets.device != inputs.device:
+            raise ArgumentError(f"x is on {inputs.device}, y on {targets.device}; give device=, or move one of them") from error
+        dtypes = {p.dtype for p in self.module.parameters()}
+        if inputs.dtype not in dtypes and "type" in str(error):
+            raise ArgumentError(
+                f"the model does not take x of {inputs.dtype}: {str(error).splitlines()[0]:.200}; its parameters are "
+                f"{', '.join(sorted(map(str, dtypes)))}: convert x before, or with transform and buffer_transform"
+            ) from error
+        outputs = self.outputs
+        if self._cross_entropy and outputs.shape[:1] == inputs.shape[:1]:
+            numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1] + outputs.shape[2:]
+            if not numbers and not (targets.is_floating_point() and targets.shape == outputs.shape):
+                raise ArgumentError(
+                    f"labels are {targets.dtype} of shape {tuple(targets.shape)}; for outputs of {tuple(outputs.shape)} expected are "
+                    f"classes, int64 of shape {tuple(outputs.shape[:1] + outputs.shape[2:])}, or probabilities of the same shape: "
+                    "convert them, or give another loss_fn"
+                ) from error
+        if self._labels and inputs.device.type == "cpu":
+            self._check_labels(targets, draws)
 
     def _check_labels(self, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
@@ -337,6 +385,9 @@ class ReplayLearner:
             if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
                 continue
             low, high = (int(v) for v in torch.aminmax(y))
+            if low < 0 and self._ignored is not None:  # as cross entropy does
+                others = y[y != self._ignored]
+                low, high = (int(v) for v in torch.aminmax(others)) if others.shape[0] else (0, 0)
             if low < 0 or high >= classes:
                 raise ArgumentError(
                     f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
@@ -352,9 +403,9 @@ class ReplayLearner:
         if before is not None:
             k = min(before.shape[0], seen.shape[0])
             seen[:k] = before[:k].to(seen.device)
-        seen[targets] = True
+        seen.scatter_(0, targets.long(), True)  # which, unlike an index, takes no -1 for the last one
         for _, replay in draws:  # of a buffer that others filled
-            seen[replay.y] = True
+            seen.scatter_(0, replay.y.long(), True)
         return seen
 
     def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[Moved]:
@@ -370,16 +421,24 @@ class ReplayLearner:
                     moved.append((replay.metadata["idx"], replay.metadata["position"], values))
         return moved
 
-    def _check_buffer(self, stored: Mapping[str, Any]) -> None:
+    def _check_names(self, stored: Mapping[str, Any]) -> None:
+        for name, value in stored.items():
+            if not isinstance(value, torch.Tensor):
+                raise ArgumentError(f"a term stores a {type(value).__name__} as {name!r}; keep must return name -> tensor (n, ...)")
         schema = self.buffer.schema
-        if schema is None:
-            return
-        if sorted(stored) != schema.metadata_names:
+        if schema is not None and sorted(stored) != schema.metadata_names:
             raise ArgumentError(
                 f"{type(self).__name__} stores the metadata {sorted(stored)} with each sample, but the buffer has {schema.metadata_names}; "
                 "use a new buffer, or one that such a learner filled"
             )
-        self._fits = True
+
+    def _check_stored(self, x: torch.Tensor, y: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
+        """Raise what the buffer would raise after the step, when it is too late to refuse a batch."""
+        waiting = self._queue[0].stored if self._queue else stored
+        shapes, others = ({name: (tuple(v.shape[1:]), v.dtype) for name, v in each.items()} for each in (stored, waiting))
+        if shapes != others:
+            raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
+        self.buffer.check_batch((x, y), metadata=stored or None)
 
     def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
         """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
@@ -425,6 +484,10 @@ class ReplayLearner:
         try:
             self.optimizer.zero_grad()
             loss = self.loss(x, y)
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    "nothing to train: all parameters are frozen by requires_grad_(False), or this is within torch.no_grad()"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         except BaseException:
@@ -491,7 +554,7 @@ class ReplayLearner:
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])
         self.steps, self.task, self._queue, self._seen = state["steps"], state["task"], [], None
-        self._fits, self._bits, self._like = False, None, None
+        self._kept, self._bits, self._like = None, None, None
         if classes:
             self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
             self._seen[classes] = True
