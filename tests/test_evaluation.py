@@ -11,7 +11,7 @@ import torch
 from interpreter import Script
 from torch.utils.data import Dataset, IterableDataset
 
-from leanreplay import ArgumentError, LeanReplayError
+from leanreplay import ArgumentError, LeanReplayError, StorageError
 from leanreplay.torch import Evaluation, evaluate, plot
 
 MATRIX = [[0.9, 0.1, 0.2, 0.0], [0.5, 0.8, 0.3, 0.1], [0.95, 0.4, 0.7, 0.2], [0.6, 0.6, 0.1, 1.0]]
@@ -59,6 +59,12 @@ def test_a_task_that_was_left_out():
 def test_no_matrix(matrix):
     with pytest.raises(ArgumentError, match="matrix must"):
         Evaluation(matrix)
+
+
+@pytest.mark.parametrize("value", [87.5, -0.1, math.inf])
+def test_no_fractions(value):
+    with pytest.raises(ArgumentError, match=r"fractions from 0 to 1.*divide percentages by 100"):
+        Evaluation([[0.5, value], [math.nan, 1.0]])
 
 
 def test_the_matrix_is_a_copy_that_stays():
@@ -161,6 +167,12 @@ X, Y = torch.zeros(3, 2), torch.zeros(3).long()
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"collate_fn": 3}, "collate_fn must be a function"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"transform": 3}, "transform must be a function"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": "a"}, "target_transform must be a function"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"device": "nowhere"}, "device: "),
+        ((torch.nn.Linear(2, 2), [(np.array(["a", "b"]), Y[:2])]), {}, r"tasks\[0\]: not an array that torch takes"),
+        ((torch.nn.Linear(2, 2), [(X.numpy()[::-1], Y)]), {}, r"tasks\[0\]: not an array that torch takes.*np.ascontiguousarray"),
+        ((torch.nn.Linear(2, 2), [[(X[0], 0), (X[0, :1], 0)]]), {}, r"tasks\[0\]: its samples do not make a batch.*collate"),
+        ((torch.nn.Linear(2, 2), [[(X[0], None)]]), {}, r"tasks\[0\]: its samples do not make a batch"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": lambda y: "a"}, "what its transform returns cannot be stacked"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"batch_size": 0}, "batch_size must be from 1"),
         ((torch.nn.Linear(2, 2), [(X, Y)], [[0.5]]), {}, "previous must be what evaluate returned"),
         ((torch.nn.Linear(2, 2), [(X, Y)], Evaluation([[0.5]])), {}, "evaluate once after each task"),
@@ -191,6 +203,16 @@ def test_the_picture(tmp_path):
 def test_no_picture(evaluation, options):
     with pytest.raises(ArgumentError):
         plot.accuracy_matrix(evaluation, **options)
+
+
+def test_no_file_for_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ArgumentError, match="path must be a str"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), 3)
+    with pytest.raises(ArgumentError, match=r"matrix\.foo.*is not supported"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), tmp_path / "matrix.foo")
+    with pytest.raises(StorageError, match="create the folder first"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), tmp_path / "none" / "matrix.png")
 
 
 def test_without_matplotlib(monkeypatch):

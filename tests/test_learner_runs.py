@@ -492,6 +492,59 @@ def test_wrong_layers():
                 kind(model, sgd(model), ReservoirBuffer(9), **{name: layers})
 
 
+def test_layers_of_an_own_term():
+    """Are looked for when the learner is made; any iterable of names will do."""
+
+    class Mean(Term):
+        def __init__(self, layers):
+            super().__init__("mean", 1.0, layers=layers)
+
+        def loss(self, learner, replay):
+            return replay.features[self.layers[0]].square().mean()
+
+    model = dense()
+    for layers, message in [
+        (["4"], "Sequential has no layer '4'"),
+        ("0", "layers is a list of names"),
+        (3, "layers is a list of names"),
+        ([3], "layers is a list of names"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Mean(layers)])
+    for batch in batches(2, 6):
+        learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Mean(name for name in ["0"])])
+        learner.step(*batch)
+    with pytest.raises(ArgumentError, match="terms must be a list of"):
+        ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=Mean(["0"]))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_terms_that_store_bfloat16(gamma):
+    """Come back as bfloat16, not as its bits, and move as such."""
+    found = []
+
+    class Half(Term):
+        def __init__(self):
+            super().__init__("half", 1.0)
+
+        def keep(self, learner, stream):
+            return {"half": stream.outputs.detach().bfloat16()}
+
+        def loss(self, learner, replay):
+            found.append((replay.stored("half"), replay.outputs.detach()))
+            return (replay.outputs - replay.stored("half")).square().mean()
+
+    model = dense()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    learner = ReplayLearner(model, optimizer, ReservoirBuffer(9), terms=[Half()], ema_memory_update_gamma=gamma)
+    for batch in batches(4, 6):
+        learner.step(*batch)
+    assert len(found) == 3
+    for stored, outputs in found:
+        assert stored.dtype == torch.bfloat16
+        torch.testing.assert_close(stored.double(), outputs, rtol=0.02, atol=0.01)
+
+
 class Odd(torch.nn.Module):
     """Layers that no activations can be taken of."""
 
@@ -557,6 +610,10 @@ def test_outputs_that_do_not_fit():
         ERLearner(model, sgd(model), ReservoirBuffer(20)).step(x, y)
 
 
+def raises(value):
+    raise ValueError("no image")
+
+
 def test_batches_and_buffers_that_do_not_fit():
     """Anything but two tensors of one length; buffers that hold other metadata, or no pairs; transforms whose results do not stack."""
     (x, y), *_ = batches(1, 6)
@@ -600,6 +657,10 @@ def test_batches_and_buffers_that_do_not_fit():
         learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)
     with pytest.raises(ArgumentError, match="target_transform: its results cannot be stacked"):
         learner(target_transform=lambda v: "name").step(x, y)
+    with pytest.raises(ZeroDivisionError):  # an error of the function's own stays what it is
+        learner(transform=lambda v: 1 / 0).step(x, y)
+    with pytest.raises(ValueError, match=r"^no image$"):
+        learner(transform=raises).step(x, y)
 
 
 class Keeps(Term):

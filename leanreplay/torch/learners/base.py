@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
-from .replay import Replay, bare, forward, running_statistics
+from .replay import Replay, bare, check_layers, forward, running_statistics
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
@@ -158,6 +158,8 @@ class ReplayLearner:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"device: {error}") from None
+        if not isinstance(terms, Iterable):
+            raise ArgumentError(f"terms must be a list of leanreplay.torch.Term, got {terms!r:.200}")
         self.terms = list(terms)
         self._check_terms()
         self.steps = 0
@@ -184,6 +186,8 @@ class ReplayLearner:
         for term in self.terms:
             if not isinstance(term, Term):
                 raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+            if term.layers:
+                check_layers(self.model, term.layers)
             if term.draw is not None and type(term).loss is Term.loss:
                 raise ArgumentError(
                     f"the term {term.name!r} takes a draw, but {type(term).__name__} has no loss; give it one, or draw=None"
@@ -206,7 +210,8 @@ class ReplayLearner:
         """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass. Queues the batch for `after_step`.
 
         Nothing else changes, but what a pass through the model changes, running statistics, and the count of the buffer's draws. Several
-        calls before one `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`.
+        calls before one `after_step` accumulate; x and y must not be overwritten before it. The values of the terms are in `losses`
+        then, the outputs for x in `outputs`.
 
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
@@ -279,7 +284,8 @@ class ReplayLearner:
                 pair, metadata = self.buffer.sample(m)
                 x, y = self._tensors(pair)
                 x, y = self._ready(x, y, self.buffer_transform, self.buffer_target_transform, device)
-                replay = Replay(self.module, x, y, metadata, self._layers if self.ema_memory_update_gamma < 1 else ())
+                layers = self._layers if self.ema_memory_update_gamma < 1 else ()
+                replay = Replay(self.module, x, y, metadata, layers, self._bits or frozenset())
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
@@ -585,7 +591,8 @@ def _array(tensor: torch.Tensor) -> Any:
 
 def _each(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
     """The function's results for each entry, stacked."""
+    results = [function(value) for value in values]
     try:
-        return torch.stack([torch.as_tensor(function(value)) for value in values])
+        return torch.stack([torch.as_tensor(result) for result in results])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error

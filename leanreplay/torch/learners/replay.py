@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
+from ..data import to_torch
 
 
 class Forward(NamedTuple):
@@ -32,8 +33,17 @@ class Replay:
     that share a draw share that pass. metadata: the buffer's for these samples, NumPy arrays; see `stored`.
     """
 
-    def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        metadata: dict[str, Any],
+        layers: Sequence[str],
+        bits: frozenset[str] = frozenset(),
+    ) -> None:
         self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
+        self._bits = bits  # fields of bfloat16
         self._module = module
         self._alone: Forward | None = None
         self._both: Forward | None = None
@@ -43,7 +53,8 @@ class Replay:
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device."""
-        return torch.from_numpy(self.metadata[name]).to(self.x.device)
+        tensor: torch.Tensor = to_torch(self.metadata[name], self._bits, path=f"metadata/{name}")
+        return tensor.to(self.x.device)
 
     def joined(self, both: Forward) -> None:
         """Tell it of a pass that it made together with the stream, which came first."""
