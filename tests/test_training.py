@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -370,6 +371,18 @@ def test_a_step_that_fails_leaves_the_learner_whole():
         assert learner.steps == len(learner.batches) - 1 == plain.steps > 0
         assert learner.buffer.seen == plain.buffer.seen and learner.replay_batch_size == 3
         assert all(a.equal(b) for a, b in zip(learner.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_defaults():
+    """Those that are documented."""
+    given = {name: p.default for name, p in inspect.signature(fit).parameters.items() if p.default is not inspect.Parameter.empty}
+    others = {"max_epochs": 50, "batch_size": 32, "batch_memory_frac": 0.5, "scheduler_interval": "epoch", "mode": "min", "precision": "32"}
+    others |= {"early_stopping": False, "progress": True, "seed": 0, "deterministic": False, "save_every": 500, "save_buffer": False}
+    nothing = (
+        "val_dataset scheduler metric metrics gradient_clip_val gradient_clip_algorithm train_collate_fn val_collate_fn test_transform"
+    )
+    nothing += " test_target_transform input_state_folder output_state_folder logger task_id"
+    assert given == others | dict.fromkeys(nothing.split())
 
 
 # -- killed and resumed --------------------------------------------------------------------------------------------------
