@@ -108,6 +108,21 @@ def test_rows_of_accuracies():
     np.testing.assert_array_equal(second.matrix, [[1.0, 0.0, np.nan], [0.0, 0.7, 0.0]])
     assert second.forgetting == 1.0 and second.backward_transfer == -1.0
     assert "2 of 3 tasks" in repr(second)
+    third = evaluate(model, tasks[1:2], second)  # fewer than before: the rest was not evaluated
+    np.testing.assert_array_equal(third.matrix[2], [0.7, np.nan, np.nan])
+
+
+def test_a_distributed_model(tmp_path):
+    """Is evaluated without its wrapper, which would talk to the other ranks: one alone may evaluate."""
+    if not torch.distributed.is_available():
+        pytest.skip("no torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.forward = None
+        assert evaluate(model, [(X, Y)]).matrix.shape == (1, 1) and model.training and model.module.training
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_transforms_and_collate():

@@ -541,9 +541,16 @@ def test_a_finished_task_is_loaded_and_that_is_all(tmp_path, straight):
             calls.append(1)
             return super().step(x, y)
 
+    before = sorted(os.listdir(tmp_path / "run"))
     learner, (history,) = job(Counts, tmp_path)
     expected, (straight_history,) = straight(ERLearner, 1, nothing)
     assert not calls and bits(learner) == expected and history == straight_history
+    assert sorted(os.listdir(tmp_path / "run")) == before  # not even the state is written again
+    learner.buffer.close()
+    learner = make(Counts, tmp_path / "buffer.h5", dropout=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=40)
+    options = {"scheduler": scheduler, "scheduler_interval": "step", "max_epochs": 9, "input_state_folder": tmp_path / "run"}
+    assert run(learner, **options).records == straight_history.records and not calls  # nor do more epochs begin it again
 
 
 def test_a_chain_of_folders(tmp_path):
@@ -897,7 +904,10 @@ def refusals(rank):
     """What can be refused only by all ranks together."""
     biased = make(stream=rank)
     torch.nn.init.constant_(biased.model[0].bias, rank)
-    for learner, message in ((make(stream=0), "streams"), (biased, "different weights"), (make(stream=rank), "too few for 2 processes")):
+    other = make(stream=rank)
+    other.buffer = ReservoirBuffer(40, seed=rank, stream=rank)
+    several = [(make(stream=0), "streams"), (other, r"have seeds \[0, 1\]"), (biased, "different weights")]
+    for learner, message in [*several, (make(stream=rank), "too few for 2 processes")]:
         with pytest.raises(ArgumentError, match=message):
             fit(learner, data(1 if "few" in message else 20), progress=False)
 
