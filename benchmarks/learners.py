@@ -1,8 +1,8 @@
 """What replay costs a training step: `python -m benchmarks.learners [--quick] [--device cuda]`.
 
 A learner's whole step (draw, forward, backward, optimizer, adding to a buffer on disk), beside the same forward passes, backward and
-optimizer without any buffer, the batches at hand. Measured in turn, one thread, float32 images; figures are medians. "wanted" was set
-before the code was written.
+optimizer without any buffer, the batches at hand (with `--device cuda` they are there, while the learner's come from the CPU). Measured
+in turn, one thread, float32 images; figures are medians. "wanted" was set before the code was written.
 """
 
 from __future__ import annotations
@@ -174,27 +174,28 @@ class Minimal:
 # -- measuring -----------------------------------------------------------------------------------------------------------------
 
 
-def images(shape: tuple[int, ...], device: torch.device) -> Batches:
+def images(shape: tuple[int, ...]) -> Batches:
     """Batches of noise with labels."""
     rng = np.random.default_rng(0)
     batches = ((rng.random((BATCH, *shape), dtype=np.float32), rng.integers(0, 10, BATCH)) for _ in range(16))
-    return [(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)) for x, y in batches]
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches]
 
 
 def measure(name: str, make: Callable[..., Any], model: torch.nn.Module, least: str, shape: tuple[int, ...], options: Any) -> Row:
     """One line of the table: blocks of steps of a learner and of its minimum, in turn."""
     device, steps = options.device, options.steps
-    stream, model = images(shape, device), model.to(device)
-    minimal = Minimal(copy.deepcopy(model), stream, torch.zeros(BATCH, 10, device=device), LAYER if least in ("pod", "super_er") else "")
+    stream, model = images(shape), model.to(device)
+    there = [(x.to(device), y.to(device)) for x, y in stream]
+    minimal = Minimal(copy.deepcopy(model), there, torch.zeros(BATCH, 10, device=device), LAYER if least in ("pod", "super_er") else "")
     minimum: Step = getattr(minimal, least)
     path = Path(options.folder) / f"{name.replace(' ', '-')}.h5"
     with ReservoirBuffer(CAPACITY, path) as buffer:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        learner = make(model, optimizer, buffer, replay_batch_size=BATCH)
+        learner = make(model, optimizer, buffer, replay_batch_size=BATCH, device=device)
         learner.step(*stream[0])
         metadata = {n: v[:1] for n, v in buffer.get(np.arange(1))[1].items() if n not in ("idx", "position", "group")}
         while buffer.seen < SEEN:
-            x, y = (torch.cat(parts).cpu() for parts in zip(*stream, strict=True))
+            x, y = (torch.cat(parts) for parts in zip(*stream, strict=True))
             buffer.add((x, y), metadata={n: np.repeat(v, len(x), 0) for n, v in metadata.items()})
         number = 0
 
@@ -234,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, only ER for the ResNet-18")
     parser.add_argument("--folder", default=None, help="where the buffers lie (default: a temporary folder)")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where model and batches lie (default: cpu)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where the model lies (default: cpu)")
     options = parser.parse_args()
     quick, cpu = options.quick, options.device.type == "cpu"
     torch.set_num_threads(1)

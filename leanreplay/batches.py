@@ -18,6 +18,8 @@ Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
 Fetch = Callable[[Ints], tuple[Sources, Ints]]
 
 _NO_BYTES = np.zeros(0, np.uint8)
+_NO_GROUPS: Ints = np.zeros(0, np.int64)
+_BYTE = np.dtype(np.uint8)
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int | None:
@@ -88,7 +90,7 @@ def label(schema: Schema, sample: Any, i: int) -> int:
 
 def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
     """The bytes of a C-contiguous array. (The cheapest of several ways.)"""
-    return np.frombuffer(array, np.uint8) if array.size else _NO_BYTES
+    return np.frombuffer(array, _BYTE) if array.size else _NO_BYTES
 
 
 def _shared(leaf: Any, field: Field) -> np.ndarray[Any, Any] | None:
@@ -109,21 +111,23 @@ class Batch:
 
     def __init__(self, leaves: Sequence[Any], fields: Sequence[Field]) -> None:
         self.leaves, self.fields = leaves, fields
-        self.groups: Ints = np.zeros(0, np.int64)
-        self.n = -1
-        plain: list[npt.NDArray[np.uint8] | None] = []
+        self.groups = _NO_GROUPS
+        self.plain: list[npt.NDArray[np.uint8] | None] = []
+        n = -1
         for leaf, field in zip(leaves, fields, strict=True):
             array = leaf if type(leaf) is np.ndarray else _shared(leaf, field)
             if array is None or (field.torch and array is leaf):
-                self._look_closer()
-                return
+                break
             shape = array.shape
-            if not shape or shape[1:] != field.shape or array.dtype != field.dtype or self.n not in (-1, shape[0]):
-                self._look_closer()
-                return
-            self.n = shape[0]
-            plain.append(flat(array) if array.flags.c_contiguous else None)
-        self.plain = plain
+            dtype = array.dtype
+            if not shape or shape[1:] != field.shape or (dtype is not field.dtype and dtype != field.dtype) or (n != shape[0] and n != -1):
+                break
+            n = shape[0]
+            self.plain.append(flat(array) if array.flags.c_contiguous else None)
+        else:
+            self.n = n
+            return
+        self._look_closer()
 
     def _look_closer(self) -> None:
         """Anything but arrays and tensors in memory of the right type: other devices and array types, errors."""

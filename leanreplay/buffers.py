@@ -635,6 +635,10 @@ class DataBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
+        return self._sample(n, replace)
+
+    def _sample(self, n: int, replace: bool = False, room: int = 0) -> tuple[Any, dict[str, Any]]:
+        """`sample`; room: entries, of any content, that the arrays of the batch begin with, for another batch to stand there."""
         with self._lock:
             store = self._require()
             if type(n) is not int or not 0 <= n <= 2**40:
@@ -644,7 +648,7 @@ class DataBuffer:
             for attempt in range(100):
                 try:
                     sequence = -1 if store is None else store.sequence
-                    return self._emit(store, self._draw(store, n, bool(replace), "sample", attempt == 0))
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", attempt == 0), room)
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
@@ -676,10 +680,10 @@ class DataBuffer:
             rows = store.pick_live(n, lambda among, out: reservoir.draw(among, keys[0], keys[1], store.seen, counter, replace, out))
         return rows
 
-    def _emit(self, store: Any, rows: Ints) -> tuple[Any, dict[str, Any]]:
+    def _emit(self, store: Any, rows: Ints, room: int = 0) -> tuple[Any, dict[str, Any]]:
         if store is None:
             raise RowError("the buffer is empty: it has no schema before its first batch")
-        arrays, index = store.read(rows)
+        arrays, index = store.read(rows, None, room)
         return self._present(store.table.schema, arrays, index, rows)
 
     def _present(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> tuple[Any, dict[str, Any]]:
@@ -688,9 +692,9 @@ class DataBuffer:
         batch = schema.unflatten(arrays[:split])
         if self.transform is not None or self.target_transform is not None:
             batch = self._transformed(schema, arrays[:split])
-        meta = dict(zip(schema.metadata_names, arrays[split:], strict=True))
+        meta = dict(zip(schema.metadata_names, arrays[split:], strict=True)) if schema.metadata else {}
         meta["idx"] = rows
-        meta |= self._index_meta(index)
+        meta.update(self._index_meta(index))
         return batch, meta
 
     def _index_meta(self, index: Ints) -> dict[str, Any]:

@@ -129,19 +129,21 @@ class Parts:
             found.append((self.stores[int(p)], where, rows[where] - p * self.rows))
         return found
 
-    def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+    def read(self, rows: Ints, field: int | None = None, room: int = 0) -> tuple[list[np.ndarray[Any, Any]], Ints]:
         if rows.shape[0] and int(rows.max()) >= self.size:
             raise RowError(f"rows up to {int(rows.max())}, but the rows in use are 0 to {self.size - 1} now")
         pieces = self._split(rows)
         if len(pieces) == 1:
-            return pieces[0][0].read(pieces[0][2], field)
-        fields = self.table.schema.fields if field is None else self.table.schema.fields[field : field + 1]
-        arrays = [np.empty((rows.shape[0], *f.shape), f.dtype) for f in fields]
+            return pieces[0][0].read(pieces[0][2], field, room)
+        schema = self.table.schema
+        fields = schema.fields if field is None else schema.fields[field : field + 1]
+        before = [room if f in schema.data else 0 for f in fields]
+        arrays = [np.empty((k + rows.shape[0], *f.shape), f.dtype) for k, f in zip(before, fields, strict=True)]
         index = np.empty((2, rows.shape[0]), np.int64)
         for store, where, local in pieces:
             some, some_index = store.read(local, field)
-            for array, values in zip(arrays, some, strict=True):
-                array[where] = values
+            for k, array, values in zip(before, arrays, some, strict=True):
+                array[k:][where] = values
             index[:, where] = some_index
         return arrays, index
 

@@ -83,6 +83,10 @@ class Schema:
         return [f.name[len("metadata/") :] for f in self.metadata]
 
     @functools.cached_property
+    def _metadata_set(self) -> set[str]:
+        return set(self.metadata_names)
+
+    @functools.cached_property
     def bfloat16(self) -> frozenset[str]:
         """Names of the fields that hold the bits of torch.bfloat16."""
         return frozenset(f.name for f in self.fields if f.torch == "bfloat16")
@@ -122,6 +126,8 @@ class Schema:
         """The metadata values in field order. Raises SchemaError for missing or extra names."""
         if metadata is None:
             metadata = {}
+        if type(metadata) is dict and metadata.keys() == self._metadata_set:
+            return [metadata[n] for n in self.metadata_names]
         if not isinstance(metadata, Mapping):
             raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
         names = self.metadata_names

@@ -1,6 +1,6 @@
 """One mapped file (or piece of shared memory): create, open, read, commit, roll back, recover, check.
 
-A commit goes journal, seal, rows, index, header, each step a kernel call of its own, because within a kernel the compiler
+A commit goes journal, seal, rows, index, header: steps with a fence between, or a kernel call each, because otherwise the compiler
 reorders and drops stores. Whatever stops it, `recover` brings the rows back to what the newest header says. No view of
 the map leaves this file except read-only ones for policies: callers get copies.
 """
@@ -63,6 +63,7 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
+_NO_BYTES: Bytes = np.zeros(0, np.uint8)
 _NOBODY: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 NO_ROWS: Ints = np.zeros(0, np.int64)
 NO_LOG: Ints = np.zeros((0, 2), np.int64)
@@ -75,6 +76,7 @@ _LARGE = 512  # bytes of an entry from which on reading ahead of a random one is
 _COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer may have come from the device, ones that do not came from memory
 _WARM_READS = 16
 _NARROW = 64  # bytes of a field that is read once, when a file is opened for writing, to verify the index with it
+_AT_ONCE = True  # whether a commit without anything special is one kernel call; tests that stop within one want the steps
 _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
@@ -126,6 +128,7 @@ class Store:
         self._now, self._next, self._seal_words = self.head.data, self._work.data, self._seal.data
         self._tag = int(table.tag)
         self._journal = (table.list_at, table.record_at, table.record)
+        self._layout: Ints = np.array([*self._journal, table.journal, J_LIVE, J_COUNT, J_HASH, H_SIZE, H_HIGH, H_STATE, H_DIGESTS, BUCKETS])
         self._row_bytes = sum(size for _, size in table.columns)
         self._counts: Ints = np.zeros(4, np.int64)
         self._changing: Bytes = np.zeros(self._fields, np.uint8)
@@ -147,9 +150,11 @@ class Store:
         if path is not None:
             for at, size in self._large:
                 system.advise(self._map, "RANDOM", at, at + size * table.max_size)
+            system.advise(self._map, "RANDOM", table.list_at, table.record_at + table.journal_rows * table.record)
         self._attached = False
         self._places: Ints = NO_ROWS
-        self._places_for = (-1, 0, 0)
+        self._places_for = (-1, 0, 0, 0)
+        self._room_for = 0
         self._blocks: list[tuple[tuple[int, ...], np.dtype[Any], int]] = []
         limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
         # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
@@ -193,6 +198,8 @@ class Store:
                 kernel.seal_block(first, 0, head, H_STATE)
                 system.write_all(fd, first, HEADERS[0])
                 store = Store(path, fd, table, True, durable, points)
+                # There is nothing to read ahead, which the first writes would do otherwise: 2 ms for 8 MiB.
+                system.advise(store._require_map(), "RANDOM", 0, table.file_size)
                 store._begin(head)
                 store._attached = True  # undo files under this name belong to the file that is being replaced
                 if fill is not None:
@@ -541,9 +548,10 @@ class Store:
         live = self.live_rows()
         return rows if live is None else live[rows]
 
-    def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+    def read(self, rows: Ints, field: int | None = None, room: int = 0) -> tuple[list[np.ndarray[Any, Any]], Ints]:
         """Copies of these rows: an array per field (or of one field), and (2, n) positions and groups, every checksum verified.
 
+        room: entries, of any content, that the arrays of data fields begin with: for a batch to stand before what is read.
         Raises RowError for free rows, CorruptionError, and for readers RecoveryError.
         """
         n = rows.shape[0]
@@ -552,14 +560,10 @@ class Store:
                 f"rows up to {int(rows.max())} of {self.path or 'this buffer'}, but the rows in use are 0 to {self.high - 1} now"
             )
         first, last = (0, self._fields) if field is None else (field, field + 1)
-        if self._places_for != (n, first, last):  # where each field's block starts, at multiples of 64 bytes
-            fields = self.table.schema.fields[first:last]
-            self._places_for = (-1, 0, 0)  # an interrupt must not leave half of this
-            self._places = np.cumsum([0] + [round_up(n * f.nbytes, 64) for f in fields])
-            self._blocks = [((n, *f.shape), f.dtype, place) for f, place in zip(fields, self._places.tolist(), strict=False)]
-            self._places_for = (n, first, last)
+        if self._places_for != (n, first, last, room):
+            self._arrange(n, first, last, room)
         places = self._places
-        out = np.empty(places[-1], np.uint8)
+        out = np.empty(self._room_for, np.uint8)
         index = np.empty((2, n), np.int64)
         bad = np.empty(n, np.uint8)
         if self._cold:
@@ -584,6 +588,20 @@ class Store:
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
         return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
+
+    def _arrange(self, n: int, first: int, last: int, room: int) -> None:
+        """Where in one piece of memory each field's array lies, at multiples of 64 bytes, and where the rows that are read go."""
+        self._places_for = (-1, 0, 0, 0)  # an interrupt must not leave half of this
+        schema = self.table.schema
+        at, places, blocks = 0, [], []
+        for f in range(first, last):
+            field = schema.fields[f]
+            before = room if f < len(schema.data) else 0
+            blocks.append(((before + n, *field.shape), field.dtype, at))
+            places.append(at + before * field.nbytes)
+            at = round_up(at + (before + n) * field.nbytes, 64)
+        self._places, self._blocks, self._room_for = np.array(places, np.int64), blocks, at
+        self._places_for = (n, first, last, room)
 
     def _fetch_columns(self) -> None:
         """Ask for the columns of small entries, each of which every batch needs, as a whole: one pass instead of thousands of reads."""
@@ -749,13 +767,20 @@ class Store:
         """
         self._settled = False
         mem, cols, table = self._mem, self._cols, self.table
-        head, work = self.head, self._work
-        now, coming = self._now, self._next
-        np.copyto(work, head)
+        head, work, now, coming = self.head, self._work, self._now, self._next
+        coming[:] = now
         sequence: int = now[H_SEQ] + 1
         size, high = now[H_SIZE], now[H_HIGH]
         whole = rows.shape[0]
         freeing = freed.shape[0]
+        coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET], coming[H_SEEN] = sequence, now[H_STATE], 0, seen
+        if policy != self._policy:
+            work[H_POLICY:H_DIGESTS] = policy
+            self._policy = list(policy)
+        if whole and not freeing and moved is None and not log.shape[0] and self._at_once(rows, positions, groups, sources, sequence):
+            self._take_over()
+            self._settled = True
+            return
         if whole or freeing or moved is not None:
             digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
             logging = self._logging()
@@ -766,8 +791,7 @@ class Store:
                 changing[list(moved.sources)] = 1
             overwritten = min(touched.shape[0], size)
             if overwritten > self._journal_ready:
-                self._journal_ready = overwritten  # get its pages all at once
-                system.populate(self._require_map(), table.list_at, table.record_at + overwritten * table.record)
+                self._extend_journal(overwritten)
             stamps = self._stamps if logging else _NOBODY
             found = int(kernel.save_rows(mem, cols, touched, whole, changing, stamps, self._stamp, *self._journal, digests, counts))
             new, live, count, top = counts.tolist()
@@ -814,14 +838,37 @@ class Store:
             self._append_log(log, work)
             if self.durable:
                 system.sync(self._fd, self._map)
-        coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET] = sequence, now[H_STATE], 0
-        coming[H_SEEN], coming[H_SIZE], coming[H_HIGH] = seen, size, high
-        if policy != self._policy:
-            work[H_POLICY:H_DIGESTS] = policy
-            self._policy = list(policy)
+        coming[H_SIZE], coming[H_HIGH] = size, high
         self._write_header(work)
         self._take_over()
         self._settled = True
+
+    def _at_once(self, rows: Ints, positions: Ints, groups: Ints, sources: Any, sequence: int) -> bool:
+        """Make a commit that needs nothing between its steps by one kernel call; whether it was such a one."""
+        if self.durable or self._logging() or callable(sources) or len(sources) > 4 or not _AT_ONCE:
+            return False
+        data, samples = [], sources[0][1]
+        for source, which in sources:
+            if which is not samples or not source.flags.writeable:  # for read-only memory the kernel would be compiled once more
+                return False
+            data.append(source)
+        while len(data) < 4:
+            data.append(_NO_BYTES)
+        now, seal = self._now, self._seal_words
+        n, size = rows.shape[0], now[H_SIZE]
+        overwritten = n if n < size else size
+        if overwritten > self._journal_ready:
+            self._extend_journal(overwritten)
+        if self._faulted < self.table.max_size:
+            top = int(rows.max()) + 1
+            if top > self._faulted:
+                self._fault_in(top)
+        seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS], seal[J_FREED] = self._tag, sequence, now[H_STATE], 0
+        header = HEADERS[sequence % 2]
+        kernel.commit_rows(
+            self._mem, self._cols, rows, positions, groups, samples, *data, self._seal, self._work, header, self._layout
+        )  # fmt: skip
+        return True
 
     def _take_over(self) -> None:
         """The header that was just written is the one in force."""
@@ -869,6 +916,16 @@ class Store:
         kernel.seal_block(self._mem, HEADERS[words.item(H_SEQ) % 2], words, H_STATE)
         if self.durable:
             system.sync(self._fd, self._map)
+
+    def _extend_journal(self, rows: int) -> None:
+        """Get the pages for the journal of a commit that overwrites so many rows, all at once; what stands there is void."""
+        first, table = self._journal_ready, self.table
+        rows = min(table.journal_rows, max(rows, 2 * first))
+        start, stop = table.record_at + first * table.record if first else table.list_at, table.record_at + rows * table.record
+        if self.path is not None and system.LINUX:
+            system.write_zeros(self._fd, start, stop)
+        system.populate(self._require_map(), start, stop)
+        self._journal_ready = rows
 
     def _fault_in(self, top: int) -> None:
         """Get the pages of the rows up to `top`, and some ahead, for writing: one by one they would cost more than the copies.

@@ -45,6 +45,7 @@ from leanreplay import (
     StateError,
     buffers,
     create,
+    store,
 )
 from leanreplay.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
 from leanreplay.kernels import rows as kernel
@@ -354,7 +355,7 @@ OPS = st.one_of(
     st.tuples(
         st.just("interrupt"),
         st.integers(1, 40),
-        st.sampled_from(["save_rows", "save_freed", "write_field", "write_index", "seal_block", "hash_log", "keep_last"]),
+        st.sampled_from(["commit_rows", "save_rows", "save_freed", "write_field", "write_index", "seal_block", "hash_log", "keep_last"]),
         st.integers(0, 8),
         st.booleans(),
     ),
@@ -492,6 +493,7 @@ def hooked(step: str, after: int, done: bool, action: Callable[[], None]) -> Ite
     """Do something at the given call of a kernel, before or after it has run."""
     real = getattr(kernel, step)
     calls = 0
+    store._AT_ONCE = step == "commit_rows"
 
     def call(*args: Any) -> Any:
         nonlocal calls
@@ -507,6 +509,7 @@ def hooked(step: str, after: int, done: bool, action: Callable[[], None]) -> Ite
         yield
     finally:
         setattr(kernel, step, real)
+        store._AT_ONCE = True
 
 
 FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -37,6 +37,7 @@ from leanreplay import (
     StateError,
     balanced,
     create,
+    store,
 )
 from leanreplay.kernels import rows as kernel
 
@@ -472,6 +473,7 @@ def test_stopped_while_recovering(kind: str, tmp_path: Any) -> None:
 
         def run(_: int) -> None:
             setattr(kernel, after, wrapper)
+            store._AT_ONCE = False
             with KINDS[kind](os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 

@@ -111,13 +111,13 @@ class Base:
             calls.append(1)
             write(*args)
 
-        kernel.write_field = cut
+        kernel.write_field, store_module._AT_ONCE = cut, False
         try:
             feed(buffer, fed, 5)
         except KeyboardInterrupt:
             pass
         finally:
-            kernel.write_field = write
+            kernel.write_field, store_module._AT_ONCE = write, True
         assert self.files[""]
 
     def regions(self):

@@ -93,7 +93,7 @@ def tiny(journal: int, chunk: int) -> Iterator[None]:
         create._JOURNAL_BYTES, buffers._CHUNK = before
 
 
-STEPS = ["save_rows", "write_field", "write_index", "seal_block", "keep_last"]
+STEPS = ["commit_rows", "save_rows", "write_field", "write_index", "seal_block", "keep_last"]
 
 
 @contextlib.contextmanager
@@ -112,12 +112,14 @@ def interrupted(step: str, after: int, done: bool) -> Iterator[None]:
         return real(*args)
 
     setattr(kernel, step, call)
+    store._AT_ONCE = step == "commit_rows"
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
         setattr(kernel, step, real)
+        store._AT_ONCE = True
 
 
 class History:

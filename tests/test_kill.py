@@ -305,6 +305,7 @@ class Steps:
 
     def install(self) -> None:
         gc.disable()  # which might run a destructor in between
+        store._AT_ONCE = False  # a commit in steps, each a call
         store._COLD = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
         for name, target in (("save_rows", 0), ("seal_block", 0), ("write_field", 0), ("write_index", 0), ("restore_rows", -1)):
             setattr(kernel, name, self._kernel(getattr(kernel, name), target))
@@ -557,6 +558,7 @@ def test_stopped_while_recovering(tmp_path: Any) -> None:
 
         def run(_: int) -> None:
             setattr(kernel, after, wrapper)
+            store._AT_ONCE = False
             with ReservoirBuffer(path=os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 

@@ -531,10 +531,10 @@ lr.merge(small, folder + "/warm.h5").close()
 before = peak = anonymous()
 read = lr.store.Store.read
 
-def watched(self, rows, field=None):
+def watched(self, *args):
     global peak
     peak = max(peak, anonymous())
-    return read(self, rows, field)
+    return read(self, *args)
 
 lr.store.Store.read = watched
 with lr.merge(large, folder + "/all.h5") as buffer:
@@ -810,6 +810,7 @@ def test_cut_off_input(pair: list[str], tmp_path: Path) -> None:
     if pid == 0:
         try:
             buffer = leanreplay.open(pair[0], "r+")
+            leanreplay.store._AT_ONCE = False
             leanreplay.store.Store._write_header = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
             feed("reservoir", buffer, 200)
         finally:

@@ -35,6 +35,7 @@ from leanreplay import (
     SlidingWindowBuffer,
     StateError,
     create,
+    store,
 )
 from leanreplay.kernels import rows as kernel
 from leanreplay.keys import key_pair
@@ -423,7 +424,7 @@ class Pair:
                         os.kill(os.getpid(), signal.SIGKILL)
                     real(*args)
 
-                kernel.write_field = die
+                kernel.write_field, store._AT_ONCE = die, False
                 self.buffer.add(batch(seen, seen + n), metadata={"z": values(seen, seen + n), **extra})
                 os.kill(os.getpid(), signal.SIGKILL)
             finally:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import leanreplay as lr
+from leanreplay import store
 from leanreplay.balanced import group_hash, group_quotas
 from leanreplay.store import kernel
 
@@ -320,6 +321,7 @@ def test_an_update_is_whole_or_not_at_all(tmp_path, monkeypatch, step, after):
     whole = lr.ParametricBuffer(20, groupby="class", selection_strategy=lr.HerdingSelection())
     for part in (slice(0, 60), slice(60, 120)):
         whole.add((x[part], y[part]), features=lambda batch: batch[0])
+    monkeypatch.setattr(store, "_AT_ONCE", False)
     original = getattr(kernel, step)
     stopped = 0
     for number in range(40):

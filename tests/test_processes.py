@@ -343,7 +343,7 @@ def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int
                 time.sleep(60)
 
         with leanreplay.open(path, mode="r+") as writer:
-            kernel.write_field = write_field
+            kernel.write_field, store._AT_ONCE = write_field, False
             writer.add(**stream(100, 130))
 
     killed(*child(work))
@@ -497,6 +497,7 @@ def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str,
             append_log(*args)
             die("log")
 
+        store._AT_ONCE = False
         with leanreplay.open(path, mode="r+") as writer:
             kernel.write_field, kernel.seal_block, store.Store._append_log = writing, sealing, logging  # type: ignore[method-assign]
             feed_groups(writer, 170)

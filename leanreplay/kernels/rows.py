@@ -29,6 +29,10 @@ def _prefetch(mem: Any, at: Any) -> None:
     """Nothing to hint at when Python itself runs the kernel."""
 
 
+def _fence(mem: Any) -> None:
+    """Nothing to hold back when Python itself runs the kernel."""
+
+
 def _words(mem: Any) -> Any:
     """A byte array as uint64 words, bytes left over at the end not counted."""
     return mem[: mem.shape[0] - mem.shape[0] % 8].view(np.uint64)
@@ -44,7 +48,7 @@ def _store(mem: Any, at: Any, word: Any) -> None:
     mem[int(at) : int(at) + 8].view(np.uint64)[0] = word
 
 
-PLAIN = {f.__name__: f for f in (_prefetch, _words, _load, _store)}  # what the instructions below do, in Python
+PLAIN = {f.__name__: f for f in (_prefetch, _fence, _words, _load, _store)}  # what the instructions below do, in Python
 
 if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from llvmlite import ir
@@ -68,6 +72,16 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
             return context.get_dummy_value()
 
         return types.void(mem, types.intp), generate
+
+    @intrinsic  # type: ignore[no-redef]
+    def _fence(_context: Any, mem: Any) -> Any:
+        """Neither compiler nor processor moves stores over this, nor drops one before it because of one behind it."""
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.fence("acq_rel")
+            return context.get_dummy_value()
+
+        return types.void(mem), generate
 
     def _word_at(context: Any, builder: Any, kind: Any, mem: Any, at: Any) -> Any:
         data = context.make_array(kind)(context, builder, mem).data
@@ -514,6 +528,38 @@ def write_index(mem, cols, rows, positions, groups):
     for i in range(rows.shape[0]):
         r = np.uint64(rows[i])
         words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
+
+
+@njit
+def commit_rows(mem, cols, rows, positions, groups, samples, s0, s1, s2, s3, seal, head, header_at, at):
+    """A commit of `rows` in one call: `save_rows`, the journal's seal, `write_field` for up to four fields, `write_index`, the header.
+
+    s0 to s3: sources of the fields, each indexed by `samples`. seal, head: words of the journal's seal and of the new header, which
+    goes to mem[header_at:], complete but for what follows from the rows. at: (12,) int64: `list_at`, `record_at`, `record` of
+    `save_rows`; where the seal goes; which of its words say how many rows are live, how many there are, and the hash; which of the
+    header's are size, end of the rows in use, hash, first digest; how many digests there are.
+    """
+    digests, counts = head[at[10] : at[10] + at[11]], np.empty(4, np.int64)
+    found = save_rows(mem, cols, rows, rows.shape[0], np.empty(0, np.uint8), np.empty(0, np.int32), 0, at[0], at[1], at[2], digests, counts)
+    live, count, top = np.uint64(counts[1]), np.uint64(counts[2]), np.uint64(counts[3])
+    seal[at[4]], seal[at[5]], seal[at[6]] = live, count, found
+    _fence(mem)
+    seal_block(mem, at[3], seal, 0)
+    _fence(mem)
+    for f in range(cols.shape[0] - 3):
+        source = s0
+        if f == 1:
+            source = s1
+        elif f == 2:
+            source = s2
+        elif f == 3:
+            source = s3
+        write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
+    write_index(mem, cols, rows, positions, groups)
+    head[at[7]] += count - live
+    head[at[8]] = max(head[at[8]], top)
+    _fence(mem)
+    seal_block(mem, header_at, head, at[9])
 
 
 @njit

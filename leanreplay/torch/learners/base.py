@@ -18,32 +18,38 @@ from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
-from .replay import Replay, bare, check_layers, forward, running_statistics
+from .replay import Replay, Statistics, bare, check_layers, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
 Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Step:
     """What `step` returns.
 
     loss: the whole loss. losses: its terms by name, before weights and normalisation; "stream" is that of the batch itself,
-    "stream+replay" one mean over batch and replay. outputs: the model's outputs for the batch, (n, ...), detached.
+    "stream+replay" one mean over batch and replay.
     """
 
     loss: float
     losses: dict[str, float]
-    outputs: torch.Tensor
+    _outputs: tuple[torch.Tensor, int]  # of a pass, detached, and how many of them are the batch's
+
+    @property
+    def outputs(self) -> torch.Tensor:
+        """The model's outputs for the batch, (n, ...), detached."""
+        return _first(*self._outputs)
 
 
 @dataclass
 class _Queued:
-    """A batch whose loss was computed: what `after_step` will write. seen: which classes occurred up to here (with masks)."""
+    """A batch whose loss was computed: what `after_step` will write. x, y: arrays, or tensors where there are none of that kind.
+    seen: which classes occurred up to here (with masks)."""
 
-    x: torch.Tensor
-    y: torch.Tensor
+    x: Any
+    y: Any
     stored: dict[str, torch.Tensor]
     moved: list[Moved]
     seen: torch.Tensor | None
@@ -164,13 +170,14 @@ class ReplayLearner:
         self._check_terms()
         self.steps = 0
         self.task: int | str | None = None
-        self.outputs = torch.empty(0)  # of the last `loss`, for its stream part
+        self._outputs = torch.empty(0), 0
         self.losses: dict[str, float] = {}
         self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
         self._seen: torch.Tensor | None = None
         self._queue: list[_Queued] = []
         self._kept: Any = None  # shapes and dtypes of what terms store, which it will take as well
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
+        self._statistics = Statistics()
         self._like: Any = None  # shapes and dtypes of samples that it will take
         self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
         self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
@@ -180,6 +187,7 @@ class ReplayLearner:
         for term in self.terms:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
+        self._keepers = [term for term in self.terms if type(term).keep is not Term.keep]
         self._layers = tuple(dict.fromkeys(name for term in self.terms for name in term.layers))
 
     def _check_terms(self) -> None:
@@ -204,6 +212,11 @@ class ReplayLearner:
         """The model, without a DistributedDataParallel around it."""
         return bare(self.model)
 
+    @property
+    def outputs(self) -> torch.Tensor:
+        """The model's outputs for the batch of the last `loss`, (n, ...), detached."""
+        return _first(*self._outputs)
+
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -218,29 +231,29 @@ class ReplayLearner:
         """
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
-        if x.ndim == 0 or y.ndim == 0 or x.shape[0] != y.shape[0]:
+        shapes = x.shape, y.shape
+        if not shapes[0] or not shapes[1] or shapes[0][0] != shapes[1][0]:
             raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
-        if x.shape[0] == 0:
+        if shapes[0][0] == 0:
             raise ArgumentError("the batch is empty; leave such a batch out")
-        like = x.shape[1:], x.dtype, y.shape[1:], y.dtype
+        like = shapes[0][1:], x.dtype, shapes[1][1:], y.dtype
         if like != self._like:
             self._check_batch(x, y, like)
         device = x.device if self.device is None else self.device
-        inputs, targets = self._ready(x, y, self.transform, self.target_transform, device)
-        draws = self._draw(device)
-        before = [(b, b.clone()) for b in self._statistics()]
+        inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
+        arrays = _array(x), _array(y)
+        draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
+        self._statistics.remember([self.module, *(module for term in self.terms for module in term.modules())])
         try:
-            total, *queued = self._compute(x, y, inputs, targets, draws)
+            total, *queued = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
-            with torch.no_grad():
-                for b, old in before:
-                    b.copy_(old)
+            self._statistics.put_back()
             if isinstance(error, (IndexError, RuntimeError)):
                 self._explain(error, inputs, targets, draws)
             raise
         finally:
             self.mask = None
-        self._queue.append(_Queued(x, y, *queued))
+        self._queue.append(_Queued(*arrays, *queued))
         return total
 
     def _check_batch(self, x: torch.Tensor, y: torch.Tensor, like: Any) -> None:
@@ -255,45 +268,60 @@ class ReplayLearner:
                 check_leaf(leaf, field, x.shape[0])
         self._like = like
 
-    def _statistics(self) -> list[torch.Tensor]:
-        """Running statistics of all modules that a loss passes data through."""
-        found = running_statistics(self.module, [])
-        for term in self.terms:
-            for module in term.modules():
-                running_statistics(module, found)
-        return found
-
     def _ready(
         self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and y transformed, and on the device."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x and y transformed, and on the device; y also where it was before."""
         if transform is not None:
             x = _each(transform, x, "transform")
         if target_transform is not None:
             y = _each(target_transform, y, "target_transform")
-        return x if x.device == device else x.to(device), y if y.device == device else y.to(device)
+        return x if x.device == device else x.to(device), y if y.device == device else y.to(device), y
 
-    def _draw(self, device: torch.device) -> list[tuple[Term, Replay]]:
-        """The terms that count now, each with its draw."""
+    def _draw(self, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any]) -> list[tuple[Term, Replay]]:
+        """The terms that count now, each with its draw. arrays: of inputs and targets, where they have one."""
         draws: list[tuple[Term, Replay]] = []
         m, replay = min(self.replay_batch_size, len(self.buffer)), None
+        layers = self._layers if self.ema_memory_update_gamma < 1 else ()
         for term in self.terms if m else ():
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                pair, metadata = self.buffer.sample(m)
-                x, y = self._tensors(pair)
-                x, y = self._ready(x, y, self.buffer_transform, self.buffer_target_transform, device)
-                layers = self._layers if self.ema_memory_update_gamma < 1 else ()
-                replay = Replay(self.module, x, y, metadata, layers, self._bits or frozenset())
+                if term.together and self._raw and inputs.is_cpu:
+                    replay = self._draw_behind(m, inputs, targets, arrays, layers)
+                else:
+                    pair, metadata = self.buffer.sample(m)
+                    x, y, labels = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
+                    replay = Replay(self.module, x, y, metadata, layers)
+                    replay.labels = labels
+                replay.bits = self._bits or frozenset()
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
+
+    def _draw_behind(self, m: int, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any], layers: tuple[str, ...]) -> Replay:
+        """A draw that is read behind the batch, so that the two are one without a copy of the draw."""
+        n = inputs.shape[0]
+        pair, metadata = self.buffer._sample(m, False, n)
+        whole = self._tensors(pair)
+        for both, first in zip(pair, arrays, strict=True):
+            if type(first) is not np.ndarray or both.dtype != first.dtype or both.shape[1:] != first.shape[1:]:
+                return Replay(self.module, whole[0][n:], whole[1][n:], metadata, layers)
+            both[:n] = first
+        return Replay(self.module, None, None, metadata, layers, whole, n)
+
+    @property
+    def _raw(self) -> bool:
+        """Whether nothing transforms what is drawn."""
+        functions = self.buffer_transform, self.buffer_target_transform, self.buffer.transform, self.buffer.target_transform
+        return functions == (None, None, None, None)
 
     def _tensors(self, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What was drawn, as two tensors."""
         if self._bits is None:
             self._bits = bfloat16_fields(self.buffer.schema)  # type: ignore[arg-type]  # it holds samples, so it has one
+        if not self._bits and type(pair[0]) is type(pair[1]) is np.ndarray and pair[0].dtype.kind in "biufc":
+            return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
         x, y = to_torch(pair[0], self._bits, path="data/0"), to_torch(pair[1], self._bits, path="data/1")
         if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
             return x, y
@@ -303,7 +331,13 @@ class ReplayLearner:
         )
 
     def _compute(
-        self, x: torch.Tensor, y: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        labels: torch.Tensor,
+        draws: list[tuple[Term, Replay]],
     ) -> tuple[torch.Tensor, Any, Any, Any]:
         """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
@@ -312,29 +346,28 @@ class ReplayLearner:
             if term.together:
                 joined, one_mean = replay, term.weight is None
         if joined is None:
-            stream = both = forward(self.model, inputs, self._layers)
+            all_y, both = targets, forward(self.model, inputs, self._layers)
         else:
-            both = forward(self.model, torch.cat([inputs, joined.x]), self._layers)
+            all_x, all_y = joined.behind(inputs, targets)
+            both = forward(self.model, all_x, self._layers)
             joined.joined(both)
-            stream = both.part(slice(n))
-        self.outputs = stream.outputs.detach()
-        if self._labels and inputs.device.type not in ("cpu", "meta"):
-            self._check_labels(targets, draws)  # before a kernel meets them, which would end the process's use of the device
-        seen = self._mark_seen(stream.outputs, targets, draws) if self.mask_unused_classes else None
-        self.mask = seen
+        self._outputs = both.outputs.detach(), n
+        if self._labels and not (inputs.is_cpu or inputs.is_meta):
+            self._check_labels(labels, draws)  # before a kernel meets them, which would end the process's use of the device
+        self.mask = seen = self._mark_seen(both.outputs, targets, draws) if self.mask_unused_classes else None
         stored: dict[str, torch.Tensor] = {}
-        for term in self.terms:
-            stored.update(term.keep(self, stream))
+        if self._keepers:
+            stream = both if joined is None else both.part(0, n, detached=True)
+            for term in self._keepers:
+                stored.update(term.keep(self, stream))
         kept = n, [(name, getattr(value, "shape", None), getattr(value, "dtype", None)) for name, value in stored.items()]
         new = kept != self._kept or self._picky
         if new:
             self._check_names(stored)
 
         losses: dict[str, torch.Tensor] = {}
-        if one_mean and joined is not None:
-            first = self.criterion(both.outputs, torch.cat([targets, joined.y]))
-        else:
-            first = self.criterion(stream.outputs, targets)
+        separate = joined is not None and not one_mean
+        first = self.criterion(both.outputs.narrow(0, 0, n), targets) if separate else self.criterion(both.outputs, all_y)
         losses[self._first] = first
         total, weights = first if self.loss_weight == 1 else self.loss_weight * first, self.loss_weight
         for term, replay in draws:
@@ -382,12 +415,16 @@ class ReplayLearner:
         if self._labels and inputs.device.type == "cpu":
             self._check_labels(targets, draws)
 
-    def _check_labels(self, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+    def _check_labels(self, labels: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
-        if self.outputs.ndim != 2:
+        outputs = self._outputs[0]
+        if outputs.ndim != 2:
             return
-        classes = self.outputs.shape[1]
-        for where, y in (("batch", targets), *(("replayed samples", replay.y) for _, replay in draws)):
+        classes = outputs.shape[1]
+        for where, y in (
+            ("batch", labels),
+            *(("replayed samples", replay.y if replay.labels is None else replay.labels) for _, replay in draws),
+        ):
             if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
                 continue
             low, high = (int(v) for v in torch.aminmax(y))
@@ -453,10 +490,10 @@ class ReplayLearner:
                 shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
                 raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
         if total is losses[self._first]:
-            values = [total.item()] * 2
+            values = [float(total.item())]
         else:
-            values = torch.stack([t.detach() for t in (total, *losses.values())]).tolist()
-        self._total, self.losses = values[0], dict(zip(losses, values[1:], strict=True))
+            values = torch.stack([t.detach() for t in (*losses.values(), total)]).tolist()
+        self._total, self.losses = values[-1], dict(zip(losses, values, strict=False))
         if not all(map(math.isfinite, values)):
             wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
             raise LossError(
@@ -500,7 +537,7 @@ class ReplayLearner:
             del self._queue[queued:]
             raise
         self.after_step()
-        return Step(self._total, self.losses, self.outputs)
+        return Step(self._total, self.losses, self._outputs)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -571,14 +608,19 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     if len(queue) == 1:
         x, y, stored = queue[0].x, queue[0].y, queue[0].stored
     else:
-        x, y = torch.cat([q.x for q in queue]), torch.cat([q.y for q in queue])
+        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in ([q.x for q in queue], [q.y for q in queue]))
         stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
     moves = [m for q in queue for m in q.moved]
     moved = None
     if moves:  # of a row drawn several times the last counts
         rows, positions = np.concatenate([m[0] for m in moves]), np.concatenate([m[1] for m in moves])
         moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
-    buffer.add((_array(x), _array(y)), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
+    buffer.add((x, y), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
+
+
+def _first(outputs: torch.Tensor, n: int) -> torch.Tensor:
+    """The first n: taken when asked for, because in the middle of a step each operation counts."""
+    return outputs if outputs.shape[:1] == (n,) else outputs.narrow(0, 0, n)
 
 
 def _array(tensor: torch.Tensor) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +22,11 @@ class Forward(NamedTuple):
     outputs: torch.Tensor
     features: dict[str, torch.Tensor]
 
-    def part(self, which: slice) -> Forward:
-        """Some of the samples."""
-        return Forward(self.outputs[which], {name: f[which] for name, f in self.features.items()})
+    def part(self, start: int, n: int, detached: bool = False) -> Forward:
+        """n of the samples; detached: only to be looked at, which costs less."""
+        outputs = self.outputs.detach() if detached else self.outputs
+        features = {name: (f.detach() if detached else f).narrow(0, start, n) for name, f in self.features.items()}
+        return Forward(outputs.narrow(0, start, n), features)
 
 
 class Replay:
@@ -36,24 +39,46 @@ class Replay:
     def __init__(
         self,
         module: torch.nn.Module,
-        x: torch.Tensor,
-        y: torch.Tensor,
+        x: torch.Tensor | None,
+        y: torch.Tensor | None,
         metadata: dict[str, Any],
         layers: Sequence[str],
-        bits: frozenset[str] = frozenset(),
+        whole: tuple[torch.Tensor, torch.Tensor] | None = None,
+        n: int = 0,
     ) -> None:
-        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
-        self._bits = bits  # fields of bfloat16
+        """whole: in place of x and y, those of the stream's batch of n samples and of the draw, one after the other."""
+        self._x, self._y, self.metadata, self.layers = x, y, metadata, layers
+        self.labels = y  # the targets, where they can be looked at without waiting for a device
+        self._whole, self._n = whole, n
+        self.bits: frozenset[str] = frozenset()  # names of fields that hold bfloat16
         self._module = module
         self._alone: Forward | None = None
         self._both: Forward | None = None
 
     def __len__(self) -> int:
-        return self.x.shape[0]
+        return len(self.metadata["idx"])
+
+    @property
+    def x(self) -> torch.Tensor:
+        """What was drawn."""
+        if self._x is None:
+            self._x = self._whole[0][self._n :]  # type: ignore[index]
+        return self._x
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Its targets."""
+        if self._y is None:
+            self._y = self._whole[1][self._n :]  # type: ignore[index]
+        return self._y
+
+    def behind(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream's batch and the draw, one after the other."""
+        return self._whole or (torch.cat([inputs, self.x]), torch.cat([targets, self.y]))
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device."""
-        tensor: torch.Tensor = to_torch(self.metadata[name], self._bits, path=f"metadata/{name}")
+        tensor: torch.Tensor = to_torch(self.metadata[name], self.bits, path=f"metadata/{name}")
         return tensor.to(self.x.device)
 
     def joined(self, both: Forward) -> None:
@@ -63,7 +88,7 @@ class Replay:
     @property
     def together(self) -> Forward | None:
         """Its part of the pass that it made together with the stream, if there was one."""
-        return None if self._both is None else self._both.part(slice(-len(self), None))
+        return None if self._both is None else self._both.part(-len(self), len(self))
 
     @property
     def alone(self) -> Forward:
@@ -149,6 +174,32 @@ def running_statistics(module: torch.nn.Module, found: list[torch.Tensor]) -> li
             if child is not None:
                 running_statistics(child, found)
     return found
+
+
+class Statistics:
+    """Running statistics as they were before a pass, to be put back if it fails. Its memory is used again: a copy is one call."""
+
+    def __init__(self) -> None:
+        self._now: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
+
+    def remember(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Take a copy of what these modules have now."""
+        found: list[torch.Tensor] = []
+        for module in modules:
+            running_statistics(module, found)
+        if len(found) == len(self._now) and all(map(operator.is_, found, self._now)):
+            if found:
+                with torch.no_grad():
+                    torch._foreach_copy_(self._before, found)
+        else:
+            self._now, self._before = found, [b.detach().clone() for b in found]
+
+    def put_back(self) -> None:
+        """As they were when `remember` was called."""
+        with torch.no_grad():
+            for now, before in zip(self._now, self._before, strict=True):
+                now.copy_(before)
 
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
