@@ -381,6 +381,43 @@ def test_every_buffer_will_do(tmp_path):
     assert len(learner.buffer) == 48 and not learner.buffer.check()
 
 
+def negative(y):
+    return 2 - y
+
+
+@pytest.mark.parametrize(
+    "where", ["nowhere", "stream", "stream, other dtype", "replay", "buffer", "targets", "replayed targets", "buffer's targets"]
+)
+def test_transforms_of_a_joint_pass(where):
+    """Batch and draw in one pass: each of its own transforms, whichever there are, and of nobody else's."""
+    model = dense()
+    twice = {"stream": {"transform": lambda x: 2 * x}, "stream, other dtype": {"transform": lambda x: x.double()}}
+    twice |= {"replay": {"buffer_transform": lambda x: 2 * x}, "targets": {"target_transform": negative}}
+    twice |= {"replayed targets": {"buffer_target_transform": negative}}
+    options = twice.get(where, {})
+    of_buffer = {"buffer": {"transform": lambda x: 2 * x}, "buffer's targets": {"target_transform": negative}}.get(where, {})
+    stored = torch.float32 if "dtype" in where else torch.float64
+    buffer, twin = ReservoirBuffer(20, seed=1, **of_buffer), ReservoirBuffer(20, seed=1)
+    passes, targets = [], []
+    learner = ERLearner(model, sgd(model), buffer, alpha=None, replay_batch_size=6, **options)
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].clone()))
+    learner.loss_fn = lambda outputs, y: targets.append(y.clone()) or torch.nn.functional.cross_entropy(outputs, y)
+    for i, (x, y) in enumerate(batches(3, 6)):
+        x = x.to(stored)
+        if i:
+            (x_old, y_old), _ = twin.sample(6)
+        twin.add((x, y))
+        learner.step(x, y)
+        assert torch.equal(passes[-1][:6], (2 * x if where == "stream" else x).double())
+        assert torch.equal(targets[-1][:6], 2 - y if where == "targets" else y)
+        if i:
+            assert torch.equal(passes[-1][6:], torch.from_numpy(x_old * (2 if where in ("replay", "buffer") else 1)).double())
+            assert targets[-1][6:].tolist() == (2 - y_old if where in ("replayed targets", "buffer's targets") else y_old).tolist()
+    (x_kept, y_kept), _ = twin.get(twin.get_metadata("idx"))
+    assert np.array_equal(held(learner.buffer)["y"], 2 - y_kept if where == "buffer's targets" else y_kept)
+    assert np.array_equal(held(learner.buffer)["x"], 2 * x_kept if where == "buffer" else x_kept)
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------------
 
 
