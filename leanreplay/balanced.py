@@ -471,10 +471,18 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         metadata: Mapping[str, Any] | None = None,
         experience: int | None = None,
         at: int | None = None,
+        moved: tuple[Any, Any, Mapping[str, Any]] | None = None,
     ) -> None:
         """As `DataBuffer.add`. experience: number of the experience that the batch is of; None: the newest, at first 0."""
         with self._lock:
-            super().add(batch, metadata=metadata, group=self._experience(experience, at, 0), at=at)
+            super().add(batch, metadata=metadata, group=self._experience(experience, at, 0), at=at, moved=moved)
+
+    def check_batch(  # type: ignore[override]
+        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, experience: int | None = None
+    ) -> None:
+        """As `DataBuffer.check_batch`."""
+        with self._lock:
+            super().check_batch(batch, metadata=metadata, group=self._experience(experience, None, 0))
 
     def update(  # type: ignore[override]
         self,

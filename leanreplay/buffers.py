@@ -441,6 +441,26 @@ class DataBuffer:
                 self._create(schema)
             self._feed(n, skip, groups, checked.fetch, moving)
 
+    def check_batch(self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None) -> None:
+        """Raise what `add` would raise for this batch because of what it is; changes nothing.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(2)
+        >>> buffer.add((np.zeros((3, 4)), np.array([0, 1, 2])))
+        >>> buffer.check_batch((np.zeros((3, 5)), np.array([0, 1, 2])))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        leanreplay.errors.SchemaError: data/0: expected float64 of shape (3, 4), got float64 of shape (3, 5); ...
+        """
+        with self._lock:
+            store = self._require_writable()
+            schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
+            leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
+            n = Batch(leaves, schema.fields).n
+            groups = self._groups(leaves, schema, group, n)
+            policy = self._new_policy(self._params_given()) if store is None else self._ready_policy(store)
+            policy.check_groups(groups)
+
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
 

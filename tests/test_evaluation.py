@@ -11,7 +11,7 @@ import torch
 from interpreter import Script
 from torch.utils.data import Dataset, IterableDataset
 
-from leanreplay import ArgumentError, LeanReplayError
+from leanreplay import ArgumentError, LeanReplayError, StorageError
 from leanreplay.torch import Evaluation, evaluate, plot
 
 MATRIX = [[0.9, 0.1, 0.2, 0.0], [0.5, 0.8, 0.3, 0.1], [0.95, 0.4, 0.7, 0.2], [0.6, 0.6, 0.1, 1.0]]
@@ -61,6 +61,12 @@ def test_no_matrix(matrix):
         Evaluation(matrix)
 
 
+@pytest.mark.parametrize("value", [87.5, -0.1, math.inf])
+def test_no_fractions(value):
+    with pytest.raises(ArgumentError, match=r"fractions from 0 to 1.*divide percentages by 100"):
+        Evaluation([[0.5, value], [math.nan, 1.0]])
+
+
 def test_the_matrix_is_a_copy_that_stays():
     rows = np.array(MATRIX)
     evaluation = Evaluation(rows)
@@ -102,6 +108,21 @@ def test_rows_of_accuracies():
     np.testing.assert_array_equal(second.matrix, [[1.0, 0.0, np.nan], [0.0, 0.7, 0.0]])
     assert second.forgetting == 1.0 and second.backward_transfer == -1.0
     assert "2 of 3 tasks" in repr(second)
+    third = evaluate(model, tasks[1:2], second)  # fewer than before: the rest was not evaluated
+    np.testing.assert_array_equal(third.matrix[2], [0.7, np.nan, np.nan])
+
+
+def test_a_distributed_model(tmp_path):
+    """Is evaluated without its wrapper, which would talk to the other ranks: one alone may evaluate."""
+    if not torch.distributed.is_available():
+        pytest.skip("no torch.distributed")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.forward = None
+        assert evaluate(model, [(X, Y)]).matrix.shape == (1, 1) and model.training and model.module.training
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_transforms_and_collate():
@@ -161,6 +182,12 @@ X, Y = torch.zeros(3, 2), torch.zeros(3).long()
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"collate_fn": 3}, "collate_fn must be a function"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"transform": 3}, "transform must be a function"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": "a"}, "target_transform must be a function"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"device": "nowhere"}, "device: "),
+        ((torch.nn.Linear(2, 2), [(np.array(["a", "b"]), Y[:2])]), {}, r"tasks\[0\]: not an array that torch takes"),
+        ((torch.nn.Linear(2, 2), [(X.numpy()[::-1], Y)]), {}, r"tasks\[0\]: not an array that torch takes.*np.ascontiguousarray"),
+        ((torch.nn.Linear(2, 2), [[(X[0], 0), (X[0, :1], 0)]]), {}, r"tasks\[0\]: its samples do not make a batch.*collate"),
+        ((torch.nn.Linear(2, 2), [[(X[0], None)]]), {}, r"tasks\[0\]: its samples do not make a batch"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": lambda y: "a"}, "what its transform returns cannot be stacked"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"batch_size": 0}, "batch_size must be from 1"),
         ((torch.nn.Linear(2, 2), [(X, Y)], [[0.5]]), {}, "previous must be what evaluate returned"),
         ((torch.nn.Linear(2, 2), [(X, Y)], Evaluation([[0.5]])), {}, "evaluate once after each task"),
@@ -191,6 +218,16 @@ def test_the_picture(tmp_path):
 def test_no_picture(evaluation, options):
     with pytest.raises(ArgumentError):
         plot.accuracy_matrix(evaluation, **options)
+
+
+def test_no_file_for_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ArgumentError, match="path must be a str"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), 3)
+    with pytest.raises(ArgumentError, match=r"matrix\.foo.*is not supported"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), tmp_path / "matrix.foo")
+    with pytest.raises(StorageError, match="create the folder first"):
+        plot.accuracy_matrix(Evaluation([[1.0]]), tmp_path / "none" / "matrix.png")
 
 
 def test_without_matplotlib(monkeypatch):

@@ -10,7 +10,21 @@ import pytest
 import torch
 from learner_oracle import batches, conv, dense, held, sgd
 
-from leanreplay import ArgumentError, InfiniteBuffer, LeanReplayError, ModeError, ReservoirBuffer, SchemaError, StateError
+from leanreplay import (
+    ArgumentError,
+    ClassBalancedBuffer,
+    ClassBalancingReservoirBuffer,
+    ExperienceBalancedBuffer,
+    GreedyClassBalancingBuffer,
+    InfiniteBuffer,
+    LeanReplayError,
+    ModeError,
+    ParametricBuffer,
+    ReservoirBuffer,
+    SchemaError,
+    StateError,
+    WeightedReservoirBuffer,
+)
 from leanreplay.errors import LossError
 from leanreplay.torch import (
     CLSLearner,
@@ -367,6 +381,43 @@ def test_every_buffer_will_do(tmp_path):
     assert len(learner.buffer) == 48 and not learner.buffer.check()
 
 
+def negative(y):
+    return 2 - y
+
+
+@pytest.mark.parametrize(
+    "where", ["nowhere", "stream", "stream, other dtype", "replay", "buffer", "targets", "replayed targets", "buffer's targets"]
+)
+def test_transforms_of_a_joint_pass(where):
+    """Batch and draw in one pass: each of its own transforms, whichever there are, and of nobody else's."""
+    model = dense()
+    twice = {"stream": {"transform": lambda x: 2 * x}, "stream, other dtype": {"transform": lambda x: x.double()}}
+    twice |= {"replay": {"buffer_transform": lambda x: 2 * x}, "targets": {"target_transform": negative}}
+    twice |= {"replayed targets": {"buffer_target_transform": negative}}
+    options = twice.get(where, {})
+    of_buffer = {"buffer": {"transform": lambda x: 2 * x}, "buffer's targets": {"target_transform": negative}}.get(where, {})
+    stored = torch.float32 if "dtype" in where else torch.float64
+    buffer, twin = ReservoirBuffer(20, seed=1, **of_buffer), ReservoirBuffer(20, seed=1)
+    passes, targets = [], []
+    learner = ERLearner(model, sgd(model), buffer, alpha=None, replay_batch_size=6, **options)
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].clone()))
+    learner.loss_fn = lambda outputs, y: targets.append(y.clone()) or torch.nn.functional.cross_entropy(outputs, y)
+    for i, (x, y) in enumerate(batches(3, 6)):
+        x = x.to(stored)
+        if i:
+            (x_old, y_old), _ = twin.sample(6)
+        twin.add((x, y))
+        learner.step(x, y)
+        assert torch.equal(passes[-1][:6], (2 * x if where == "stream" else x).double())
+        assert torch.equal(targets[-1][:6], 2 - y if where == "targets" else y)
+        if i:
+            assert torch.equal(passes[-1][6:], torch.from_numpy(x_old * (2 if where in ("replay", "buffer") else 1)).double())
+            assert targets[-1][6:].tolist() == (2 - y_old if where in ("replayed targets", "buffer's targets") else y_old).tolist()
+    (x_kept, y_kept), _ = twin.get(twin.get_metadata("idx"))
+    assert np.array_equal(held(learner.buffer)["y"], 2 - y_kept if where == "buffer's targets" else y_kept)
+    assert np.array_equal(held(learner.buffer)["x"], 2 * x_kept if where == "buffer" else x_kept)
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------------
 
 
@@ -478,6 +529,59 @@ def test_wrong_layers():
                 kind(model, sgd(model), ReservoirBuffer(9), **{name: layers})
 
 
+def test_layers_of_an_own_term():
+    """Are looked for when the learner is made; any iterable of names will do."""
+
+    class Mean(Term):
+        def __init__(self, layers):
+            super().__init__("mean", 1.0, layers=layers)
+
+        def loss(self, learner, replay):
+            return replay.features[self.layers[0]].square().mean()
+
+    model = dense()
+    for layers, message in [
+        (["4"], "Sequential has no layer '4'"),
+        ("0", "layers is a list of names"),
+        (3, "layers is a list of names"),
+        ([3], "layers is a list of names"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Mean(layers)])
+    for batch in batches(2, 6):
+        learner = ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=[Mean(name for name in ["0"])])
+        learner.step(*batch)
+    with pytest.raises(ArgumentError, match="terms must be a list of"):
+        ReplayLearner(model, sgd(model), ReservoirBuffer(9), terms=Mean(["0"]))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_terms_that_store_bfloat16(gamma):
+    """Come back as bfloat16, not as its bits, and move as such."""
+    found = []
+
+    class Half(Term):
+        def __init__(self):
+            super().__init__("half", 1.0)
+
+        def keep(self, learner, stream):
+            return {"half": stream.outputs.detach().bfloat16()}
+
+        def loss(self, learner, replay):
+            found.append((replay.stored("half"), replay.outputs.detach()))
+            return (replay.outputs - replay.stored("half")).square().mean()
+
+    model = dense()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    learner = ReplayLearner(model, optimizer, ReservoirBuffer(9), terms=[Half()], ema_memory_update_gamma=gamma)
+    for batch in batches(4, 6):
+        learner.step(*batch)
+    assert len(found) == 3
+    for stored, outputs in found:
+        assert stored.dtype == torch.bfloat16
+        torch.testing.assert_close(stored.double(), outputs, rtol=0.02, atol=0.01)
+
+
 class Odd(torch.nn.Module):
     """Layers that no activations can be taken of."""
 
@@ -543,6 +647,10 @@ def test_outputs_that_do_not_fit():
         ERLearner(model, sgd(model), ReservoirBuffer(20)).step(x, y)
 
 
+def raises(value):
+    raise ValueError("no image")
+
+
 def test_batches_and_buffers_that_do_not_fit():
     """Anything but two tensors of one length; buffers that hold other metadata, or no pairs; transforms whose results do not stack."""
     (x, y), *_ = batches(1, 6)
@@ -586,6 +694,188 @@ def test_batches_and_buffers_that_do_not_fit():
         learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)
     with pytest.raises(ArgumentError, match="target_transform: its results cannot be stacked"):
         learner(target_transform=lambda v: "name").step(x, y)
+    with pytest.raises(ZeroDivisionError):  # an error of the function's own stays what it is
+        learner(transform=lambda v: 1 / 0).step(x, y)
+    with pytest.raises(ValueError, match=r"^no image$"):
+        learner(transform=raises).step(x, y)
+
+
+class Keeps(Term):
+    """Stores whatever a function makes of the outputs."""
+
+    def __init__(self, function):
+        super().__init__("keeps", 0.0, None)
+        self.function = function
+
+    def keep(self, learner, stream):
+        return self.function(stream.outputs.detach())
+
+
+def grown(learner):
+    learner.module[-1] = torch.nn.Linear(5, 4).double()
+    learner.optimizer = sgd(learner.module)
+
+
+REFUSED = {
+    "name": (lambda out: {"idx": out}, None, SchemaError, "metadata/idx: the names .* are taken"),
+    "length": (lambda out: {"a": out[:3]}, None, SchemaError, "differ in length"),
+    "number": (lambda out: {"a": 3.0}, None, ArgumentError, "stores a float as 'a'"),
+    "array": (lambda out: {"a": out.numpy()}, None, ArgumentError, "stores a ndarray as 'a'"),
+    "sparse": (lambda out: {}, lambda x, y: (x.to_sparse(), y), SchemaError, "to_dense"),
+    "model": (lambda out: {}, lambda x, y: (x.to("meta"), y), ArgumentError, "the batch is on meta, the model on cpu; give device="),
+    "float32": (lambda out: {}, lambda x, y: (x.float(), y), ArgumentError, "does not take x of torch.float32.*torch.float64: convert x"),
+    "integers": (lambda out: {}, lambda x, y: (x.long(), y), ArgumentError, "does not take x of torch.int64"),
+    "labels": (
+        lambda out: {},
+        lambda x, y: (x, y.double()),
+        ArgumentError,
+        r"labels are torch.float64 of shape \(6,\).*int64 of shape \(6,\)",
+    ),
+    "bools": (lambda out: {}, lambda x, y: (x, y > 0), ArgumentError, "labels are torch.bool"),
+    "column": (lambda out: {}, lambda x, y: (x, y[:, None]), ArgumentError, r"labels are torch.int64 of shape \(6, 1\)"),
+    "complex": (lambda out: {}, lambda x, y: (x, y.to(torch.complex64)), ArgumentError, "labels are torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_step(case):
+    """What an empty buffer, the model or the loss will not take: an error of ours before the optimizer's step, not after it."""
+    keep, change, error, message = REFUSED[case]
+    model = dense(norm=True)
+    learner = ReplayLearner(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), ReservoirBuffer(20), terms=[Keeps(keep)])
+    x, y = batches(1, 6)[0]
+    before = everything(learner)
+    with pytest.raises(error, match=message):
+        learner.step(*((x, y) if change is None else change(x, y)))
+    assert not differing(everything(learner), before) and not learner._queue
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_what_is_stored_must_keep_its_shape(draws):
+    """A head that grew without max_outputs is refused before the step, too where nothing is drawn; so are batches queued together."""
+    (x, y), (x1, y1) = batches(2, 6)
+    model = dense()
+    learner = DERLearner(model, sgd(model), ReservoirBuffer(20), replay_batch_size=4 if draws else 0)
+    learner.step(x, y)
+    learner.loss(x, y)
+    grown(learner)
+    weights, seen = model[-1].weight.clone(), learner.buffer.seen
+    for _ in range(2):
+        with pytest.raises(LeanReplayError, match="give max_outputs from the start" if draws else "with those that wait for after_step"):
+            learner.loss(x1, y1)
+        with pytest.raises(LeanReplayError):
+            learner.step(x1, y1)
+    learner.after_step()
+    assert learner.buffer.seen == seen + 6
+    with pytest.raises(
+        LeanReplayError, match=r"max_outputs|metadata/logits: expected float32 of shape \(6, 3\), got float32 of shape \(6, 4\)"
+    ):
+        learner.step(x1, y1)
+    assert torch.equal(model[-1].weight, weights) and learner.buffer.seen == seen + 6 and learner.steps == 2
+
+
+def test_kinds_of_buffers(tmp_path):
+    """Every buffer that needs nothing with a batch but the batch; one that refuses labels does so before the step."""
+    (x, y), *_ = batches(1, 6)
+    model = dense()
+    for kind in (ClassBalancedBuffer, ClassBalancingReservoirBuffer, ExperienceBalancedBuffer, GreedyClassBalancingBuffer):
+        learner = DERLearner(model, sgd(model), kind(20), replay_batch_size=4, ema_memory_update_gamma=0.5)
+        for batch in batches(4, 6):
+            learner.step(*batch)
+        assert learner.buffer.seen == 24 and not learner.buffer.check()
+    for kind in (ParametricBuffer, WeightedReservoirBuffer):
+        with pytest.raises(ArgumentError, match=f"no features or weights to give to a {kind.__name__}"):
+            ERLearner(model, sgd(model), kind(20))
+    learner = ERLearner(model, sgd(model), ClassBalancedBuffer(20, total_num_classes=2, adaptive_size=False))
+    learner.step(x, y.clamp(max=1))
+    weights = model[0].weight.clone()
+    with pytest.raises(ArgumentError, match="of a total of 2 are there already"):
+        learner.step(x, y * 0 + 2)
+    learner = ReplayLearner(model, sgd(model), ClassBalancedBuffer(20), loss_fn=torch.nn.functional.mse_loss)
+    with pytest.raises(SchemaError, match="balances over classes"):
+        learner.step(x, torch.zeros(6, 3).double())
+    assert torch.equal(model[0].weight, weights)
+
+
+def test_a_step_that_fails_in_the_backward_pass():
+    """Its batch is not queued, and what `loss` queued before stays."""
+    learner = make("der++")
+    (x, y), (x1, y1) = images(2)
+    learner.loss(x, y)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise KeyboardInterrupt
+
+    inner = learner.loss_fn
+    learner.loss_fn = lambda outputs, targets: Fails.apply(inner(outputs, targets))
+    before = [p.clone() for p in learner.model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        learner.step(x1, y1)
+    assert len(learner._queue) == 1 and all(map(torch.equal, before, learner.model.parameters()))
+    learner.after_step()
+    assert np.array_equal(np.sort(held(learner.buffer)["y"]), np.sort(y.numpy()))
+
+
+def test_nothing_to_train():
+    """Frozen parameters, no_grad, another model's optimizer."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    with pytest.raises(ArgumentError, match="none of the parameters of this Sequential; make it of"):
+        ERLearner(model, sgd(dense()), ReservoirBuffer(9))
+    learner = ERLearner(model, sgd(model), ReservoirBuffer(9))
+    with pytest.raises(ArgumentError, match="nothing to train"), torch.no_grad():
+        learner.step(x, y)
+    model.requires_grad_(False)
+    with pytest.raises(ArgumentError, match="nothing to train: all parameters are frozen"):
+        learner.step(x, y)
+    assert learner.buffer.seen == 0 and not learner._queue
+    model[-1].requires_grad_(True)
+    learner.step(x, y)
+
+
+def test_ignored_labels():
+    """Cross entropy leaves out labels of its ignore_index; where a label is looked at otherwise, it is out of range."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    for loss_fn, label in ((torch.nn.functional.cross_entropy, -100), (torch.nn.CrossEntropyLoss(ignore_index=-1), -1)):
+        y[1] = label
+        learner = ERLearner(model, sgd(model), ReservoirBuffer(9), loss_fn=loss_fn)
+        learner.step(x, y)
+        learner._check_labels(y, [])  # what other devices ask before the loss
+        with pytest.raises(ArgumentError, match="a label of the batch is -7"):
+            learner._check_labels(torch.where(y == label, y, -7), [])
+        with pytest.raises(LossError):
+            learner.step(x, torch.full((6,), label))
+        for kind, options in ((ERLearner, {"mask_unused_classes": True}), (CLSLearner, {})):
+            learner = kind(model, sgd(model), ReservoirBuffer(9), loss_fn=loss_fn, **options)
+            with pytest.raises(ArgumentError, match=f"a label of the (batch|replayed samples) is {label}"):
+                for _ in range(3):
+                    learner.step(x, y)
+
+
+@ALL
+def test_labels_of_one_byte(method):
+    """uint8, which cross entropy takes, is int64 to everything else, masks and slow copies too."""
+    several = [make(method, mask_unused_classes=True) for _ in range(2)]
+    for (x, y), size in zip(images(4), (3, 6, 3, 6), strict=True):  # as many samples as outputs: bytes are not a mask
+        for learner, dtype in zip(several, (torch.int64, torch.uint8), strict=True):
+            learner.step(x[:size], y[:size].to(dtype))
+    assert [k for k in differing(*map(everything, several)) if k != "buffer y"] == []
+
+
+def test_classes_in_a_buffer_that_others_filled():
+    """What is drawn has occurred, too: its class is not masked, which would make the loss infinite."""
+    model = dense()
+    buffer = ReservoirBuffer(20)
+    (x, y), *_ = batches(1, 6)
+    buffer.add((x, y * 0 + 2))
+    learner = ERLearner(model, sgd(model), buffer, mask_unused_classes=True)
+    learner.step(x, y * 0)
+    assert learner.state_dict()["classes"] == [0, 2]
 
 
 PARAMETERS = [

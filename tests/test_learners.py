@@ -18,6 +18,7 @@ from learner_oracle import (
     dense,
     descend,
     drawn,
+    held,
     passed,
     pod_hand,
     pod_torch,
@@ -288,6 +289,61 @@ def test_super_er_without_pod():
     assert list(step.losses) == ["stream", "logits", "replay", "consistency"] and learner.buffer.schema.metadata_names == ["logits"]
 
 
+def settings(learner):
+    """What a learner is set to: of its terms everything that counts, by name; and its own."""
+    found = {}
+    for term in learner.terms:
+        of_term = {"weight": term.weight, "draw": term.draw, "together": term.together}
+        names = ("weights", "probabilities", "distillation_type", "normalize", "shrink_factor", "sigma", "layers")
+        found[term.name] = of_term | {name: getattr(term, name) for name in names if name in vars(term) and name != "layers"}
+    names = (
+        "replay_batch_size",
+        "loss_weight",
+        "loss_normalization",
+        "ema_memory_update_gamma",
+        "mask_unused_classes",
+        "max_outputs",
+        "seed",
+    )
+    return found, [getattr(learner, name) for name in names]
+
+
+def term(weight, draw="own", together=False, **others):
+    return {"weight": weight, "draw": draw, "together": together, **others}
+
+
+def test_defaults():
+    """Those that are documented; every parameter of a method arrives where it belongs."""
+    slow = {"weights": dict.fromkeys(("stable", "plastic"), 0.999), "probabilities": {"stable": 0.7, "plastic": 0.9}}
+    pod = {"distillation_type": "spatial", "normalize": True}
+    logits, sp = {"logits": term(1.0)}, {"shrink and perturb": term(0.0, None, shrink_factor=0.95, sigma=0.001)}
+    both = {"weights": {"stable": 0.1, "plastic": 0.2}, "probabilities": {"stable": 0.3, "plastic": 0.4}}
+    slower = {f"{which}_model_update_{what}": value for what, of in (("weight", "weights"), ("probability", "probabilities"))
+              for which, value in both[of].items()}  # fmt: skip
+    super_er = logits | {"replay": term(1.0), "consistency": term(0.1, "shared", **slow), "pod": term(1.0, **pod)} | sp
+    other = {"der_alpha": 2.0, "der_beta": 3.0, "cls_alpha": 4.0, "pod_alpha": 5.0, "pod_distillation_type": "gap", "pod_normalize": False,
+             "sp_shrink_factor": 0.5, "sp_sigma": 0.25} | {f"cls_{name}": value for name, value in slower.items()}  # fmt: skip
+    otherwise = {"logits": term(2.0), "replay": term(3.0), "consistency": term(4.0, "shared", **both)}
+    otherwise |= {"pod": term(5.0, distillation_type="gap", normalize=False)}
+    otherwise |= {"shrink and perturb": term(0.0, None, shrink_factor=0.5, sigma=0.25)}
+    for kind, options, expected in [
+        (ReplayLearner, {}, {}),
+        (ERLearner, {}, {"replay": term(1.0, together=True)}),
+        (DERLearner, {}, logits | {"replay": term(1.0)}),
+        (PODLearner, {"layers": ["2"]}, {"pod": term(1.0, **pod)}),
+        (PODLearner, {"layers": ["2"], "distillation_type": "gap", "normalize": False},
+         {"pod": term(1.0, distillation_type="gap", normalize=False)}),
+        (CLSLearner, {}, {"replay": term(0.5, together=True), "consistency": term(0.1, "shared", **slow)}),
+        (CLSLearner, {"alpha": 2.0, "beta": 3.0, **slower},
+         {"replay": term(2.0, together=True), "consistency": term(3.0, "shared", **both)}),
+        (SuperERLearner, {"pod_layers": ["2"]}, super_er),
+        (SuperERLearner, {"pod_layers": ["2"], **other}, otherwise),
+    ]:  # fmt: skip
+        model = conv()
+        found, own = settings(kind(model, sgd(model), ReservoirBuffer(9), **options))
+        assert found == expected and own == [32, 1.0, True, 1.0, False, None, 0]
+
+
 # -- what is stored moves ------------------------------------------------------------------------------------------------------
 
 
@@ -482,6 +538,28 @@ def test_growing_head(mask, gamma):
         twin.add((x, y), metadata={"logits": stored, "logits_width": np.full(6, outputs)})
         check_same(learner, hand, twin, learner.step(x, y), losses, total, logits)
     assert widths == {2, 4, 6}
+
+
+def test_a_head_that_shrinks():
+    """Of wider stored logits the columns that the model has are matched and moved, the others stay."""
+    model = dense(outputs=4)
+    learner = DERLearner(model, sgd(model), ReservoirBuffer(6), beta=0.0, replay_batch_size=6, max_outputs=5, ema_memory_update_gamma=0.5)
+    (x, y), (x1, y1) = labelled([[0, 1], [0, 1]])
+    learner.step(x, y)
+    before = held(learner.buffer)
+    model[-1] = torch.nn.Linear(5, 2).double()
+    learner.optimizer = sgd(model)
+    now = model(torch.from_numpy(before["x"])).detach().float().numpy()
+    learner.loss(x1, y1)
+    assert learner.losses["logits"] == pytest.approx(np.square(now - before["logits"][:, :2]).mean(), rel=1e-5)
+    learner.after_step()
+    after = held(learner.buffer)
+    stayed = {int(p): i for i, p in enumerate(before["position"])}
+    rows = [(i, stayed[int(p)]) for i, p in enumerate(after["position"]) if int(p) in stayed]
+    assert rows
+    for i, j in rows:
+        np.testing.assert_allclose(after["logits"][i, :2], (before["logits"][j, :2] + now[j]) / 2, rtol=1e-5)
+        assert np.array_equal(after["logits"][i, 2:], before["logits"][j, 2:]) and before["logits"][j, 2:4].all()
 
 
 def test_copies_grow():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, IterableDataset
 
 import leanreplay as lr
-from leanreplay import ArgumentError, ExistsError, LossError, MissingError, ReservoirBuffer, StateError
+from leanreplay import ArgumentError, ExistsError, LossError, MissingError, ModeError, ReservoirBuffer, StateError
 from leanreplay.torch import CLSLearner, DERLearner, ERLearner, History, SuperERLearner, fit, saved_task
 from leanreplay.torch.states import StateFolder
 
@@ -215,9 +216,11 @@ def test_clipping(algorithm):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
     """The whole step within autocast gives the bits of a loop that has only the forward pass in it."""
-    learner, plain = make(recording(kind)), make(kind)
-    run(learner, precision="bf16")
+    learner, plain, seen = make(recording(kind)), make(kind), []
+    validation = {"val_dataset": data(9), "metrics": {"m": lambda outputs, _: seen.append(outputs.dtype) or 0.0}}
+    run(learner, precision="bf16", **validation)
     run(plain)
+    assert seen == [torch.float32] * 3
     assert by_hand(make(kind, replay_batch_size=10), learner.batches, precision="bf16") == bits(learner) != bits(plain)
     assert all(p.dtype == torch.float32 for p in learner.model.parameters())
 
@@ -368,6 +371,18 @@ def test_a_step_that_fails_leaves_the_learner_whole():
         assert learner.steps == len(learner.batches) - 1 == plain.steps > 0
         assert learner.buffer.seen == plain.buffer.seen and learner.replay_batch_size == 3
         assert all(a.equal(b) for a, b in zip(learner.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_defaults():
+    """Those that are documented."""
+    given = {name: p.default for name, p in inspect.signature(fit).parameters.items() if p.default is not inspect.Parameter.empty}
+    others = {"max_epochs": 50, "batch_size": 32, "batch_memory_frac": 0.5, "scheduler_interval": "epoch", "mode": "min", "precision": "32"}
+    others |= {"early_stopping": False, "progress": True, "seed": 0, "deterministic": False, "save_every": 500, "save_buffer": False}
+    nothing = (
+        "val_dataset scheduler metric metrics gradient_clip_val gradient_clip_algorithm train_collate_fn val_collate_fn test_transform"
+    )
+    nothing += " test_target_transform input_state_folder output_state_folder logger task_id"
+    assert given == others | dict.fromkeys(nothing.split())
 
 
 # -- killed and resumed --------------------------------------------------------------------------------------------------
@@ -526,22 +541,33 @@ def test_a_finished_task_is_loaded_and_that_is_all(tmp_path, straight):
             calls.append(1)
             return super().step(x, y)
 
+    before = sorted(os.listdir(tmp_path / "run"))
     learner, (history,) = job(Counts, tmp_path)
     expected, (straight_history,) = straight(ERLearner, 1, nothing)
     assert not calls and bits(learner) == expected and history == straight_history
+    assert sorted(os.listdir(tmp_path / "run")) == before  # not even the state is written again
+    learner.buffer.close()
+    learner = make(Counts, tmp_path / "buffer.h5", dropout=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=40)
+    options = {"scheduler": scheduler, "scheduler_interval": "step", "max_epochs": 9, "input_state_folder": tmp_path / "run"}
+    assert run(learner, **options).records == straight_history.records and not calls  # nor do more epochs begin it again
 
 
 def test_a_chain_of_folders(tmp_path):
     """The state of one task is where the next begins, in another process as well as in this one."""
+
+    def steps(learner):  # a scheduler of the task: it begins anew, also where the state of the task before had one
+        return {"scheduler": torch.optim.lr_scheduler.StepLR(learner.optimizer, 2, 0.5)}
+
     first = make(path=tmp_path / "b.h5")
-    run(first, output_state_folder=tmp_path / "0")
+    run(first, output_state_folder=tmp_path / "0", **steps(first))
     first.buffer.close()
     second = make(path=tmp_path / "b.h5")
     assert not second.steps
-    run(second, 1, input_state_folder=tmp_path / "0", output_state_folder=tmp_path / "1")
+    run(second, 1, input_state_folder=tmp_path / "0", output_state_folder=tmp_path / "1", **steps(second))
     plain = make()
-    run(plain)
-    run(plain, 1)
+    run(plain, **steps(plain))
+    assert run(plain, 1, **steps(plain))["lr"] == [0.025, 0.025, 0.0125]
     assert bits(second) == bits(plain) and saved_task(tmp_path / "0") == 0 and saved_task(tmp_path / "1") == 1
     run(second, 2, output_state_folder=tmp_path / "1")  # its own
     assert saved_task(tmp_path / "1") == 2 and saved_task(tmp_path / "none") is None
@@ -769,6 +795,7 @@ BAD = [
     ({"batch_memory_frac": math.nan}, "batch_memory_frac must be a number"),
     ({"batch_memory_frac": "half"}, "batch_memory_frac must be a number"),
     ({"scheduler": "step"}, "scheduler must be a torch learning rate scheduler"),
+    ({"scheduler": torch.optim.lr_scheduler.StepLR}, "scheduler must be a torch learning rate scheduler, made with learner.optimizer"),
     (
         {"scheduler": torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1)},
         "belongs to another optimizer",
@@ -827,6 +854,18 @@ def test_the_plateau_needs_something_to_look_at():
     for options in ({}, {"val_dataset": data(5), "scheduler_interval": "step"}):
         with pytest.raises(ArgumentError, match="ReduceLROnPlateau needs"):
             run(learner, scheduler=scheduler, **options)
+    with pytest.raises(ArgumentError, match=r"ReduceLROnPlateau\(mode='min'\) .* mode='max'; give both the same"):
+        run(learner, scheduler=scheduler, val_dataset=data(5), mode="max")
+
+
+def test_a_closed_buffer(tmp_path):
+    """Is refused before the start of the task, which would perturb the weights."""
+    learner = make(Super, tmp_path / "b.h5")
+    before = bits_of_model(learner)
+    learner.buffer.close()
+    with pytest.raises(ModeError, match="closed"):
+        run(learner)
+    assert bits_of_model(learner) == before and learner.task is None
 
 
 def test_a_metric_that_is_no_number():
@@ -865,7 +904,10 @@ def refusals(rank):
     """What can be refused only by all ranks together."""
     biased = make(stream=rank)
     torch.nn.init.constant_(biased.model[0].bias, rank)
-    for learner, message in ((make(stream=0), "streams"), (biased, "different weights"), (make(stream=rank), "too few for 2 processes")):
+    other = make(stream=rank)
+    other.buffer = ReservoirBuffer(40, seed=rank, stream=rank)
+    several = [(make(stream=0), "streams"), (other, r"have seeds \[0, 1\]"), (biased, "different weights")]
+    for learner, message in [*several, (make(stream=rank), "too few for 2 processes")]:
         with pytest.raises(ArgumentError, match=message):
             fit(learner, data(1 if "few" in message else 20), progress=False)
 

@@ -38,6 +38,11 @@ class Evaluation:
                 f"matrix must have a column for each task, and from one row to as many as columns, got shape {self.matrix.shape}; "
                 "evaluate once after each task"
             )
+        if np.any((self.matrix < 0) | (self.matrix > 1)):
+            raise ArgumentError(
+                f"matrix must hold accuracies as fractions from 0 to 1, got {np.nanmin(self.matrix):g} to {np.nanmax(self.matrix):g}; "
+                "divide percentages by 100"
+            )
         self.matrix.setflags(write=False)
 
     @property
@@ -126,6 +131,10 @@ def evaluate(
     for name, function in (("transform", transform), ("target_transform", target_transform), ("collate_fn", collate_fn)):
         check_function(name, function)
     required("batch_size", batch_size, 1, 2**40)
+    try:
+        device = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device: {error}") from None
     readers = [Reader(f"tasks[{i}]", task, collate_fn, transform, target_transform) for i, task in enumerate(tasks)]
     row = [_accuracy(model, reader, batch_size, device) for reader in readers]
     rows = [] if previous is None else previous.matrix.tolist()

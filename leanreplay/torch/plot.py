@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import system
 from ..errors import ArgumentError, LeanReplayError
 from .evaluation import Evaluation
 
@@ -23,6 +24,7 @@ def accuracy_matrix(
     """
     if not isinstance(evaluation, Evaluation):
         raise ArgumentError(f"evaluation must be what evaluate returned, got {type(evaluation).__name__}")
+    path = None if path is None else system.checked_path(path)
     rows, tasks = evaluation.matrix.shape
     labels = [str(j) for j in range(tasks)] if names is None else [str(name) for name in names]
     if len(labels) != tasks:
@@ -42,5 +44,9 @@ def accuracy_matrix(
     axes.set_title(f"{100 * evaluation.average_accuracy:.1f}% on average" if title is None else title)
     figure.colorbar(image, ax=axes, label="accuracy %")
     if path is not None:
-        figure.savefig(path, dpi=120)
+        with system.storage_errors(f"saving {path}"):
+            try:
+                figure.savefig(path, dpi=120)
+            except ValueError as error:
+                raise ArgumentError(f"path {path!r:.200}: {error}") from None
     return figure

@@ -30,7 +30,10 @@ class Reader:
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim for v in dataset):
-            x, y = (torch.as_tensor(v) for v in dataset)
+            try:
+                x, y = (torch.as_tensor(v) for v in dataset)
+            except (TypeError, ValueError) as error:
+                raise ArgumentError(f"{name}: not an array that torch takes: {error}; convert it, with np.ascontiguousarray say") from None
             if len(x) != len(y):
                 raise ArgumentError(f"{name}: x has {len(x)} samples, y has {len(y)}; they must be as many")
             dataset = TensorDataset(x, y)
@@ -52,7 +55,7 @@ class Reader:
                 f"{self.name}: expected a tensor of inputs and one of targets, got {type(x).__name__} and {type(y).__name__}; "
                 "give a collate function that makes tensors"
             )
-        return _each(self.transform, x), _each(self.target_transform, y)
+        return self._each(self.transform, x), self._each(self.target_transform, y)
 
     def _read(self, indices: npt.NDArray[np.int64]) -> tuple[Any, Any]:
         if self.collate is None and type(self.dataset) is TensorDataset and len(self.dataset.tensors) == 2:
@@ -61,15 +64,30 @@ class Reader:
         which = indices.tolist()
         # Several samples in one read where the dataset can do that, as DataLoader does.
         samples = self.dataset.__getitems__(which) if hasattr(self.dataset, "__getitems__") else [self.dataset[i] for i in which]
-        batch = default_collate(samples) if self.collate is None else self.collate(samples)
+        if self.collate is not None:
+            batch = self.collate(samples)
+        else:
+            try:
+                batch = default_collate(samples)
+            except (RuntimeError, TypeError) as error:
+                raise ArgumentError(
+                    f"{self.name}: its samples do not make a batch: {error}; give them one shape and dtype, or give a collate function"
+                ) from error
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             what = "its samples" if self.collate is None else "the collate function"
             raise ArgumentError(f"{self.name}: expected pairs (x, y), but {what} gave {type(batch).__name__} {batch!r:.100}")
         return batch[0], batch[1]
 
-
-def _each(function: Callable[[Any], Any] | None, values: torch.Tensor) -> torch.Tensor:
-    return values if function is None else torch.stack([torch.as_tensor(function(value)) for value in values])
+    def _each(self, function: Callable[[Any], Any] | None, values: torch.Tensor) -> torch.Tensor:
+        if function is None:
+            return values
+        results = [function(value) for value in values]
+        try:
+            return torch.stack([torch.as_tensor(result) for result in results])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{self.name}: what its transform returns cannot be stacked: {error}; it must return a tensor of one shape and dtype"
+            ) from error
 
 
 def check_function(name: str, function: Any) -> None:

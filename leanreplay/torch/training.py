@@ -181,9 +181,12 @@ def fit(
     monitor, patience = _watched(metric, mode, early_stopping, metrics, validation, plateau)
     if plateau and (scheduler_interval != "epoch" or validation is None):
         raise ArgumentError("ReduceLROnPlateau needs a val_dataset and scheduler_interval='epoch'")
+    if plateau and scheduler.mode != mode:
+        raise ArgumentError(f"ReduceLROnPlateau(mode={scheduler.mode!r}) would watch a metric for which mode={mode!r}; give both the same")
     device = torch.device(learner.device or device_of(model))
     cast = _autocast(precision, device)
     distributed.check_ranks(model, buffer)
+    len(buffer)  # an error for one that is closed
     settings: dict[str, Any] = {
         "seed": seed,
         "samples": len(training),
@@ -320,8 +323,10 @@ def _check_scheduler(scheduler: Any, interval: Any, optimizer: torch.optim.Optim
     _choice("scheduler_interval", interval, "epoch", "step")
     if scheduler is None:
         return
-    if not all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")):
-        raise ArgumentError(f"scheduler must be a torch learning rate scheduler, got {type(scheduler).__name__}")
+    if isinstance(scheduler, type) or not all(
+        callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict")
+    ):
+        raise ArgumentError(f"scheduler must be a torch learning rate scheduler, made with learner.optimizer, got {scheduler!r:.200}")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ArgumentError("scheduler belongs to another optimizer than the learner's; make it with learner.optimizer")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,12 @@ import torch
 from ...batches import required
 from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError
+from ...parametric import ParametricBuffer
+from ...policies import Policy
 from ...schema import check_leaf
+from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
-from .replay import Replay, Statistics, bare, forward
+from .replay import Replay, Statistics, bare, check_layers, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
@@ -62,7 +65,8 @@ class ReplayLearner:
 
     model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper,
     which is what its gradient exchange needs. optimizer: over the model's parameters.
-    buffer: of pairs (x, y); any buffer will do, the papers use a `ReservoirBuffer`. One that holds samples must hold what the terms store.
+    buffer: of pairs (x, y); any that asks for no features or weights, the papers use a `ReservoirBuffer`. One that holds samples must
+        hold what the terms store.
     terms: see `Term`; ones of weight 0 take no draw. loss_fn: mean loss of (outputs, y).
     replay_batch_size: samples of a draw, uniform and without replacement; as many as the buffer holds, if fewer.
     loss_normalization: divide by the sum of the weights, as above; the papers do not.
@@ -123,8 +127,16 @@ class ReplayLearner:
             raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        mine = set(model.parameters())
+        if not any(p in mine for group in optimizer.param_groups for p in group["params"]):
+            raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+        if isinstance(buffer, (ParametricBuffer, WeightedReservoirBuffer)):
+            raise ArgumentError(
+                f"a learner has no features or weights to give to a {type(buffer).__name__} with each batch; use a buffer "
+                "that needs none, such as a ReservoirBuffer"
+            )
         if buffer.mode == "r":
             raise ModeError(f"a learner adds to its buffer, but this one is open for reading only: {buffer!r}; open it with mode='r+'")
         functions = {
@@ -152,6 +164,8 @@ class ReplayLearner:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ArgumentError(f"device: {error}") from None
+        if not isinstance(terms, Iterable):
+            raise ArgumentError(f"terms must be a list of leanreplay.torch.Term, got {terms!r:.200}")
         self.terms = list(terms)
         self._check_terms()
         self.steps = 0
@@ -161,12 +175,15 @@ class ReplayLearner:
         self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
         self._seen: torch.Tensor | None = None
         self._queue: list[_Queued] = []
-        self._fits = False  # whether the buffer is known to hold what the terms store
+        self._kept: Any = None  # shapes and dtypes of what terms store, which it will take as well
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
         self._statistics = Statistics()
         self._like: Any = None  # shapes and dtypes of samples that it will take
-        self._labels = mask_unused_classes or loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
-        self._labels = self._labels or any(term.needs_labels for term in self.terms)
+        self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
+        self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
+        strict = mask_unused_classes or any(term.needs_labels for term in self.terms)
+        self._labels = strict or self._cross_entropy
+        self._ignored = None if strict or not self._cross_entropy else getattr(loss_fn, "ignore_index", -100)
         for term in self.terms:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
@@ -177,6 +194,8 @@ class ReplayLearner:
         for term in self.terms:
             if not isinstance(term, Term):
                 raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+            if term.layers:
+                check_layers(self.model, term.layers)
             if term.draw is not None and type(term).loss is Term.loss:
                 raise ArgumentError(
                     f"the term {term.name!r} takes a draw, but {type(term).__name__} has no loss; give it one, or draw=None"
@@ -204,7 +223,8 @@ class ReplayLearner:
         """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass. Queues the batch for `after_step`.
 
         Nothing else changes, but what a pass through the model changes, running statistics, and the count of the buffer's draws. Several
-        calls before one `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`.
+        calls before one `after_step` accumulate; x and y must not be overwritten before it. The values of the terms are in `losses`
+        then, the outputs for x in `outputs`.
 
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
@@ -225,11 +245,11 @@ class ReplayLearner:
         draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
         self._statistics.remember([self.module, *(module for term in self.terms for module in term.modules())])
         try:
-            total, *queued = self._compute(inputs, targets, labels, draws)
+            total, *queued = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
             self._statistics.put_back()
-            if isinstance(error, (IndexError, RuntimeError)) and self._labels and device.type == "cpu":
-                self._check_labels(labels, draws)  # which may be what it was
+            if isinstance(error, (IndexError, RuntimeError)):
+                self._explain(error, inputs, targets, draws)
             raise
         finally:
             self.mask = None
@@ -274,6 +294,7 @@ class ReplayLearner:
                     x, y, labels = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
                     replay = Replay(self.module, x, y, metadata, layers)
                     replay.labels = labels
+                replay.bits = self._bits or frozenset()
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
@@ -310,7 +331,13 @@ class ReplayLearner:
         )
 
     def _compute(
-        self, inputs: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor, draws: list[tuple[Term, Replay]]
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        labels: torch.Tensor,
+        draws: list[tuple[Term, Replay]],
     ) -> tuple[torch.Tensor, Any, Any, Any]:
         """The loss, checked, and what to queue: what to store, what moves, which classes occurred."""
         n = inputs.shape[0]
@@ -319,10 +346,10 @@ class ReplayLearner:
             if term.together:
                 joined, one_mean = replay, term.weight is None
         if joined is None:
-            y, both = targets, forward(self.model, inputs, self._layers)
+            all_y, both = targets, forward(self.model, inputs, self._layers)
         else:
-            x, y = joined.behind(inputs, targets)
-            both = forward(self.model, x, self._layers)
+            all_x, all_y = joined.behind(inputs, targets)
+            both = forward(self.model, all_x, self._layers)
             joined.joined(both)
         self._outputs = both.outputs.detach(), n
         if self._labels and not (inputs.is_cpu or inputs.is_meta):
@@ -333,12 +360,14 @@ class ReplayLearner:
             stream = both if joined is None else both.part(0, n, detached=True)
             for term in self._keepers:
                 stored.update(term.keep(self, stream))
-        if not self._fits:
-            self._check_buffer(stored)
+        kept = n, [(name, getattr(value, "shape", None), getattr(value, "dtype", None)) for name, value in stored.items()]
+        new = kept != self._kept or self._picky
+        if new:
+            self._check_names(stored)
 
         losses: dict[str, torch.Tensor] = {}
         separate = joined is not None and not one_mean
-        first = self.criterion(both.outputs.narrow(0, 0, n), targets) if separate else self.criterion(both.outputs, y)
+        first = self.criterion(both.outputs.narrow(0, 0, n), targets) if separate else self.criterion(both.outputs, all_y)
         losses[self._first] = first
         total, weights = first if self.loss_weight == 1 else self.loss_weight * first, self.loss_weight
         for term, replay in draws:
@@ -348,6 +377,9 @@ class ReplayLearner:
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
         self._check_finite(total, losses, n, draws)
+        if new:  # last, as terms say more clearly what is wrong
+            self._check_stored(x, y, stored)
+            self._kept = kept
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
 
@@ -356,6 +388,32 @@ class ReplayLearner:
         if self.mask is not None:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
         return self.loss_fn(outputs, targets)
+
+    def _explain(self, error: Exception, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
+        """Raise an ArgumentError for an error of torch's that comes from a batch which does not fit the model or the loss."""
+        places = {p.device for p in self.module.parameters()}
+        if inputs.device not in places:
+            where = ", ".join(sorted(map(str, places)))
+            raise ArgumentError(f"the batch is on {inputs.device}, the model on {where}; give device=, or move the model") from error
+        if targets.device != inputs.device:
+            raise ArgumentError(f"x is on {inputs.device}, y on {targets.device}; give device=, or move one of them") from error
+        dtypes = {p.dtype for p in self.module.parameters()}
+        if inputs.dtype not in dtypes and "type" in str(error):
+            raise ArgumentError(
+                f"the model does not take x of {inputs.dtype}: {str(error).splitlines()[0]:.200}; its parameters are "
+                f"{', '.join(sorted(map(str, dtypes)))}: convert x before, or with transform and buffer_transform"
+            ) from error
+        outputs = self.outputs
+        if self._cross_entropy and outputs.shape[:1] == inputs.shape[:1]:
+            numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1] + outputs.shape[2:]
+            if not numbers and not (targets.is_floating_point() and targets.shape == outputs.shape):
+                raise ArgumentError(
+                    f"labels are {targets.dtype} of shape {tuple(targets.shape)}; for outputs of {tuple(outputs.shape)} expected are "
+                    f"classes, int64 of shape {tuple(outputs.shape[:1] + outputs.shape[2:])}, or probabilities of the same shape: "
+                    "convert them, or give another loss_fn"
+                ) from error
+        if self._labels and inputs.device.type == "cpu":
+            self._check_labels(targets, draws)
 
     def _check_labels(self, labels: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
@@ -369,7 +427,10 @@ class ReplayLearner:
         ):
             if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
                 continue
-            low, high = torch.stack(torch.aminmax(y)).tolist()
+            low, high = (int(v) for v in torch.aminmax(y))
+            if low < 0 and self._ignored is not None:  # as cross entropy does
+                others = y[y != self._ignored]
+                low, high = (int(v) for v in torch.aminmax(others)) if others.shape[0] else (0, 0)
             if low < 0 or high >= classes:
                 raise ArgumentError(
                     f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
@@ -385,9 +446,9 @@ class ReplayLearner:
         if before is not None:
             k = min(before.shape[0], seen.shape[0])
             seen[:k] = before[:k].to(seen.device)
-        seen[targets] = True
+        seen.scatter_(0, targets.long(), True)  # which, unlike an index, takes no -1 for the last one
         for _, replay in draws:  # of a buffer that others filled
-            seen[replay.y] = True
+            seen.scatter_(0, replay.y.long(), True)
         return seen
 
     def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[Moved]:
@@ -403,16 +464,24 @@ class ReplayLearner:
                     moved.append((replay.metadata["idx"], replay.metadata["position"], values))
         return moved
 
-    def _check_buffer(self, stored: Mapping[str, Any]) -> None:
+    def _check_names(self, stored: Mapping[str, Any]) -> None:
+        for name, value in stored.items():
+            if not isinstance(value, torch.Tensor):
+                raise ArgumentError(f"a term stores a {type(value).__name__} as {name!r}; keep must return name -> tensor (n, ...)")
         schema = self.buffer.schema
-        if schema is None:
-            return
-        if sorted(stored) != schema.metadata_names:
+        if schema is not None and sorted(stored) != schema.metadata_names:
             raise ArgumentError(
                 f"{type(self).__name__} stores the metadata {sorted(stored)} with each sample, but the buffer has {schema.metadata_names}; "
                 "use a new buffer, or one that such a learner filled"
             )
-        self._fits = True
+
+    def _check_stored(self, x: torch.Tensor, y: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
+        """Raise what the buffer would raise after the step, when it is too late to refuse a batch."""
+        waiting = self._queue[0].stored if self._queue else stored
+        shapes, others = ({name: (tuple(v.shape[1:]), v.dtype) for name, v in each.items()} for each in (stored, waiting))
+        if shapes != others:
+            raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
+        self.buffer.check_batch((x, y), metadata=stored or None)
 
     def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
         """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
@@ -458,6 +527,10 @@ class ReplayLearner:
         try:
             self.optimizer.zero_grad()
             loss = self.loss(x, y)
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    "nothing to train: all parameters are frozen by requires_grad_(False), or this is within torch.no_grad()"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         except BaseException:
@@ -524,7 +597,7 @@ class ReplayLearner:
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])
         self.steps, self.task, self._queue, self._seen = state["steps"], state["task"], [], None
-        self._fits, self._bits, self._like = False, None, None
+        self._kept, self._bits, self._like = None, None, None
         if classes:
             self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
             self._seen[classes] = True
@@ -560,7 +633,8 @@ def _array(tensor: torch.Tensor) -> Any:
 
 def _each(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
     """The function's results for each entry, stacked."""
+    results = [function(value) for value in values]
     try:
-        return torch.stack([torch.as_tensor(function(value)) for value in values])
+        return torch.stack([torch.as_tensor(result) for result in results])
     except (RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error

@@ -70,7 +70,7 @@ class Consistency(Term):
                 f"{replay.y.dtype} of {tuple(replay.y.shape)}"
             )
         self._follow(learner.module)
-        true = replay.y[:, None]
+        true = replay.y[:, None].long()
         with torch.no_grad():
             logits, probability = {}, {}
             for which, model in self.copies.items():

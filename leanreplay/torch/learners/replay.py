@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
+from ..data import to_torch
 
 
 class Forward(NamedTuple):
@@ -49,6 +50,7 @@ class Replay:
         self._x, self._y, self.metadata, self.layers = x, y, metadata, layers
         self.labels = y  # the targets, where they can be looked at without waiting for a device
         self._whole, self._n = whole, n
+        self.bits: frozenset[str] = frozenset()  # names of fields that hold bfloat16
         self._module = module
         self._alone: Forward | None = None
         self._both: Forward | None = None
@@ -76,7 +78,8 @@ class Replay:
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device."""
-        return torch.from_numpy(self.metadata[name]).to(self.x.device)
+        tensor: torch.Tensor = to_torch(self.metadata[name], self.bits, path=f"metadata/{name}")
+        return tensor.to(self.x.device)
 
     def joined(self, both: Forward) -> None:
         """Tell it of a pass that it made together with the stream, which came first."""

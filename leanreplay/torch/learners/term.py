@@ -53,7 +53,10 @@ class Term:
             raise ArgumentError(f'draw is "own", "shared" or None, got {draw!r:.200}')
         if weight is None and not together:
             raise ArgumentError(f"the term {name!r} has no weight (None); only a draw that goes together with the stream needs none")
-        self.name, self.draw, self.layers, self.together = name, draw, tuple(layers), together
+        names: list[Any] = [None] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+        if not all(isinstance(layer, str) for layer in names):
+            raise ArgumentError(f"layers is a list of names, as in model.named_modules(), got {layers!r:.200}")
+        self.name, self.draw, self.layers, self.together = name, draw, tuple(names), together
         self.weight = None if weight is None else number(f"weight of the term {name!r}", weight)
 
     def attach(self, learner: ReplayLearner) -> None:

@@ -108,8 +108,6 @@ class PooledOutputDistillation(Term):
     ) -> None:
         if distillation_type not in POOLINGS:
             raise ArgumentError(f"distillation_type is one of {sorted(POOLINGS)}, got {distillation_type!r:.200}")
-        if isinstance(layers, str) or not all(isinstance(layer, str) for layer in layers):
-            raise ArgumentError(f"layers is a list of names, as in model.named_modules(), got {layers!r:.200}")
         super().__init__(name, weight, draw, layers)
         self.distillation_type, self.normalize = distillation_type, bool(normalize)
 
