@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -38,14 +39,18 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], float]], repetitions: int, budget: float = np.inf) -> dict[str, list[float]]:
-    """Measure in turn: ours, theirs, ours, theirs. Each call returns its seconds; the first round is not counted.
+    """Measure in turn, each round in another (seeded) order: who comes after whom matters, because that finds the caches as the other
+    left them. Each call returns its seconds; the first round is not counted.
 
     A call that has taken `budget` seconds in all sits out the rounds that are left, but never before it was measured twice.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
+    order, generator = list(calls), random.Random(0)
     for round_number in range(repetitions + 1):
-        for name, call in calls.items():
+        generator.shuffle(order)
+        for name in order:
+            call = calls[name]
             if spent[name] > budget and len(found[name]) >= 2:
                 continue
             began = time.perf_counter()

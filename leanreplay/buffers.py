@@ -672,12 +672,15 @@ class DataBuffer:
             counter = self._draws.get(consumer, 0)
             if advance:
                 self._draws[consumer] = counter = counter + 1
-        rows = np.empty(0, np.int64)
-        if n:
-            keys = self._draw_keys.get(consumer)
-            if keys is None:
-                keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}", self.seed)
-            rows = store.pick_live(n, lambda among, out: reservoir.draw(among, keys[0], keys[1], store.seen, counter, replace, out))
+        if not n:
+            return np.empty(0, np.int64)
+        keys = self._draw_keys.get(consumer)
+        if keys is None:
+            keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}", self.seed)
+        if size != store.high:
+            return store.pick_live(n, lambda among, out: reservoir.draw(among, keys[0], keys[1], store.seen, counter, replace, out))
+        rows = np.empty(n, np.int64)
+        reservoir.draw(size, keys[0], keys[1], store.seen, counter, replace, rows)
         return rows
 
     def _emit(self, store: Any, rows: Ints, room: int = 0) -> tuple[Any, dict[str, Any]]:

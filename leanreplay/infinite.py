@@ -78,11 +78,6 @@ class Parts:
     def live_rows(self) -> None:
         return None
 
-    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
-        rows = np.empty(n, np.int64)
-        draw(self.size, rows)
-        return rows
-
     def index(self) -> tuple[Ints, Ints]:
         """Copies, since the parts lie apart."""
         each = [s.index() for s in self.stores]

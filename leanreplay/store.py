@@ -528,10 +528,6 @@ class Store:
         rows O(rows) after every commit. Which way is taken follows from the live rows alone.
         """
         size, high = self._now[H_SIZE], self._now[H_HIGH]
-        if size == high:
-            rows = np.empty(n, np.int64)
-            draw(size, rows)
-            return rows
         k = n * high // size + 16 if high < 8 * size and n <= size // 2 else high
         positions = self._positions_now() if k < high else NO_ROWS
         if (size, high) != (self.size, self.high):
