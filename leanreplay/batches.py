@@ -112,7 +112,7 @@ class Batch:
     def __init__(self, leaves: Sequence[Any], fields: Sequence[Field]) -> None:
         self.leaves, self.fields = leaves, fields
         self.groups = _NO_GROUPS
-        self.plain: list[npt.NDArray[np.uint8] | None] = []
+        self.plain: list[np.ndarray[Any, Any] | None] = []  # leaves whose bytes can be read as they lie
         n = -1
         for leaf, field in zip(leaves, fields, strict=True):
             array = leaf if type(leaf) is np.ndarray else _shared(leaf, field)
@@ -123,7 +123,7 @@ class Batch:
             if not shape or shape[1:] != field.shape or (dtype is not field.dtype and dtype != field.dtype) or (n != shape[0] and n != -1):
                 break
             n = shape[0]
-            self.plain.append(flat(array) if array.flags.c_contiguous else None)
+            self.plain.append(array if array.flags.c_contiguous else None)
         else:
             self.n = n
             return
@@ -139,14 +139,14 @@ class Batch:
                 simple = leaf.device.type == "cpu" and leaf.is_contiguous() and not leaf.is_conj() and not leaf.is_neg()
             else:
                 simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
-            self.plain.append(flat(to_numpy(leaf, field)) if simple else None)
+            self.plain.append(to_numpy(leaf, field) if simple else None)
 
     def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
         """Sources of these samples, and their groups: plain leaves as they are, of others only the samples that stay."""
         sources = []
         for i, ready in enumerate(self.plain):
             if ready is not None:
-                sources.append((ready, picks))
+                sources.append((flat(ready), picks))
             else:
                 sources.append((flat(to_numpy(self.leaves[i], self.fields[i], picks)), np.arange(picks.shape[0])))
         return sources, self.groups[picks]

@@ -187,6 +187,7 @@ class ReplayLearner:
         for term in self.terms:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
+        self._users = [term for term in self.terms if type(term).modules is not Term.modules]
         self._keepers = [term for term in self.terms if type(term).keep is not Term.keep]
         self._layers = tuple(dict.fromkeys(name for term in self.terms for name in term.layers))
 
@@ -243,7 +244,7 @@ class ReplayLearner:
         inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
         arrays = _array(x), _array(y)
         draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
-        self._statistics.remember([self.module, *(module for term in self.terms for module in term.modules())])
+        self._statistics.remember(self.module, self._users)
         try:
             total, *queued = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
@@ -491,9 +492,10 @@ class ReplayLearner:
                 raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
         if total is losses[self._first]:
             values = [float(total.item())]
+            self._total, self.losses = values[0], {self._first: values[0]}
         else:
             values = torch.stack([t.detach() for t in (*losses.values(), total)]).tolist()
-        self._total, self.losses = values[-1], dict(zip(losses, values, strict=False))
+            self._total, self.losses = values[-1], dict(zip(losses, values, strict=False))
         if not all(map(math.isfinite, values)):
             wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
             raise LossError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
 from ..data import to_torch
+
+if TYPE_CHECKING:
+    from .term import Term
 
 
 class Forward(NamedTuple):
@@ -183,11 +186,12 @@ class Statistics:
         self._now: list[torch.Tensor] = []
         self._before: list[torch.Tensor] = []
 
-    def remember(self, modules: Iterable[torch.nn.Module]) -> None:
-        """Take a copy of what these modules have now."""
-        found: list[torch.Tensor] = []
-        for module in modules:
-            running_statistics(module, found)
+    def remember(self, model: torch.nn.Module, terms: Sequence[Term]) -> None:
+        """Take a copy of what the model, and the modules of these terms, have now."""
+        found = running_statistics(model, [])
+        for term in terms:
+            for module in term.modules():
+                running_statistics(module, found)
         if len(found) == len(self._now) and all(map(operator.is_, found, self._now)):
             if found:
                 with torch.no_grad():
