@@ -28,7 +28,7 @@ class Policy:
     back by `load`, for what cannot be derived from the index. needs_groups: whether `plan` looks at the groups.
     A policy that gives rows up sets `freed` in `plan`: rows that are live now and free afterwards. One whose state grows keeps a
     log: `log`, (entries, 2) int64, is there when `load` is called, and `plan` sets `new_log`, the entries to append; `slots` says
-    how many the file has room for.
+    how many the file has room for. scratch: int32 per row, all 0, for `plan` to use and to leave so; it is there when `load` is called.
 
     A policy that keeps the first `capacity` samples and rejects all others:
 
@@ -52,6 +52,7 @@ class Policy:
         self.slots = 0
         self.new_log: Ints = NO_LOG
         self.freed: Ints = NO_ROWS
+        self.scratch: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
     @staticmethod
     def log_slots(capacity: int) -> int:

@@ -135,7 +135,6 @@ class Store:
         self._policy: list[int] = [-1]  # the policy's words in self.head
         self._settled = False
         self._checked = False
-        self._slots: npt.NDArray[np.int32] = _NOBODY
         self._stamps: npt.NDArray[np.int32] = _NOBODY
         self._stamp = 1
         self._journal_ready = 0  # records of the journal whose pages are there for writing
@@ -448,11 +447,14 @@ class Store:
         at = self.table.freed_at
         return self._view[at : at + 24 * count].view(np.int64).reshape(count, 3)
 
+    @functools.cached_property
+    def scratch(self) -> npt.NDArray[np.int32]:
+        """A number per row, all 0 before and after each use."""
+        return np.zeros(self.table.max_size, np.int32)
+
     def keep_last(self, rows: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
         """Which samples survive their batch, see the kernel."""
-        if self._slots.shape[0] == 0:
-            self._slots = np.zeros(self.table.max_size, np.int32)
-        return int(kernel.keep_last(rows, self._slots, start, samples, taken, positions))
+        return int(kernel.keep_last(rows, self.scratch, start, samples, taken, positions))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -1229,3 +1229,17 @@ def test_states_of_others_are_refused() -> None:
         other.add(np.arange(20), group=np.arange(20))
         with pytest.raises(StateError, match="ClassBalancingReservoirBuffer"):
             buffer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_a_row(kind: str) -> None:
+    """G4: what policy and store keep in memory for each row, restore points included, is at most 24 bytes."""
+    rows = 50_000
+    with made(kind, rows, total=4) as buffer:
+        for _ in range(2):
+            buffer.add(np.zeros(40_000, np.uint8), group=np.arange(40_000) % 4)
+            buffer.state_dict()
+        buffer.add(np.zeros(40_000, np.uint8), group=np.arange(40_000) % 3)
+        parts = [*vars(buffer._policy).values(), *vars(buffer._store).values()]
+        large = {id(a): a.nbytes for a in parts if isinstance(a, np.ndarray) and a.base is None and a.nbytes >= rows}
+    assert 16 * rows <= sum(large.values()) <= 24 * rows

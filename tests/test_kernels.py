@@ -552,11 +552,11 @@ class Arrays:
         self.groups, self.table = np.zeros((room, balanced.COLUMNS), np.int64), np.full(4 * room, -1, np.int32)
         self.rest, self.new = np.zeros(room + 1, np.int64), np.full((2 * room, 2), -9)
         self.keys, self.links = np.zeros(n, np.uint64), np.full((n, 2), -9, np.int32)
-        self.free, self.visited, self.holder = np.full(n, -9, np.int32), np.full(n, -9, np.int32), np.zeros(n, np.int32)
+        self.holder = np.zeros(n, np.int32)
         log = np.array(self.log, np.int64).reshape(-1, 2)
         assert balanced.load_groups(read_only(log), self.groups, self.table, self.counters, *self.keys01[2:])
         assert balanced.load_rows(
-            read_only(self.positions), read_only(self.ids), self.keys, self.links, self.free, self.groups, self.table, self.counters,
+            read_only(self.positions), read_only(self.ids), self.keys, self.links, self.groups, self.table, self.counters,
             *self.keys01,
         )  # fmt: skip
         self.share()
@@ -584,11 +584,11 @@ class Arrays:
         known = {g for what, g in self.log if what == 0}
         out = np.full(len(ids), -9)
         used, freed = balanced.plan_balanced(
-            self.keys, self.links, self.free, self.holder, self.visited, self.groups, self.room, self.table, self.rest, self.counters,
+            self.keys, self.links, self.holder, self.groups, self.room, self.table, self.rest, self.counters,
             self.new, MODES[self.mode], bool(self.total) or self.mode == "largest", self.capacity, *self.keys01, start, most,
             read_only(np.array(ids, np.int64)), out,
         )  # fmt: skip
-        out, gone = out[:used].tolist(), self.visited[:freed].tolist()
+        out, gone = out[:used].tolist(), freed.tolist()
         taken = [r for r in out if r >= 0]
         assert not self.holder.any()
         assert len(set(taken)) == len(taken) <= most
@@ -622,11 +622,11 @@ class Arrays:
             assert self.counters[balanced.SHARE] + record[balanced.EXTRA] == model.quota(name)
             assert self.heap(int(record[balanced.ROOT])) == {r: model.key(p) for p, r in mine.items()}
             assert int(record[balanced.LEAST]) & M64 == (model.key(model.least(name)) if mine else 0)
-        free = self.free[: int(self.counters[balanced.FREE])].tolist()
+        free = self.heap(int(self.counters[balanced.FREE]) - 1)
+        assert all(row == key for row, key in free.items())
         assert sorted(free) + list(range(int(self.counters[balanced.FRESH]), self.capacity)) == sorted(
             set(range(self.capacity)) - set(held)
         )
-        assert all(free[(j - 1) // 2] < free[j] for j in range(1, len(free)))
 
     def heap(self, root: int, above: int = 0) -> dict[int, int]:
         """Rows and keys of a heap; no key is below that of its parent."""
@@ -817,7 +817,7 @@ def test_load_rows_of_an_unknown_group(run: None) -> None:
         arrays.counters[:], arrays.table[:] = 0, -1
         assert balanced.load_groups(np.array(arrays.log), arrays.groups, arrays.table, arrays.counters, *arrays.keys01[2:])
         found = balanced.load_rows(
-            arrays.positions, arrays.ids, arrays.keys, arrays.links, arrays.free, arrays.groups, arrays.table, arrays.counters,
+            arrays.positions, arrays.ids, arrays.keys, arrays.links, arrays.groups, arrays.table, arrays.counters,
             *arrays.keys01,
         )  # fmt: skip
         assert found == fits

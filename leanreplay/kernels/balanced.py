@@ -2,8 +2,8 @@
 
 `groups`, (room, 8) int64, has a record per group in order of appearance (columns below); `table`, int32, finds them by id.
 The rows of a group are a skew heap (Sleator and Tarjan 1986) of their keys: `links`, (capacity, 2) int32, are the children, -1
-for none. So all groups share three arrays of one entry per row, whatever their number and however their quotas move.
-`free`, int32, is a binary heap of the rows below counters[FRESH] that are free; from there on all are.
+for none. So all groups share these arrays of one entry per row, whatever their number and however their quotas move.
+Free rows below counters[FRESH] are one more such heap, of their numbers: its root is counters[FREE] - 1. From there on all are free.
 """
 
 from __future__ import annotations
@@ -120,37 +120,23 @@ def _replace_least(keys, links, groups, g, key):
 
 
 @njit
-def _add_free(free, counters, row):
-    j = counters[FREE]
-    counters[FREE] += 1
-    while j > 0 and free[(j - 1) // 2] > row:
-        free[j] = free[(j - 1) // 2]
-        j = (j - 1) // 2
-    free[j] = row
+def _add_free(keys, links, counters, row):
+    keys[row] = np.uint64(row)
+    links[row, 0] = links[row, 1] = -1
+    counters[FREE] = _merge(keys, links, counters[FREE] - 1, row) + 1
 
 
 @njit
-def _take_free(free, counters, capacity):
+def _take_free(keys, links, counters, capacity):
     """The lowest free row, or -1."""
-    n = counters[FREE]
-    if n == 0:
-        row = counters[FRESH]
-        if row == capacity:
-            return np.int64(-1)
-        counters[FRESH] += 1
+    row = counters[FREE] - 1
+    if row >= 0:
+        counters[FREE] = _merge(keys, links, np.int64(links[row, 0]), np.int64(links[row, 1])) + 1
         return row
-    row, last = np.int64(free[0]), free[n - 1]
-    counters[FREE] = n = n - 1
-    i = 0
-    while 2 * i + 1 < n:
-        child = 2 * i + 1
-        if child + 1 < n and free[child + 1] < free[child]:
-            child += 1
-        if free[child] >= last:
-            break
-        free[i] = free[child]
-        i = child
-    free[i] = last
+    row = counters[FRESH]
+    if row == capacity:
+        return np.int64(-1)
+    counters[FRESH] += 1
     return row
 
 
@@ -236,7 +222,7 @@ def _visit(holder, visited, counters, row, live):
 
 
 @njit
-def _cut(keys, links, free, holder, visited, groups, counters, log, g, out):
+def _cut(keys, links, holder, visited, groups, counters, log, g, out):
     """Drop the smallest keys of a group that has more rows than its quota."""
     while groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
         _log(groups, counters, log, g)
@@ -245,7 +231,7 @@ def _cut(keys, links, free, holder, visited, groups, counters, log, g, out):
         if holder[row] > 0:
             out[holder[row] - 1] = -1
         holder[row] = -1
-        _add_free(free, counters, row)
+        _add_free(keys, links, counters, row)
 
 
 @njit
@@ -295,14 +281,13 @@ def index_groups(groups, table, count):
 
 
 @njit
-def load_rows(positions, ids, keys, links, free, groups, table, counters, k0, k1, g0, g1):
-    """Put all live rows into the heaps of their groups, the others into `free`. False if one is of a group that is not there."""
+def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, g1):
+    """Put all live rows into the heaps of their groups, the others into that of free rows. False if one is of a group that is not there."""
     counters[FRESH] = positions.shape[0]
     counters[FREE] = 0
     for r in range(positions.shape[0]):
         if positions[r] < 0:
-            free[counters[FREE]] = r  # in ascending order, so a heap
-            counters[FREE] += 1
+            _add_free(keys, links, counters, np.int64(r))
             continue
         g = table[_find(groups, table, ids[r], _key(ids[r], g0, g1))]
         if g < 0:
@@ -320,7 +305,7 @@ def hash_groups(ids, g0, g1, out):
 
 @njit
 def plan_balanced(
-    keys, links, free, holder, visited, groups, room, table, rest, counters, log,
+    keys, links, holder, groups, room, table, rest, counters, log,
     mode, fixed, capacity, k0, k1, g0, g1, start, most, ids, out,
 ):  # fmt: skip
     """Offer positions start, start + 1, ... of groups ids[i] to the reservoirs of their groups; out[i] becomes the row taken, or -1.
@@ -329,9 +314,9 @@ def plan_balanced(
     mode: QUOTA, a group holds no more than its quota; BORROW, it may take free rows beyond, until others need them; LARGEST, it
     takes free rows, then those of the largest group, until it has been the largest itself. fixed: whether SHARE stays as it is.
     log: (2 * groups, 2) int64, receives what to append to the file's log: LOGGED entries. holder: int32 per row, all 0 before
-    and after. visited: int32 per row, receives in front the rows that were live and are free now. Every row stands in `out`
-    once at most. Returns the samples used and the number of freed rows.
+    and after. Every row stands in `out` once at most. Returns the samples used, and the rows that were live and are free now.
     """
+    visited = np.empty(capacity, np.int32)  # of which only the front is ever touched
     counters[VISITED] = counters[LOGGED] = 0
     used = out.shape[0]
     taken = 0
@@ -366,12 +351,12 @@ def plan_balanced(
                     while counters[REST] > capacity % n:
                         loser = _rest_pop(groups, rest, counters)
                         if mode == QUOTA:
-                            _cut(keys, links, free, holder, visited, groups, counters, log, loser, out)
+                            _cut(keys, links, holder, visited, groups, counters, log, loser, out)
                 else:
                     share(groups, rest, counters, capacity)
                     if mode == QUOTA:
                         for other in range(g):
-                            _cut(keys, links, free, holder, visited, groups, counters, log, other, out)
+                            _cut(keys, links, holder, visited, groups, counters, log, other, out)
         key = _key(start + i, k0, k1)
         out[i] = -1
         if groups[g, FULL] != 0 and (groups[g, HELD] == 0 or key <= np.uint64(groups[g, LEAST])):
@@ -381,7 +366,7 @@ def plan_balanced(
         if groups[g, FULL] == 0:
             wants = groups[g, HELD] < counters[SHARE] + groups[g, EXTRA]
             if wants or mode != QUOTA:
-                row = _take_free(free, counters, capacity)
+                row = _take_free(keys, links, counters, capacity)
                 if row >= 0:
                     _visit(holder, visited, counters, row, False)
             if row < 0 and mode == LARGEST:
@@ -421,7 +406,10 @@ def plan_balanced(
             visited[freed] = row
             freed += 1
         holder[row] = 0
-    return used, freed
+    gone = np.empty(freed, np.int64)
+    for v in range(freed):
+        gone[v] = visited[v]
+    return used, gone
 
 
 @njit

@@ -18,7 +18,8 @@ from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
-from .replay import Replay, Statistics, bare, check_layers, forward
+from ..distributed import unwrapped
+from .replay import Replay, Statistics, check_layers, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
@@ -211,7 +212,7 @@ class ReplayLearner:
     @property
     def module(self) -> torch.nn.Module:
         """The model, without a DistributedDataParallel around it."""
-        return bare(self.model)
+        return unwrapped(self.model)
 
     @property
     def outputs(self) -> torch.Tensor:

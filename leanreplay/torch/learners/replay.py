@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
 from ..data import to_torch
+from ..distributed import unwrapped
 
 if TYPE_CHECKING:
     from .term import Term
@@ -127,7 +127,7 @@ def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ())
         handles = []
         try:
             for name in layers:
-                handles.append(bare(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
+                handles.append(unwrapped(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
             outputs = model(x)
         finally:
             for handle in handles:
@@ -160,12 +160,6 @@ def _refuse_batch_norm(model: torch.nn.Module) -> None:
                 f"a batch of 1 sample, but {name or 'the model'} is a {type(module).__name__} in train mode, which needs at least 2; "
                 "use drop_last=True in the DataLoader, a larger (replay) batch size, or put that layer into eval mode"
             )
-
-
-def bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The module within a DistributedDataParallel, or the model itself."""
-    # isinstance would ask an abstract base class, which costs microseconds.
-    return model.module if DistributedDataParallel in type(model).__mro__ else model  # type: ignore[return-value]
 
 
 def running_statistics(module: torch.nn.Module, found: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -208,10 +202,10 @@ class Statistics:
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
     """Raise ArgumentError unless these are names of layers."""
-    names = [name for name, _ in bare(model).named_modules(remove_duplicate=False) if name]
+    names = [name for name, _ in unwrapped(model).named_modules(remove_duplicate=False) if name]
     if not layers:
         raise ArgumentError(
-            f"layers: name at least one; {type(bare(model)).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+            f"layers: name at least one; {type(unwrapped(model)).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
         )
     for layer in layers:
         if layer not in names:
@@ -219,4 +213,6 @@ def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
             shown = (
                 f"did you mean {', '.join(map(repr, near))}?" if near else f"it has: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
             )
-            raise ArgumentError(f"{type(bare(model)).__name__} has no layer {layer!r:.200}; {shown} (names are those of named_modules())")
+            raise ArgumentError(
+                f"{type(unwrapped(model)).__name__} has no layer {layer!r:.200}; {shown} (names are those of named_modules())"
+            )
