@@ -66,7 +66,7 @@ def split_mnist(o: Options) -> Lines:
     def ours() -> float:
         net = model(x.shape[1])
         with leanreplay.ReservoirBuffer(_ROWS, os.path.join(o.folder, "replay.h5"), mode="w") as buffer:
-            learner = ERLearner(net, torch.optim.SGD(net.parameters(), lr=0.1), buffer, replay_batch_size=_BATCH)
+            learner = ERLearner(net, torch.optim.SGD(net.parameters(), lr=0.1), buffer, alpha=None, replay_batch_size=_BATCH)
             start = time.perf_counter()
             for xs, ys in parts:
                 for xb, yb in zip(xs.split(_BATCH), ys.split(_BATCH), strict=True):
