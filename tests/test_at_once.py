@@ -128,6 +128,21 @@ def test_what_is_one_call(tmp_path: Path, calls: list[int]) -> None:
     assert made(of(np.asfortranarray)) == 0
 
 
+def test_rows_that_become_free_want_the_steps(tmp_path: Path, calls: list[int]) -> None:
+    """Even with nothing to append to the log, as a policy of somebody's own may have it."""
+    with ClassBalancedBuffer(30, tmp_path / "b.h5") as buffer:
+        buffer.add(**stream(0, 20))
+        inside = buffer._store
+        (x, y), samples = stream(20, 21)["batch"], np.zeros(1, np.int64)
+        sources = [(a.reshape(-1).view(np.uint8), samples) for a in (x, y, np.zeros(1, np.int8))]
+        one = np.array([3]), np.array([20]), np.array([0])
+        buffer._policy_at, before = -1, len(calls)
+        inside.commit(21, inside.policy, *one, sources, np.array([7]))
+        assert len(calls) == before
+        assert len(buffer) == 19
+        assert [str(p) for p in buffer.check()] == []
+
+
 def test_fences_are_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Journal, seal, rows and header reach the file in that order: a fence between each two of them."""
     if not hasattr(kernel.commit_rows, "py_func"):
