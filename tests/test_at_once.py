@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -405,3 +406,27 @@ def test_what_a_plan_leaves(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = (one.get(one.get_metadata("idx")) for one in (buffer, twin))
         assert (a[0][0] == b[0][0]).all()
         assert (a[1]["position"] == b[1]["position"]).all()
+
+
+@pytest.mark.parametrize("call", ["commit_rows", "seal_block"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_policy_remembers(kind: Any, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its words are those of an uninterrupted run, when Ctrl-C comes once in each commit: which may have been the one to change them."""
+
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with kind(20, seed=1) as buffer, kind(20, seed=1) as twin:
+        for one in (buffer, twin):
+            one.add(**stream(0, 10))
+        for start in range(10, 130, 10):
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "_AT_ONCE", call == "commit_rows")
+                patch.setattr(kernel, call, cut_off)
+                with contextlib.suppress(KeyboardInterrupt):  # or nothing stays, which is no commit of rows
+                    buffer.add(**stream(start, start + 10))
+            if buffer.seen == start:
+                buffer.add(**stream(start, start + 10))
+            twin.add(**stream(start, start + 10))
+            assert buffer._store.policy == twin._store.policy
+            assert buffer._store.mark_name() == twin._store.mark_name()

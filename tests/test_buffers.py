@@ -21,6 +21,7 @@ import torch
 import leanreplay
 from leanreplay import (
     CapacityWarning,
+    ClassBalancedBuffer,
     DataBuffer,
     ExistsError,
     ExperienceBalancedBuffer,
@@ -154,6 +155,7 @@ def test_check_batch() -> None:
         (ParametricBuffer, {"group": [0, 1, 0, 1]}, {"group": [0]}),
         (ParametricBuffer, {"experience": 2, "metadata": {"z": x}}, {"metadata": {"rank": x}}),
         (ExperienceBalancedBuffer, {"experience": 2}, {"experience": "a"}),
+        (lambda n: ClassBalancedBuffer(n, adaptive_size=False, total_num_classes=3), {}, {"group": [0, 1, 2, 3]}),
     ):
         buffer = make(5)
         for _ in range(2):  # before and after the first batch
