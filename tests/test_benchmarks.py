@@ -77,8 +77,14 @@ def test_every_contender_takes_turns_and_slow_ones_fewer():
     def call(name, seconds):
         return lambda: turns.append(name) or seconds
 
-    found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 3)
-    assert turns == ["a", "b"] * 4 and found == {"ours": [1.0] * 3, "theirs": [2.0] * 3}
+    found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 30)
+    rounds = list(zip(turns[::2], turns[1::2], strict=True))
+    assert len(rounds) == 31 and set(rounds) == {("a", "b"), ("b", "a")}  # in any order, the same in every run
+    assert found == {"ours": [1.0] * 30, "theirs": [2.0] * 30}
+    first = list(turns)
+    turns.clear()
+    interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 30)
+    assert turns == first
     found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 5, budget=0.0)
     assert found == {"ours": [1.0] * 2, "theirs": [2.0] * 2}
 
