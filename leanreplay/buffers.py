@@ -530,6 +530,7 @@ class DataBuffer:
             store.verify_index()
             policy = self._policy = self._new_policy(store.table.params)
             policy.state, policy.log, policy.slots = store.policy, store.log(), store.table.log[1]
+            vars(store).pop("scratch", None)  # an exception within `plan` may have left something in it
             if policy.slots:  # one that frees rows
                 policy.scratch = store.scratch
             policy.load(*store.index())

@@ -234,15 +234,27 @@ class ParametricBuffer(BalancedBuffer):
     ) -> None:
         """Feed a batch as one unit. features: (n, d), or a function of a batch of samples as stored, (B, ...) -> (B, d)."""
         with self._lock:
-            store = self._require_writable()
-            _refuse_rank(metadata)
-            schema = Schema.from_batch(batch, metadata) if store is None else _without_rank(store.table.schema)
-            leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
-            checked = Batch(leaves, schema.fields)
-            checked.groups = np.zeros(checked.n, np.int64)
-            if group is None:
-                group = self._default_group(schema, lambda field: leaves[field], experience, at, 0)
-            self._feed_unit(schema, checked.n, checked.fetch, features, integers(group, checked.n, "group"), at)
+            schema, checked, groups = self._unit(batch, metadata, group, experience, at)
+            self._feed_unit(schema, checked.n, checked.fetch, features, groups, at)
+
+    def check_batch(  # type: ignore[override]
+        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, experience: int | None = None
+    ) -> None:
+        """As `DataBuffer.check_batch`; features are not looked at."""
+        with self._lock:
+            self._unit(batch, metadata, group, experience, None)
+
+    def _unit(self, batch: Any, metadata: Any, group: Any, experience: Any, at: Any) -> tuple[Schema, Batch, Ints]:
+        """A batch that fits, and the groups of its samples."""
+        store = self._require_writable()
+        _refuse_rank(metadata)
+        schema = Schema.from_batch(batch, metadata) if store is None else _without_rank(store.table.schema)
+        leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
+        checked = Batch(leaves, schema.fields)
+        checked.groups = np.zeros(checked.n, np.int64)
+        if group is None:
+            group = self._default_group(schema, lambda field: leaves[field], experience, at, 0)
+        return schema, checked, integers(group, checked.n, "group")
 
     def update(  # type: ignore[override]
         self,

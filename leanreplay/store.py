@@ -287,6 +287,7 @@ class Store:
     def become_reader(self) -> None:
         """In a forked child: never write, and do not keep the parent's descriptors of undo files."""
         self.writable = False
+        self._now = self.head.data  # another thread may have been within `_take_over`
         self._log.forget()
 
     @property
@@ -921,7 +922,7 @@ class Store:
         rows = min(table.journal_rows, max(rows, 2 * first))
         start, stop = table.record_at + first * table.record if first else table.list_at, table.record_at + rows * table.record
         if self.path is not None and system.LINUX:
-            system.write_zeros(self._fd, start, stop)
+            self._write_zeros(start, stop)
         system.populate(self._require_map(), start, stop)
         self._journal_ready = rows
 
@@ -941,11 +942,16 @@ class Store:
                 first = max(first, self._written[c])
                 last = min(end, round_up(last, system.HUGE_PAGE))
                 if first < last:
-                    system.write_zeros(self._fd, first, last)
+                    self._write_zeros(first, last)
                     self._written[c] = last
             if first < last:
                 system.populate(view, first, last)
         self._faulted = stop
+
+    def _write_zeros(self, start: int, stop: int) -> None:
+        # A file system that never overwrites in place can be full although the file has its blocks.
+        with system.storage_errors(f"writing to {self.path}"):
+            system.write_zeros(self._fd, start, stop)
 
     def flush(self) -> None:
         """Make the present state durable."""

@@ -139,6 +139,12 @@ class WeightedReservoirBuffer(DataBuffer):
         """
         super().add(batch, metadata=metadata, group=weights, at=at)
 
+    def check_batch(  # type: ignore[override]
+        self, batch: Any, *, weights: Any = None, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """As `DataBuffer.check_batch`."""
+        super().check_batch(batch, metadata=metadata, group=weights)
+
     def update(  # type: ignore[override]
         self,
         dataset: Any,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,9 +15,18 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from children import child, outcome, result
 
 import leanreplay
-from leanreplay import ClassBalancedBuffer, GreedyClassBalancingBuffer, ReservoirBuffer, SlidingWindowBuffer, store
+from leanreplay import (
+    ClassBalancedBuffer,
+    GreedyClassBalancingBuffer,
+    ReservoirBuffer,
+    SlidingWindowBuffer,
+    StorageError,
+    store,
+    system,
+)
 from leanreplay.kernels import rows as kernel
 
 KINDS = [ReservoirBuffer, SlidingWindowBuffer, GreedyClassBalancingBuffer, ClassBalancedBuffer]
@@ -22,7 +37,7 @@ def stream(start: int, stop: int, names: tuple[str, ...] = ("a",)) -> dict[str, 
     p = np.arange(start, stop)
     x = (p[:, None] * 40503 % 65521 * np.arange(1, 78) % 251).astype(np.uint8)
     values = {"a": (p % 7).astype(np.int8), "b": np.stack([p, -p], 1).astype(np.float32), "c": p.astype(np.float64)}
-    return {"batch": (x, p * 7919 % 5), "metadata": {name: values[name] for name in names}}
+    return {"batch": (x, p * 7919 % (3 + p // 40)), "metadata": {name: values[name] for name in names}}
 
 
 @pytest.fixture
@@ -42,7 +57,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fields", [2, 3, 4, 5])
 def test_the_same_bytes(kind: Any, fields: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
-    """Every byte of the file, journal and headers too, after each batch; five fields are one too many."""
+    """Every byte of the file, journal and headers too, after each batch; five fields are one too many.
+
+    In the balanced buffer classes come and rows are freed, with nothing to follow in a commit after one that freed some.
+    """
     monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=7))
     names = METADATA[fields - 2]
     paths = [tmp_path / "once.h5", tmp_path / "steps.h5"]
@@ -110,6 +128,21 @@ def test_what_is_one_call(tmp_path: Path, calls: list[int]) -> None:
     assert made(of(np.asfortranarray)) == 0
 
 
+def test_rows_that_become_free_want_the_steps(tmp_path: Path, calls: list[int]) -> None:
+    """Even with nothing to append to the log, as a policy of somebody's own may have it."""
+    with ClassBalancedBuffer(30, tmp_path / "b.h5") as buffer:
+        buffer.add(**stream(0, 20))
+        inside = buffer._store
+        (x, y), samples = stream(20, 21)["batch"], np.zeros(1, np.int64)
+        sources = [(a.reshape(-1).view(np.uint8), samples) for a in (x, y, np.zeros(1, np.int8))]
+        one = np.array([3]), np.array([20]), np.array([0])
+        buffer._policy_at, before = -1, len(calls)
+        inside.commit(21, inside.policy, *one, sources, np.array([7]))
+        assert len(calls) == before
+        assert len(buffer) == 19
+        assert [str(p) for p in buffer.check()] == []
+
+
 def test_fences_are_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Journal, seal, rows and header reach the file in that order: a fence between each two of them."""
     if not hasattr(kernel.commit_rows, "py_func"):
@@ -130,3 +163,245 @@ def test_one_compilation(tmp_path: Path) -> None:
         with leanreplay.ReservoirBuffer(10, tmp_path / f"{i}.h5") as buffer:
             buffer.add(data)
     assert len(kernel.commit_rows.signatures) == 1
+
+
+# -- stopped within the call -------------------------------------------------------------------------------------------
+
+SMALL = {
+    "window": lambda path, **o: SlidingWindowBuffer(8, path, seed=1, **o),
+    "reservoir": lambda path, **o: ReservoirBuffer(8, path, seed=1, **o),
+    "balanced": lambda path, **o: ClassBalancedBuffer(8, path, seed=1, **o),
+}
+
+
+def few(start: int, stop: int) -> dict[str, Any]:
+    p = np.arange(start, stop)
+    x = (p[:, None] * np.arange(1, 12) % 251).astype(np.uint8)
+    return {"batch": (x, (p >= 10) + p % 2), "metadata": {"z": p.astype(np.float32)}}
+
+
+def cuts(start: int, end: int) -> list[int]:
+    return [*range(start, end, 4), end]
+
+
+def leave_copies(kind: str, path: str, copies: str) -> None:
+    """In an interpreter without compiled kernels: what a kill would leave at each line of a commit, wherever the file has changed."""
+    assert not hasattr(kernel.commit_rows, "py_func")
+    one_call, calls, last, count = kernel.commit_rows, 0, b"", 0
+
+    def commit_rows(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        one_call(*args)
+
+    def step(frame: Any, event: str, _: Any) -> Any:
+        nonlocal last, count
+        if frame.f_code.co_filename not in (kernel.__file__, store.__file__, system.__file__):
+            return None
+        now = Path(path).read_bytes()
+        if now != last:
+            Path(copies, f"{count}.h5").write_bytes(now)
+            last, count = now, count + 1
+        return step
+
+    with SMALL[kind](path) as buffer:
+        buffer.add(**few(0, 6))
+        kernel.commit_rows = commit_rows
+        for start, stop in zip(cuts(6, 30), cuts(6, 30)[1:], strict=False):
+            sys.settrace(step)
+            buffer.add(**few(start, stop))
+            sys.settrace(None)
+    print(calls)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_stopped_at_every_line(kind: str, tmp_path: Path) -> None:
+    """G3: Python runs the kernel, which is stopped between any two of its stores: the commit before or this one, whole."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    code = "import sys, test_at_once as t; t.leave_copies(*sys.argv[1:])"
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(leanreplay.__file__).parent.parent)])
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, kind, str(tmp_path / "b.h5"), str(copies)],
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": folders}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 2
+    expected: dict[int, Any] = {}
+    for seen in cuts(6, 30):
+        with SMALL[kind](None) as buffer:
+            buffer.add(**few(0, seen))
+            expected[seen] = whole(buffer)
+    undone, before = 0, 6
+    for n in range(len(list(copies.iterdir()))):
+        path = copies / f"{n}.h5"
+        with leanreplay.open(path) as reader:
+            undone += reader._store.pending()
+        with leanreplay.open(path, mode="r+") as buffer:
+            assert [str(p) for p in buffer.check()] == [], n
+            assert buffer.seen >= before, n
+            before = buffer.seen
+            assert whole(buffer) == expected[before], n
+    assert before == 30
+    assert undone > 100
+
+
+def whole(buffer: Any) -> list[Any]:
+    (x, y), meta = buffer.get(buffer.get_metadata("idx"))
+    return [a.tolist() for a in (x, y, meta["z"], meta["position"], meta["idx"])]
+
+
+BIG = 100  # rows of 32 KiB
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("kind", [SlidingWindowBuffer, GreedyClassBalancingBuffer])
+def test_killed_within(kind: Any, tmp_path: Path) -> None:
+    """G3: batches so large that many kills come within the compiled call: each time exactly what the first `seen` samples leave.
+
+    Of rows of some bytes a call takes microseconds, which random kills miss.
+    """
+    path, rng, undone = tmp_path / "b.h5", random.Random(kind.__name__), 0
+    labels = np.arange(BIG) % 3
+    batches = [(np.repeat(np.arange(i * BIG, (i + 1) * BIG)[:, None], 4096, axis=1), labels) for i in range(7)]
+
+    def feed(buffer: Any, until: int) -> None:
+        while buffer.seen < until:
+            buffer.add(batches[buffer.seen // BIG % 7])
+
+    with kind(BIG, seed=2) as twin:
+        with kind(BIG, path, seed=2) as buffer:
+            feed(buffer, 2 * BIG)  # and compiles
+            assert buffer._store.most > BIG  # a batch is one commit
+        for trial in range(25):
+
+            def work(pipe: int) -> None:
+                with leanreplay.open(path, mode="r+") as buffer:
+                    os.write(pipe, b".")
+                    feed(buffer, 10**9)
+
+            pid, read = child(work)
+            assert os.read(read, 1) == b"."
+            time.sleep(rng.random() * 0.008)
+            os.kill(pid, signal.SIGKILL)
+            assert "ERROR" not in outcome(pid, read)[1]
+            with leanreplay.open(path) as reader:
+                undone += reader._store.pending()
+            with leanreplay.open(path, mode="r+") as buffer:
+                assert [str(p) for p in buffer.check()] == [], trial
+                feed(twin, buffer.seen)
+                mine, right = (one.get(one.get_metadata("idx")) for one in (buffer, twin))
+                assert buffer.seen == twin.seen, trial
+                assert all((u == v).all() for u, v in zip(mine[0], right[0], strict=True)), trial
+                assert (mine[1]["position"] == right[1]["position"]).all(), trial
+    assert undone > 3
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_of_the_journal(kind: Any, tmp_path: Path) -> None:
+    """Zeros are written ahead over the journal's records, and over nothing else, however the commits grow."""
+    path = tmp_path / "b.h5"
+    with kind(40, path, seed=1) as buffer:
+        buffer.add(**stream(0, 40))
+        table, start = buffer._store.table, 40
+        size, extended = path.stat().st_size, []
+        for n in (3, 5, 25, 26, 39, 40, 80):
+            before = np.fromfile(path, np.uint8)
+            ready = buffer._store._journal_ready
+            buffer._store._extend_journal(min(n, 40))
+            extended.append(buffer._store._journal_ready)
+            assert extended[-1] >= min(40, n, ready or 40)
+            changed = np.flatnonzero(np.fromfile(path, np.uint8) != before)
+            assert path.stat().st_size == size
+            assert not changed.size or (table.list_at <= changed[0] and changed[-1] < table.freed_at)
+            buffer.add(**stream(start, start + n))
+            start += n
+            assert buffer.check() == []
+        assert extended[-1] == 40 == table.journal_rows
+
+
+def test_a_disk_that_is_full_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G7: a file system that never overwrites in place may refuse the zeros ahead, of rows and journal: nothing has changed."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "b.h5"
+    with SlidingWindowBuffer(40, path) as buffer:
+        buffer.add(**stream(0, 20))
+    for start in (20, 40):
+        with SlidingWindowBuffer(None, path, mode="r+") as buffer:
+            with monkeypatch.context() as patch:
+                patch.setattr(system, "write_zeros", full)
+                with pytest.raises(StorageError, match="free some space"):
+                    buffer.add(**stream(start, start + 20))
+            assert buffer.seen == start
+            assert buffer.check() == []
+            buffer.add(**stream(start, start + 20))
+    with SlidingWindowBuffer(40) as twin, leanreplay.open(path) as buffer:
+        twin.add(**stream(0, 60))
+        assert (twin.get(range(40))[0][0] == buffer.get(range(40))[0][0]).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork_between_two_headers(tmp_path: Path) -> None:
+    """A child forked while another thread has half taken over the new header follows the writer all the same."""
+    with SlidingWindowBuffer(50, tmp_path / "b.h5") as buffer:
+        buffer.add(**stream(0, 30))
+        copies: list[tuple[int, int]] = []
+        start, wait = os.pipe()
+
+        def work(_: int) -> Any:
+            sys.settrace(None)
+            os.read(start, 1)  # until the writer has gone on
+            (_, y), meta = buffer.sample(20)
+            return [len(buffer), buffer.seen, int(meta["position"].min()), len(y)]
+
+        def step(frame: Any, event: str, _: Any) -> Any:
+            if frame.f_code is not store.Store._take_over.__code__:
+                return None
+            if event == "line":
+                copies.append(child(work))
+            return step
+
+        sys.settrace(step)
+        buffer.add(**stream(30, 40))
+        sys.settrace(None)
+        assert len(copies) > 1
+        buffer.add(**stream(40, 90))
+        os.write(wait, b"." * len(copies))
+        found = [result(*copy) for copy in copies]
+        os.close(start)
+        os.close(wait)
+    for held, seen, first, n in found:
+        assert (held, seen, n) == (50, 90, 20)
+        assert first >= 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_plan_leaves(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers per row that a plan in Python, which an exception may end anywhere, leaves behind do not count."""
+    policy = kind.policy_class
+    plan = policy.plan
+
+    def cut_off(self: Any, *args: Any) -> int:
+        plan(self, *args)
+        buffer._store.scratch[:] = 3
+        raise KeyboardInterrupt
+
+    with kind(20, seed=1) as buffer, kind(20, seed=1) as twin:
+        for one in (buffer, twin):
+            one.add(**stream(0, 50))
+        with monkeypatch.context() as patch:
+            patch.setattr(policy, "plan", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                buffer.add(**stream(50, 90))
+        for one in (buffer, twin):
+            one.add(**stream(50, 200))
+        assert buffer.check() == []
+        a, b = (one.get(one.get_metadata("idx")) for one in (buffer, twin))
+        assert (a[0][0] == b[0][0]).all()
+        assert (a[1]["position"] == b[1]["position"]).all()

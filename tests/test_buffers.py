@@ -23,12 +23,15 @@ from leanreplay import (
     CapacityWarning,
     DataBuffer,
     ExistsError,
+    ExperienceBalancedBuffer,
     GreedyClassBalancingBuffer,
     InfiniteBuffer,
+    LeanReplayError,
     LockedError,
     MismatchError,
     MissingError,
     ModeError,
+    ParametricBuffer,
     Policy,
     ReservoirBuffer,
     RowError,
@@ -36,7 +39,9 @@ from leanreplay import (
     SchemaError,
     SlidingWindowBuffer,
     StateError,
+    WeightedReservoirBuffer,
 )
+from leanreplay.kernels import rows as kernel
 
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path=None, **o: ReservoirBuffer(12, path, **o),
@@ -102,6 +107,66 @@ def test_sample(kind: str, where: Path | None) -> None:
         assert_samples(*buffer.sample(100, replace=True))
         assert buffer.sample(0)[0][0].shape == (0, 1, 4, 4)
         assert buffer.check() == []
+
+
+@every_kind
+@pytest.mark.parametrize("room", [1, 5, 64])
+def test_room_in_front_of_a_draw(kind: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data, but not the metadata, of what `sample` draws begins further back; in a reader of rows that it reads again too."""
+    read_rows = kernel.read_rows
+
+    def met_a_commit(*args: Any) -> int:
+        rows, out, bad = args[4], args[5], args[8]
+        if rows.shape[0] == 1:
+            return int(read_rows(*args))
+        out[:], bad[:] = 255, 1
+        return int(rows.shape[0])
+
+    p = np.arange(30)
+    x = (p[:, None] * np.arange(1, 14) % 251).astype(np.uint8)
+    fields = (x, p % 3, {"c": p.astype("S3"), "d": np.stack([p, -p], 1).astype(np.float32)})
+    metadata = {"a": p.astype(np.int8), "b": np.stack([p, p, -p], 1).astype(np.float16)}
+    with KINDS[kind](tmp_path / "b", seed=0) as buffer, KINDS[kind](seed=0) as twin:
+        for one in (buffer, twin):
+            one.add(fields, metadata=metadata, group=p % 3)
+        with leanreplay.open(tmp_path / "b") as reader, leanreplay.open(tmp_path / "b") as again:
+            for n in (7, 12, 1, 0, 12):
+                (x, y, z), meta = twin.sample(n)
+                for one in (buffer, reader, again):
+                    with monkeypatch.context() as patch:
+                        if one is again:
+                            patch.setattr(kernel, "read_rows", met_a_commit)
+                        (x2, y2, z2), meta2 = one._sample(n, False, room)
+                    for left, right in ((x, x2), (y, y2), (z["c"], z2["c"]), (z["d"], z2["d"])):
+                        assert right.shape == (room + n, *left.shape[1:])
+                        assert right.dtype == left.dtype
+                        assert (right[room:] == left).all()
+                    assert meta.keys() == meta2.keys()
+                    assert all(meta[name].tolist() == meta2[name].tolist() for name in meta)
+
+
+def test_check_batch() -> None:
+    """It raises what `add` would, for buffers too that ask for more than a batch, and changes nothing."""
+    x, y = digits(0, 4)
+    for make, options, wrong in (
+        (ReservoirBuffer, {}, {"group": [0]}),
+        (WeightedReservoirBuffer, {"weights": [1, 2, 0, 3]}, {"weights": [1, 2, -1, 3]}),
+        (ParametricBuffer, {"group": [0, 1, 0, 1]}, {"group": [0]}),
+        (ParametricBuffer, {"experience": 2, "metadata": {"z": x}}, {"metadata": {"rank": x}}),
+        (ExperienceBalancedBuffer, {"experience": 2}, {"experience": "a"}),
+    ):
+        buffer = make(5)
+        for _ in range(2):  # before and after the first batch
+            seen, schema = buffer.seen, buffer.schema
+            buffer.check_batch((x, y), **options)
+            errors = []
+            for call in (buffer.check_batch, buffer.add):
+                with pytest.raises(LeanReplayError) as error:
+                    call((x, y), **{**options, **wrong})
+                errors.append((type(error.value), str(error.value)))
+            assert errors[0] == errors[1]
+            assert (buffer.seen, buffer.schema) == (seen, schema)
+            buffer.add((x, y), **options)
 
 
 @every_kind
