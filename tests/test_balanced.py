@@ -1110,6 +1110,19 @@ def test_experiences() -> None:
         assert buffer.group_sizes() == {3: 2}
 
 
+def test_numbering_experiences_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G4: the newest one stands in the log. A list of the rows of each would be ten times the memory of the heaps, every time."""
+    with ExperienceBalancedBuffer(2) as buffer:
+        monkeypatch.setattr(BalancedBuffer, "_by_group", None)
+        for _ in range(4):
+            buffer.update([0.0, 1.0])
+        buffer.add(np.arange(3.0))
+        monkeypatch.undo()
+        assert list(buffer.groups) == [0, 1, 2, 3]  # of which two have no row
+        buffer.update([0.0])
+        assert list(buffer.groups) == [0, 1, 2, 3, 4]
+
+
 def test_experiences_again_at_a_position() -> None:
     """A stream that is replayed from an older position names its experiences, and is counted once."""
     with ExperienceBalancedBuffer(100) as buffer:
