@@ -930,7 +930,8 @@ def test_labels_that_are_not_integers() -> None:
 
     n = 6
     wrong = [np.zeros(n), torch.zeros(n), np.array([2**63] * n, np.uint64), np.array(["a"] * n), np.zeros((n, 1), int), np.zeros(5, int)]
-    for labels in [*wrong, np.array([None] * n), np.array([2**70] * n, object), [0.5] * n, "abcdef", 2**63]:
+    masked = np.ma.masked_array(np.arange(n), [0, 1] * 3)
+    for labels in [*wrong, np.array([None] * n), np.array([2**70] * n, object), [0.5] * n, "abcdef", 2**63, masked]:
         with ClassBalancedBuffer(30) as buffer:
             with pytest.raises(SchemaError):
                 buffer.add(np.zeros(n), group=labels)
