@@ -24,9 +24,10 @@ _HERE = Path(__file__).parent
 _INTRO = """
 ## Beside the alternatives
 
-Every work was measured in turn with its rivals (ours, theirs, ours, theirs, ...), after a first round that only checked that each
-holds and returns the right samples. Figures are medians (lower and upper quartile; n repetitions). Samples are CIFAR-shaped: uint8
-3x32x32, int64, float32[10]. leanreplay's buffers are files, decide for each sample, and verify the checksum of every row that is read.
+Every work was measured in turn with its rivals, each round in another order (who comes after whom matters: it finds the caches as the
+other left them), after a first round that only checked that each holds and returns the right samples. Figures are medians (lower and
+upper quartile; n repetitions). Samples are CIFAR-shaped: uint8 3x32x32, int64, float32[10]. leanreplay's buffers are files, decide for
+each sample, and verify the checksum of every row that is read.
 
 torchrl and cpprb have no reservoir: their plain rings in memory-mapped files stand in. Avalanche's buffers lie in memory and hold
 references to datasets. renate is left out: none of its releases installs on Python 3.11 or later.

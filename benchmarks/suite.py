@@ -294,7 +294,9 @@ def herding(o: Options) -> Lines:
     n, d = (400, 128) if o.quick else (2_000, 512)
     features = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
     strategy = leanreplay.HerdingSelection()
+    wide = features.astype(np.float64)
     calls: Calls = {"ours": lambda: seconds(lambda: strategy.sorted_indices(features, None))}
+    calls["X @ X.T alone, float64"] = lambda: seconds(lambda: wide @ wide.T)
     if rivals.why_not("avalanche") is None:
         import torch
         from avalanche.training.storage_policy import HerdingSelectionStrategy
@@ -303,7 +305,6 @@ def herding(o: Options) -> Lines:
         given = torch.from_numpy(features)
         calls["avalanche"] = lambda: seconds(lambda: theirs.make_sorted_indices_from_features(given))
         orders = [np.asarray(strategy.sorted_indices(features, None)), np.asarray(theirs.make_sorted_indices_from_features(given))]
-        wide = features.astype(np.float64)
         distance = []
         for order in orders:
             if not np.array_equal(np.sort(order), np.arange(n)):
@@ -313,7 +314,8 @@ def herding(o: Options) -> Lines:
         first = n // 10  # later both choose among what is left, and rounding in float32 may send them apart
         if not np.array_equal(orders[0][:first], orders[1][:first]) and distance[0][:first].mean() > 1.01 * distance[1][:first].mean():
             raise WrongError("the herding orders differ, and ours is the worse")
-    return compare(f"herding, full order of n={n:,}, d={d}", calls, {"avalanche": 100.0}, 3 if o.quick else 15)
+    wanted = {"avalanche": 100.0, "X @ X.T alone, float64": None}
+    return compare(f"herding, full order of n={n:,}, d={d}", calls, wanted, 3 if o.quick else 15)
 
 
 def checkpoint(o: Options) -> Lines:

@@ -126,7 +126,7 @@ class BalancedPolicy(Policy):
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
         while True:
             room = min(self._groups.shape[0], self.slots // 2)
-            used, self.freed = kernel.plan_balanced(
+            used, freed = kernel.plan_balanced(
                 self._keys, self._links, self.scratch, self._groups, room, self._table, self._rest,
                 self._counters, self._new, self._mode, self._fixed, self.capacity, *self._keys01, start, most, groups, rows,
             )  # fmt: skip
@@ -134,6 +134,7 @@ class BalancedPolicy(Policy):
                 break
             self._make_room(2 * room)
         logged = int(self._counters[kernel.LOGGED])
+        self.freed = freed if freed.shape[0] else NO_ROWS
         self.new_log = self._new[:logged] if logged else NO_LOG
         return int(used)
 
@@ -321,8 +322,10 @@ class BalancedBuffer(DataBuffer):
             return number
         if at is not None:
             raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
-        seen = self._by_group()[1]
-        newest = max(seen) + step if seen else 0
+        store = self._require()
+        log = NO_LOG if store is None else store.log()
+        seen = log[log[:, 0] == 0, 1]  # the rows need not be looked at, which would take memory for each of them
+        newest = int(seen.max()) + step if seen.shape[0] else 0
         if newest >= 2**63:
             raise ArgumentError(f"experience {newest} does not fit into int64; give the number: experience=...")
         return newest

@@ -60,6 +60,8 @@ def as_batch(value: Any, name: str) -> Any:
 
 def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaError) -> np.ndarray[Any, Any]:
     """Numbers of any kind (list, array, tensor on any device) as an array. Raises `wrong` for what cannot become one."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise wrong(f"{name}: a masked array has no values where it is masked; use .filled(value), or leave those samples out")
     try:
         return values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -37,7 +37,7 @@ from .errors import (
 from .format import MAX_STREAM, STREAM_BITS, Table
 from .kernels import reservoir
 from .keys import key_pair
-from .policies import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
 from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_numpy
 from .store import Moved, Problem, Store, empty_state
 
@@ -563,13 +563,21 @@ class DataBuffer:
                 self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
                 store = self._store
                 continue
-            count = store.keep_last(rows[:used], start, self._samples, self._taken, self._places) if 0 < used <= m else -1
+            freed = policy.freed
+            if freed is not NO_ROWS:
+                _check_freed(store, policy, freed)
+            count = store.keep_last(rows[:used], freed, start, self._samples, self._taken, self._places) if 0 < used <= m else -1
+            if count == -2:
+                raise ArgumentError(
+                    f"{type(policy).__name__}.plan freed {freed.shape[0]} rows, of which some are not live, taken by the same plan, "
+                    "or given twice: rows that are live before it and free after it are allowed"
+                )
             if not 0 <= count <= most:
                 raise ArgumentError(
                     f"{type(policy).__name__}.plan used {used} of {m} samples and took {count} rows: "
                     f"1 to {m} samples, at most {most} rows from 0 to {self.max_size - 1}, or -1, are allowed"
                 )
-            taken, freed = self._taken[:count], policy.freed
+            taken = self._taken[:count]
             if moving is not None:
                 moving = _without(moving, taken, freed)
             if count:
@@ -1173,6 +1181,17 @@ def _without(moving: Moved, *gone: Ints) -> Moved | None:
         return moving
     sources = {f: (data, samples[stays]) for f, (data, samples) in moving.sources.items()}
     return Moved(moving.rows[stays], sources) if stays.any() else None
+
+
+def _check_freed(store: Any, policy: Policy, freed: Any) -> None:
+    """Raise ArgumentError for what no kernel must see, from a policy of the user's own."""
+    name = type(policy).__name__
+    if not isinstance(freed, np.ndarray) or freed.dtype != np.int64 or freed.ndim != 1 or not freed.flags.c_contiguous:
+        raise ArgumentError(f"{name}.plan set freed to {freed!r:.200}: it must be an (n,) int64 array of rows")
+    if freed.shape[0] and not store.table.log[1]:  # the journal has room for freed rows where there is a log
+        raise ArgumentError(
+            f"{name} frees rows, but its log_slots are 0, and so the file has no room to undo that; give it one slot or more"
+        )
 
 
 def places(indices: Sequence[int], size: int) -> Ints:

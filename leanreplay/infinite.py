@@ -92,7 +92,7 @@ class Parts:
     def log(self) -> Ints:
         return NO_LOG
 
-    def keep_last(self, rows: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
+    def keep_last(self, rows: Ints, freed: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
         """Every sample has a row of its own."""
         n = rows.shape[0]
         samples[:n], taken[:n], positions[:n] = np.arange(n), rows, np.arange(start, start + n)

@@ -154,7 +154,7 @@ def merge(
     """
     if mode not in ("x", "w"):
         raise ArgumentError(f"merge makes a new file: mode is 'x' or 'w', got {mode!r}")
-    if isinstance(paths, (str, bytes, os.PathLike, DataBuffer)):
+    if isinstance(paths, (str, bytes, os.PathLike, DataBuffer)) or not isinstance(paths, Iterable):
         raise ArgumentError(f"merge takes a list of paths or buffers, got {paths!r:.200}")
     given = list(paths)
     if not given:

@@ -26,9 +26,10 @@ class Policy:
 
     capacity: rows of the buffer. seed: the buffer's seed. state: 8 non-negative ints that are committed with every plan and handed
     back by `load`, for what cannot be derived from the index. needs_groups: whether `plan` looks at the groups.
-    A policy that gives rows up sets `freed` in `plan`: rows that are live now and free afterwards. One whose state grows keeps a
-    log: `log`, (entries, 2) int64, is there when `load` is called, and `plan` sets `new_log`, the entries to append; `slots` says
-    how many the file has room for. scratch: int32 per row, all 0, for `plan` to use and to leave so; it is there when `load` is called.
+    One whose state grows keeps a log: `log`, (entries, 2) int64, is there when `load` is called, and `plan` sets `new_log`, the
+    entries to append; `slots` says how many the file has room for. One with a log, be it of one slot, may give rows up: `plan` sets
+    `freed`, (n,) int64, rows that are live now and free afterwards. It also has scratch: int32 per row, all 0, for `plan` to use and
+    to leave so, there when `load` is called.
 
     A policy that keeps the first `capacity` samples and rejects all others:
 

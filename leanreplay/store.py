@@ -453,9 +453,9 @@ class Store:
         """A number per row, all 0 before and after each use."""
         return np.zeros(self.table.max_size, np.int32)
 
-    def keep_last(self, rows: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
+    def keep_last(self, rows: Ints, freed: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
         """Which samples survive their batch, see the kernel."""
-        return int(kernel.keep_last(rows, self.scratch, start, samples, taken, positions))
+        return int(kernel.keep_last(rows, freed, self._positions, self.scratch, start, samples, taken, positions))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -797,7 +797,8 @@ class Store:
             if freeing:
                 found = (found + int(kernel.save_freed(mem, cols, freed, table.freed_at, digests))) % 2**64
             if logging:
-                self._log.append(mem, head, sequence, new, live, count, freed[self._stamps[freed] != self._stamp])
+                fresh = self._stamps[freed] != self._stamp
+                self._log.append(mem, head, sequence, new, live, count, freed if fresh.all() else freed[fresh])  # mostly all, and many
                 self._stamps[freed] = self._stamp
                 if self.durable:
                     self._log.sync()

@@ -930,7 +930,8 @@ def test_labels_that_are_not_integers() -> None:
 
     n = 6
     wrong = [np.zeros(n), torch.zeros(n), np.array([2**63] * n, np.uint64), np.array(["a"] * n), np.zeros((n, 1), int), np.zeros(5, int)]
-    for labels in [*wrong, np.array([None] * n), np.array([2**70] * n, object), [0.5] * n, "abcdef", 2**63]:
+    masked = np.ma.masked_array(np.arange(n), [0, 1] * 3)
+    for labels in [*wrong, np.array([None] * n), np.array([2**70] * n, object), [0.5] * n, "abcdef", 2**63, masked]:
         with ClassBalancedBuffer(30) as buffer:
             with pytest.raises(SchemaError):
                 buffer.add(np.zeros(n), group=labels)
@@ -1108,6 +1109,19 @@ def test_experiences() -> None:
     with ExperienceBalancedBuffer(100) as buffer:  # the labels of samples do not matter
         buffer.update([(0.0, 5), (0.0, 6)], experience=3)
         assert buffer.group_sizes() == {3: 2}
+
+
+def test_numbering_experiences_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G4: the newest one stands in the log. A list of the rows of each would be ten times the memory of the heaps, every time."""
+    with ExperienceBalancedBuffer(2) as buffer:
+        monkeypatch.setattr(BalancedBuffer, "_by_group", None)
+        for _ in range(4):
+            buffer.update([0.0, 1.0])
+        buffer.add(np.arange(3.0))
+        monkeypatch.undo()
+        assert list(buffer.groups) == [0, 1, 2, 3]  # of which two have no row
+        buffer.update([0.0])
+        assert list(buffer.groups) == [0, 1, 2, 3, 4]
 
 
 def test_experiences_again_at_a_position() -> None:

@@ -77,8 +77,14 @@ def test_every_contender_takes_turns_and_slow_ones_fewer():
     def call(name, seconds):
         return lambda: turns.append(name) or seconds
 
-    found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 3)
-    assert turns == ["a", "b"] * 4 and found == {"ours": [1.0] * 3, "theirs": [2.0] * 3}
+    found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 30)
+    rounds = list(zip(turns[::2], turns[1::2], strict=True))
+    assert len(rounds) == 31 and set(rounds) == {("a", "b"), ("b", "a")}  # in any order, the same in every run
+    assert found == {"ours": [1.0] * 30, "theirs": [2.0] * 30}
+    first = list(turns)
+    turns.clear()
+    interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 30)
+    assert turns == first
     found = interleaved({"ours": call("a", 1.0), "theirs": call("b", 2.0)}, 5, budget=0.0)
     assert found == {"ours": [1.0] * 2, "theirs": [2.0] * 2}
 
@@ -91,7 +97,10 @@ def test_a_line_for_each_rival_with_ratio_and_verdict():
     rows = [row for row in text.splitlines() if row.startswith("|")]
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
     assert "**missed**" in rows[2] and "met" in rows[3] and "- other, cpprb: skipped, not installed" in text
-    assert report.summary(lines).startswith("1 of 2 wanted ratios met")
+    assert report.summary(lines).startswith("1 of 2 wanted ratios met. Missed:\n\n- work, beside np.take: 1.5 of 2")
+    assert "out of reach" not in report.summary(lines)
+    lines = compare("work", calls | {"cpprb": lambda: 9.0}, {"np.take": None, "cpprb": 5.0}, 3)  # np.take itself is 3 times as fast
+    assert report.summary(lines) == ("0 of 1 wanted ratios met. Missed:\n\n- work, beside cpprb: 4.5 of 5; out of reach here, np.take is 3")
 
 
 def test_sections_of_others_survive(tmp_path):

@@ -712,6 +712,76 @@ def test_a_policy_that_plans_nonsense_is_stopped() -> None:
         assert len(buffer) == 0 and buffer.check() == []
 
 
+@pytest.mark.parametrize("slots", [0, 1])
+def test_a_policy_that_frees_rows(slots: int) -> None:
+    """Without a log the file has no room to undo that: what is not refused is written beyond the journal, or beyond the map."""
+
+    class ClearingPolicy(Policy):
+        """Fills up; then every sample leaves the first row alone."""
+
+        log_slots = staticmethod(lambda capacity: slots)
+
+        def load(self, positions: Any, groups: Any) -> None:
+            self.live = np.flatnonzero(positions >= 0)
+
+        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
+            self.freed = self.live[1:] if len(self.live) == self.capacity else np.zeros(0, np.int64)
+            rows[0] = -1 if self.freed.shape[0] else len(self.live)
+            self.live = np.append(self.live, rows[:1]) if rows[0] >= 0 else self.live[:1]
+            return 1
+
+    class ClearingBuffer(DataBuffer):
+        policy_class = ClearingPolicy
+
+    with ClearingBuffer(5000) as buffer:  # rows enough for a write outside to be one beyond the map
+        buffer.add(np.zeros((5000, 1), np.uint8))
+        if slots:
+            buffer.add(np.zeros((1, 1), np.uint8))
+        else:
+            with pytest.raises(leanreplay.ArgumentError, match="ClearingPolicy frees rows, but its log_slots are 0"):
+                buffer.add(np.zeros((1, 1), np.uint8))
+        assert (len(buffer), buffer.seen) == ((1, 5001) if slots else (5000, 5000))
+        assert buffer.check() == []
+
+
+@pytest.mark.parametrize(
+    "wrong", ["out of range", "below", "far out", "free", "taken", "twice", "a list", "floats", "a matrix", "a stride"]
+)
+def test_a_policy_that_frees_nonsense_is_stopped(wrong: str) -> None:
+    """And the next plan is that of the state before, scratch included."""
+    freed: Any = {
+        "out of range": [2, 10], "below": [2, -1], "far out": [2**62, 2], "free": [2, 7], "taken": [2, 3], "twice": [2, 2], "a list": [2],
+        "floats": [2.0], "a matrix": [[2]], "a stride": [2, 0, 1],
+    }[wrong]  # fmt: skip
+    freed = freed if wrong == "a list" else np.array(freed)[:: 2 if wrong == "a stride" else 1]
+    scratch = []
+
+    class WrongPolicy(Policy):
+        log_slots = staticmethod(lambda capacity: 1)
+
+        def load(self, positions: Any, groups: Any) -> None:
+            self.size = len(positions)
+            scratch.append(self.scratch)
+
+        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
+            rows[0], self.freed = (self.size, np.zeros(0, np.int64)) if self.size < 5 else (3, freed)
+            self.size += 1
+            return 1
+
+    class WrongBuffer(DataBuffer):
+        policy_class = WrongPolicy
+
+    with WrongBuffer(10) as buffer:
+        feed(buffer, 0, 5)
+        for _ in range(2):
+            with pytest.raises(leanreplay.ArgumentError, match=r"WrongPolicy\.plan (set freed to|freed \d rows)"):
+                feed(buffer, 5, 6)
+            assert (len(buffer), buffer.seen, buffer.check()) == (5, 5, [])
+        assert len(scratch) == 2
+        assert all(s.shape == (10,) and not s.any() for s in scratch)
+        assert_samples(*buffer.get(range(5)))
+
+
 def test_copies_of_the_object_read(where: Path | None) -> None:
     with ReservoirBuffer(20, where) as buffer:
         feed(buffer, 0, 50)

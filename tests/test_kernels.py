@@ -1009,13 +1009,39 @@ def test_keep_last(run: None, taken: list[int], wanted: list[tuple[int, int]] | 
     """Of the samples that take one row the last survives; rows outside are refused before anything is noted."""
     slots = np.zeros(5, np.int32)
     samples, found, positions = (np.full(len(taken), -9) for _ in range(3))
-    count = rows.keep_last(read_only(np.array(taken, np.int64)), slots, 1000, samples, found, positions)
+    index = read_only(np.zeros(5, np.int64))
+    count = rows.keep_last(read_only(np.array(taken, np.int64)), np.zeros(0, np.int64), index, slots, 1000, samples, found, positions)
     assert not slots.any()
     if wanted is None:
         assert count == -1
     else:
         assert list(zip(found[:count].tolist(), samples[:count].tolist(), strict=True)) == wanted
         assert positions[:count].tolist() == [1000 + s for _, s in wanted]
+
+
+@pytest.mark.parametrize(
+    ("freed", "right"),
+    [
+        ([], True),
+        ([3], True),
+        ([3, 0], True),
+        ([3, 3], False),
+        ([0, 1], False),  # taken
+        ([0, 2], False),  # free before
+        ([0, 5], False),
+        ([0, -1], False),
+        ([2**62, 0], False),
+    ],
+)
+def test_keep_last_looks_at_freed_rows(run: None, freed: list[int], right: bool) -> None:
+    """Rows that a policy gives up are live, not taken, and there once: else the journal could not undo them, nor hold them."""
+    slots, index = np.zeros(5, np.int32), np.array([7, 8, -1, 9, 0])
+    samples, found, positions = (np.full(3, -9) for _ in range(3))
+    given = np.array(freed, np.int64)
+    count = rows.keep_last(np.array([4, -1, 1]), given, index, slots, 1000, samples, found, positions)
+    assert not slots.any()
+    assert count == (2 if right else -2)
+    assert given.tolist() == freed
 
 
 @pytest.mark.parametrize("chosen", [[], [0], [1], [6, 2, 5, 0, 3], [6, 5, 4, 3, 2, 1, 0]])

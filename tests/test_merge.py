@@ -388,6 +388,21 @@ def test_sizes_of_groups() -> None:
             assert sorted(buffer.group_sizes().values()) == [3, 3, 4]
 
 
+def test_fixed_quotas_that_leave_rows_over() -> None:
+    """Rows that no quota covers were free in the inputs too: they are no reason for a warning, rows that full groups lack are."""
+    parts = []
+    for stream in range(2):
+        part = ClassBalancedBuffer(10, seed=SEED, stream=stream, adaptive_size=False, total_num_classes=4)
+        part.add(np.arange(40), group=np.arange(40) % 2)
+        parts.append(part)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CapacityWarning)
+        with merge(parts) as buffer:
+            assert buffer.group_sizes() == {0: 2, 1: 2}
+    with pytest.warns(CapacityWarning, match="no more than 14"), merge(parts, max_size=20) as buffer:
+        assert buffer.group_sizes() == {0: 2, 1: 2}  # and 5 each for two more classes would go beside them
+
+
 def test_groups_that_were_not_full() -> None:
     """Groups that no input dropped a sample of, but that have too many together, are full from now on."""
     parts = []
@@ -683,6 +698,8 @@ def test_refused_arguments(pair: list[str], tmp_path: Path) -> None:
     a, b = pair
     out = tmp_path / "all.h5"
     refuse(ArgumentError, ["at least one"], [], out)
+    refuse(ArgumentError, ["list of paths", "None"], None, out)
+    refuse(ArgumentError, ["list of paths", "5"], 5, out)
     refuse(ArgumentError, ["list of paths", a], a, out)
     refuse(ArgumentError, ["'r+'"], pair, out, mode="r+")
     refuse(ArgumentError, ["given twice", a], [a, b, a], out)

@@ -561,6 +561,7 @@ def test_weights_of_any_kind(kind: str) -> None:
         (2.0, SchemaError, ["expected 4", "()"]),
         (["a", "b", "c", "d"], SchemaError, ["expected 4 real numbers", "<U1"]),
         (np.ones(4, complex), SchemaError, ["real", "complex128"]),
+        (np.ma.masked_array(np.ones(4), [0, 1, 0, 0]), SchemaError, ["weights", "masked", "filled"]),
         ([[1], [2, 3], [1], [1]], SchemaError, ["weights"]),
     ],
     ids=lambda v: str(v)[:24],

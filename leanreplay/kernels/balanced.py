@@ -316,7 +316,7 @@ def plan_balanced(
     log: (2 * groups, 2) int64, receives what to append to the file's log: LOGGED entries. holder: int32 per row, all 0 before
     and after. Every row stands in `out` once at most. Returns the samples used, and the rows that were live and are free now.
     """
-    visited = np.empty(capacity, np.int32)  # of which only the front is ever touched
+    visited = np.empty(capacity, np.int64)  # of which only the front is ever touched
     counters[VISITED] = counters[LOGGED] = 0
     used = out.shape[0]
     taken = 0
@@ -398,7 +398,7 @@ def plan_balanced(
             taken += 1
     freed = 0
     for v in range(counters[VISITED]):
-        row = np.int64(visited[v])
+        row = visited[v]
         live = row >= 0
         if not live:
             row = ~row
@@ -406,10 +406,7 @@ def plan_balanced(
             visited[freed] = row
             freed += 1
         holder[row] = 0
-    gone = np.empty(freed, np.int64)
-    for v in range(freed):
-        gone[v] = visited[v]
-    return used, gone
+    return used, visited[:freed]
 
 
 @njit

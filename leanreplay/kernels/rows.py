@@ -299,12 +299,13 @@ def read_record(record, cols, row, out, places):
 
 
 @njit
-def keep_last(rows, slots, start, samples, taken, positions):
+def keep_last(rows, freed, index, slots, start, samples, taken, positions):
     """The last sample of each row that is taken.
 
-    rows: (n,) int64, the row that sample i takes, or -1. slots: int32 per row of the buffer, all 0 before and after.
-    samples, taken, positions: (n,) int64, receive sample, row and stream position (start + sample) of each survivor. Returns
-    their number, or -1 if some row is outside the buffer.
+    rows: (n,) int64, the row that sample i takes, or -1. freed: int64, rows to be free. index: the positions of all rows. slots: int32
+    per row of the buffer, all 0 before and after. samples, taken, positions: (n,) int64, receive sample, row and stream position
+    (start + sample) of each survivor. Returns their number, -1 if some row is outside the buffer, or -2 if one of `freed` is, or is
+    not live, taken, or there twice.
     """
     for i in range(rows.shape[0]):
         if rows[i] < -1 or rows[i] >= slots.shape[0]:
@@ -321,10 +322,19 @@ def keep_last(rows, slots, start, samples, taken, positions):
             slots[r] = count
         else:
             samples[slots[r] - 1] = i
+    wrong = freed.shape[0]
+    for i in range(freed.shape[0]):
+        r = freed[i]
+        if r < 0 or r >= slots.shape[0] or slots[r] != 0 or index[r] < 0:
+            wrong = i
+            break
+        slots[r] = -1
+    for i in range(wrong):
+        slots[freed[i]] = 0
     for i in range(count):
         slots[taken[i]] = 0
         positions[i] = start + samples[i]
-    return count
+    return count if wrong == freed.shape[0] else -2
 
 
 @inlined

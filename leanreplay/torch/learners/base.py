@@ -12,13 +12,14 @@ import torch
 
 from ...batches import required
 from ...buffers import DataBuffer
-from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError
+from ...errors import ArgumentError, ModeError, SchemaError, StateError
 from ...parametric import ParametricBuffer
 from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, to_torch
 from ..distributed import unwrapped
+from . import checks
 from .replay import Replay, Statistics, check_layers, forward
 from .term import Term, fraction, number
 
@@ -251,7 +252,9 @@ class ReplayLearner:
         except BaseException as error:
             self._statistics.put_back()
             if isinstance(error, (IndexError, RuntimeError)):
-                self._explain(error, inputs, targets, draws)
+                checks.explain(error, self.module, inputs, targets, self.outputs if self._cross_entropy else None)
+                if self._labels and inputs.is_cpu:
+                    self._check_labels(targets, draws)
             raise
         finally:
             self.mask = None
@@ -378,7 +381,8 @@ class ReplayLearner:
                 total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
-        self._check_finite(total, losses, n, draws)
+        *values, self._total = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
+        self.losses = dict(zip(losses, values, strict=True))
         if new:  # last, as terms say more clearly what is wrong
             self._check_stored(x, y, stored)
             self._kept = kept
@@ -391,53 +395,10 @@ class ReplayLearner:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
         return self.loss_fn(outputs, targets)
 
-    def _explain(self, error: Exception, inputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
-        """Raise an ArgumentError for an error of torch's that comes from a batch which does not fit the model or the loss."""
-        places = {p.device for p in self.module.parameters()}
-        if inputs.device not in places:
-            where = ", ".join(sorted(map(str, places)))
-            raise ArgumentError(f"the batch is on {inputs.device}, the model on {where}; give device=, or move the model") from error
-        if targets.device != inputs.device:
-            raise ArgumentError(f"x is on {inputs.device}, y on {targets.device}; give device=, or move one of them") from error
-        dtypes = {p.dtype for p in self.module.parameters()}
-        if inputs.dtype not in dtypes and "type" in str(error):
-            raise ArgumentError(
-                f"the model does not take x of {inputs.dtype}: {str(error).splitlines()[0]:.200}; its parameters are "
-                f"{', '.join(sorted(map(str, dtypes)))}: convert x before, or with transform and buffer_transform"
-            ) from error
-        outputs = self.outputs
-        if self._cross_entropy and outputs.shape[:1] == inputs.shape[:1]:
-            numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1] + outputs.shape[2:]
-            if not numbers and not (targets.is_floating_point() and targets.shape == outputs.shape):
-                raise ArgumentError(
-                    f"labels are {targets.dtype} of shape {tuple(targets.shape)}; for outputs of {tuple(outputs.shape)} expected are "
-                    f"classes, int64 of shape {tuple(outputs.shape[:1] + outputs.shape[2:])}, or probabilities of the same shape: "
-                    "convert them, or give another loss_fn"
-                ) from error
-        if self._labels and inputs.device.type == "cpu":
-            self._check_labels(targets, draws)
-
     def _check_labels(self, labels: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
-        outputs = self._outputs[0]
-        if outputs.ndim != 2:
-            return
-        classes = outputs.shape[1]
-        for where, y in (
-            ("batch", labels),
-            *(("replayed samples", replay.y if replay.labels is None else replay.labels) for _, replay in draws),
-        ):
-            if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
-                continue
-            low, high = (int(v) for v in torch.aminmax(y))
-            if low < 0 and self._ignored is not None:  # as cross entropy does
-                others = y[y != self._ignored]
-                low, high = (int(v) for v in torch.aminmax(others)) if others.shape[0] else (0, 0)
-            if low < 0 or high >= classes:
-                raise ArgumentError(
-                    f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
-                    f"{classes - 1}; give the model more outputs, or map the labels with target_transform"
-                )
+        drawn = [("replayed samples", replay.y if replay.labels is None else replay.labels) for _, replay in draws]
+        checks.labels(self._outputs[0], [("batch", labels), *drawn], self._ignored)
 
     def _mark_seen(self, outputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> torch.Tensor:
         """Which classes occurred up to and with this batch, (outputs,) bool."""
@@ -484,25 +445,6 @@ class ReplayLearner:
         if shapes != others:
             raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
         self.buffer.check_batch((x, y), metadata=stored or None)
-
-    def _check_finite(self, total: torch.Tensor, losses: dict[str, torch.Tensor], n: int, draws: list[tuple[Term, Replay]]) -> None:
-        """Fill `self.losses` and `self._total`; raise LossError unless all are finite. The one place that waits for the device."""
-        for name, value in losses.items():
-            if not isinstance(value, torch.Tensor) or value.ndim:
-                shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-                raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
-        if total is losses[self._first]:
-            values = [float(total.item())]
-            self._total, self.losses = values[0], {self._first: values[0]}
-        else:
-            values = torch.stack([t.detach() for t in (*losses.values(), total)]).tolist()
-            self._total, self.losses = values[-1], dict(zip(losses, values, strict=False))
-        if not all(map(math.isfinite, values)):
-            wrong, what = next((k, v) for k, v in {**self.losses, "whole": self._total}.items() if not math.isfinite(v))
-            raise LossError(
-                f"the {wrong} loss of step {self.steps} is {what} (batch of {n}, {len(draws[0][1]) if draws else 0} replayed): this batch "
-                "was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip gradients"
-            )
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
