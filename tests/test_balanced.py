@@ -134,6 +134,7 @@ def assert_agree(buffer: BalancedBuffer, wanted: Grouped, note: str = "") -> Non
     assert list(sizes.items()) == sorted(wanted.sizes().items()), note
     if wanted.seen == 0:
         return
+    assert buffer._store.high == max(wanted.rows, default=-1) + 1, note  # draws depend on it, and must not on how batches were cut
     rows, positions = buffer.get_metadata("idx").tolist(), buffer.get_metadata("position").tolist()
     assert dict(zip(rows, positions, strict=True)) == wanted.rows, note
     x, meta = buffer.get(rows)
