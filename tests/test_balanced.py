@@ -1123,6 +1123,10 @@ def test_numbering_experiences_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) 
         assert list(buffer.groups) == [0, 1, 2, 3]  # of which two have no row
         buffer.update([0.0])
         assert list(buffer.groups) == [0, 1, 2, 3, 4]
+    with ExperienceBalancedBuffer(2) as buffer:
+        buffer.update([0.0, 1.0, 2.0], experience=-9)  # full, which the log tells by the number of its entry
+        buffer.add(np.arange(3.0))
+        assert list(buffer.groups) == [-9]
 
 
 def test_experiences_again_at_a_position() -> None:

@@ -195,6 +195,14 @@ def test_features_as_an_array_and_as_metadata():
         same(buffer, model)
 
 
+def test_the_argument_comes_before_the_metadata():
+    x = np.arange(9.0)[:, None]
+    for features, wanted in ((None, 4), (x[[4, 1, 2, 3, 0, 5, 6, 7, 8]], 0), (lambda batch: np.roll(batch, 1, axis=0), 5)):
+        buffer = lr.ParametricBuffer(1, selection_strategy=lr.ClosestToCenterSelection())
+        buffer.add(x, metadata={"features": x}, features=features)
+        assert buffer.get_metadata("position").tolist() == [wanted]
+
+
 def test_an_array_will_not_do_for_a_group_fed_again():
     x, y = data(100, 2)
     buffer = lr.ParametricBuffer(10, groupby="class", selection_strategy=lr.HerdingSelection())
@@ -255,6 +263,12 @@ def test_random_selection_obeys_the_capacity_rule():
     best = lr.ParametricBuffer(6, groupby="class", seed=1)
     best.add((x, y))
     assert sorted(best.get_metadata("position")) == sorted(buffer.get_metadata("position"))
+    resized = lr.ParametricBuffer(400, groupby="class", seed=1)  # nothing but `resize` drops samples of this one
+    resized.add((x[:200], y[:200]))
+    resized.resize(6)
+    resized.resize(30)
+    resized.add((x[200:], y[200:]))
+    assert sorted(best.get_metadata("position")) == sorted(resized.get_metadata("position"))
 
 
 def test_groupings():
