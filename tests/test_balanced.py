@@ -134,6 +134,7 @@ def assert_agree(buffer: BalancedBuffer, wanted: Grouped, note: str = "") -> Non
     assert list(sizes.items()) == sorted(wanted.sizes().items()), note
     if wanted.seen == 0:
         return
+    assert buffer._store.high == max(wanted.rows, default=-1) + 1, note  # draws depend on it, and must not on how batches were cut
     rows, positions = buffer.get_metadata("idx").tolist(), buffer.get_metadata("position").tolist()
     assert dict(zip(rows, positions, strict=True)) == wanted.rows, note
     x, meta = buffer.get(rows)
@@ -1122,6 +1123,10 @@ def test_numbering_experiences_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) 
         assert list(buffer.groups) == [0, 1, 2, 3]  # of which two have no row
         buffer.update([0.0])
         assert list(buffer.groups) == [0, 1, 2, 3, 4]
+    with ExperienceBalancedBuffer(2) as buffer:
+        buffer.update([0.0, 1.0, 2.0], experience=-9)  # full, which the log tells by the number of its entry
+        buffer.add(np.arange(3.0))
+        assert list(buffer.groups) == [-9]
 
 
 def test_experiences_again_at_a_position() -> None:

@@ -754,6 +754,30 @@ def test_readers_of_a_group_get_no_other(tmp_path: Any) -> None:
                 continue
 
 
+def test_readers_of_a_row_that_went_to_another_group(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit between looking up a group's rows and reading them: they are looked up again."""
+    path = str(tmp_path / "b.h5")
+    with leanreplay.ClassBalancedBuffer(8, path) as writer:
+        writer.add(np.arange(8), group=0)
+        with leanreplay.open(path) as reader:
+            store = reader._store  # type: ignore[attr-defined]
+            original, found = store.read, []
+
+            def read(rows: Any, *rest: Any) -> Any:
+                if writer.seen == 8:
+                    writer.add(np.arange(8, 12), group=1)
+                arrays, index = original(rows, *rest)
+                found.append(index[1].tolist())
+                return arrays, index
+
+            monkeypatch.setattr(store, "read", read)
+            items = reader.groups[0].__getitems__([0, 1, 2, 3])  # type: ignore[attr-defined]
+    assert len(found) == 2
+    assert 1 in found[0]
+    assert [x for x, _ in items] == sorted(x for x, _ in items)
+    assert all(x < 8 for x, _ in items)
+
+
 def test_readers_of_a_busy_writer(tmp_path: Any) -> None:
     """While groups come and go, a reader sees some state of the stream, whole: sizes, rows and samples that belong together."""
     path = str(tmp_path / "b.h5")

@@ -744,6 +744,43 @@ def test_a_policy_that_frees_rows(slots: int) -> None:
         assert buffer.check() == []
 
 
+def test_a_policy_that_takes_and_frees_rows() -> None:
+    """In one commit, without a word for the log, also with restore points: each sample takes a row, and the oldest is given up."""
+
+    class WanderingPolicy(Policy):
+        log_slots = staticmethod(lambda capacity: 1)
+
+        def load(self, positions: Any, groups: Any) -> None:
+            self.live = np.flatnonzero(positions >= 0)
+
+        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
+            rows[0] = start % self.capacity
+            self.freed = self.live[:1] if len(self.live) > 2 else np.zeros(0, np.int64)
+            self.live = np.append(self.live[len(self.freed) :], rows[:1])
+            return 1
+
+    class WanderingBuffer(DataBuffer):
+        policy_class = WanderingPolicy
+
+    def held(buffer: DataBuffer) -> list[tuple[int, int]]:
+        assert buffer.check() == []
+        rows = buffer.get_metadata("idx")
+        assert_samples(*buffer.get(rows))
+        return list(zip(rows.tolist(), buffer.get_metadata("position").tolist(), strict=True))
+
+    with WanderingBuffer(10) as buffer:
+        states = []
+        for step in (6, 2, 1):
+            feed(buffer, buffer.seen, buffer.seen + step)
+            wanted = sorted((p % 10, p) for p in range(buffer.seen - 3, buffer.seen))
+            assert held(buffer) == wanted
+            states = [*states, (buffer.state_dict(), wanted)][-2:]
+        feed(buffer, 9, 10)
+        for state, wanted in reversed(states):
+            buffer.load_state_dict(state)
+            assert held(buffer) == wanted
+
+
 @pytest.mark.parametrize(
     "wrong", ["out of range", "below", "far out", "free", "taken", "twice", "a list", "floats", "a matrix", "a stride"]
 )

@@ -7,6 +7,8 @@ import os
 
 import numpy as np
 import pytest
+from grouped_oracle import keyed
+from grouped_oracle import quotas as group_quotas_by_definition
 
 import leanreplay as lr
 from leanreplay import store
@@ -88,6 +90,98 @@ def test_against_the_definition(tmp_path, strategy, where, how):
         buffer.close()
 
 
+class LargestFirst(lr.SelectionStrategy):
+    """Looks at the samples, gives all of them whatever the count; equal ones in the order they come in."""
+
+    def sorted_indices_of(self, dataset, count=None):
+        return sorted(range(len(dataset)), key=lambda i: -dataset[i][0].sum())
+
+
+def order_of(strategy, x, positions, key):
+    """The definition, in float64: indices into x, (n, d), the best first; of those that tie the first."""
+    x = x.astype(np.float64)
+    if strategy is LargestFirst:
+        return sorted(range(len(x)), key=lambda i: -x[i].sum())
+    if strategy is lr.RandomSelection:
+        return sorted(range(len(x)), key=lambda i: -key(positions[i]))
+    distances = np.linalg.norm(x - x.mean(axis=0), axis=1)
+    if strategy is lr.ClosestToCenterSelection:
+        return np.argsort(distances, kind="stable").tolist()
+    chosen, total = [], np.zeros(x.shape[1])
+    for k in range(1, len(x) + 1):
+        distances = np.linalg.norm(x.mean(axis=0) - (x + total) / k, axis=1)
+        distances[chosen] = np.inf
+        chosen.append(int(np.argmin(distances)))
+        total += x[chosen[-1]]
+    return chosen
+
+
+@pytest.mark.parametrize("strategy", [LargestFirst, lr.RandomSelection, lr.ClosestToCenterSelection, lr.HerdingSelection])
+def test_any_history(tmp_path, strategy):
+    """Groups that come and stay away, ties, resizing, reopening, going back, batches seen in part: always the definition's ranks."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        size = int(rng.choice([1, 3, 10, 40]))
+        path = tmp_path / f"{seed}.h5" if seed % 2 else None
+        buffer = lr.ParametricBuffer(size, path, groupby="class", selection_strategy=strategy(), seed=seed)
+        key, hashed = keyed("reservoir", seed), keyed("group", seed)
+        samples, groups, full, points = [], {}, set(), []  # all that was fed; positions by rank of each group; who may not grow
+
+        def quotas(size, groups=groups, full=full, hashed=hashed):
+            found = group_quotas_by_definition(size, list(groups), hashed)
+            held = {g: len(p) for g, p in groups.items()}
+            return {g: min(q, held[g]) if strategy is lr.RandomSelection and g in full else q for g, q in found.items()}
+
+        for _ in range(8):
+            what = rng.random()
+            if what < 0.7 or not samples:
+                n, seen = int(rng.choice([1, 3, 20, 50])), len(samples)
+                x = rng.integers(-3, 4, (n, 3)) if rng.random() < 0.5 else rng.normal(size=(n, 3))
+                x, y = x.astype(np.float32), rng.choice(rng.choice([-(2**63), -1, 0, 5, 2**40], int(rng.integers(1, 4))), n)
+                again = int(rng.integers(0, min(seen, 4) + 1))  # samples before them, which the buffer has seen
+                both = [*samples[seen - again :], *zip(x, y, strict=True)]
+                batch = np.array([one for one, _ in both]), np.array([label for _, label in both])
+                features = (lambda b: b[0]) if strategy in (lr.HerdingSelection, lr.ClosestToCenterSelection) else None
+                buffer.add(batch, features=features, at=seen - again)
+                samples += zip(x, y, strict=True)
+                for g in y.tolist():
+                    groups.setdefault(g, [])
+                quota = quotas(size)
+                for g, held in groups.items():
+                    candidates = held + [seen + i for i in np.flatnonzero(y == g).tolist()]
+                    if g in y:
+                        values = np.array([samples[p][0] for p in candidates])
+                        groups[g] = [candidates[i] for i in order_of(strategy, values, candidates, key)]
+                    groups[g] = groups[g][: quota[g]]
+                    full |= {g} if len(candidates) > quota[g] else set()
+            elif what < 0.8:
+                new = int(rng.choice([1, size + 7, max(1, size // 2)]))
+                buffer.resize(new)
+                points = []
+                if new != size:
+                    quota = quotas(new)
+                    full |= {g for g in groups if len(groups[g]) > quota[g]}
+                    groups.update({g: groups[g][: quota[g]] for g in groups})
+                size = new
+            elif what < 0.87 and path:
+                buffer.close()
+                buffer = lr.ParametricBuffer(path=path, mode="r+", selection_strategy=strategy())
+            elif what < 0.93 or not points:
+                points = [(buffer.state_dict(), len(samples), dict(groups), set(full))]
+            else:
+                state, seen, before, were_full = points[0]
+                buffer.load_state_dict(state)
+                del samples[seen:]
+                groups.clear(), groups.update(before), full.clear(), full.update(were_full)
+            assert buffer.check() == [] and buffer.seen == len(samples)
+            assert buffer.group_sizes() == {g: len(p) for g, p in sorted(groups.items())}, seed
+            for g, positions in groups.items():
+                assert ranking(buffer, g) == positions, seed
+            (xs, _), meta = buffer.get(buffer.get_metadata("idx"))
+            assert all((one == samples[p][0]).all() for one, p in zip(xs, meta["position"].tolist(), strict=True))
+        buffer.close()
+
+
 def test_features_as_an_array_and_as_metadata():
     x, y = data(200, 3)
     strategy = lr.HerdingSelection()
@@ -99,6 +193,14 @@ def test_features_as_an_array_and_as_metadata():
         buffer.add((x[part], y[part]), metadata={"features": x[part]}, features=features)
         model.feed(np.arange(start, start + 100), y[part])
         same(buffer, model)
+
+
+def test_the_argument_comes_before_the_metadata():
+    x = np.arange(9.0)[:, None]
+    for features, wanted in ((None, 4), (x[[4, 1, 2, 3, 0, 5, 6, 7, 8]], 0), (lambda batch: np.roll(batch, 1, axis=0), 5)):
+        buffer = lr.ParametricBuffer(1, selection_strategy=lr.ClosestToCenterSelection())
+        buffer.add(x, metadata={"features": x}, features=features)
+        assert buffer.get_metadata("position").tolist() == [wanted]
 
 
 def test_an_array_will_not_do_for_a_group_fed_again():
@@ -161,6 +263,12 @@ def test_random_selection_obeys_the_capacity_rule():
     best = lr.ParametricBuffer(6, groupby="class", seed=1)
     best.add((x, y))
     assert sorted(best.get_metadata("position")) == sorted(buffer.get_metadata("position"))
+    resized = lr.ParametricBuffer(400, groupby="class", seed=1)  # nothing but `resize` drops samples of this one
+    resized.add((x[:200], y[:200]))
+    resized.resize(6)
+    resized.resize(30)
+    resized.add((x[200:], y[200:]))
+    assert sorted(best.get_metadata("position")) == sorted(resized.get_metadata("position"))
 
 
 def test_groupings():
@@ -404,6 +512,31 @@ def test_a_dataset_that_uses_the_buffer_is_stopped():
         with pytest.raises(lr.ModeError, match="dataset"):
             buffer.update(Meddling(functools.partial(meddle, buffer)))
         assert buffer.check() == []
+
+
+@pytest.mark.parametrize("meddle", ["features", "strategy"])
+def test_features_and_strategies_that_use_the_buffer_are_stopped(meddle):
+    """What they add stands, and is not planned over; reading is fine."""
+
+    class Meddling(lr.HerdingSelection):
+        def sorted_indices(self, features, count=None):
+            if meddle == "strategy" and buffer.seen == 4:
+                buffer.set_metadata("note", buffer.get_metadata("note") + 1)
+            return super().sorted_indices(features, count)
+
+    def features(batch):
+        if meddle == "features" and buffer.seen == 4 and batch[0].shape[0] > 2:
+            buffer.add((np.ones(2), np.ones(2, int)), features=np.ones((2, 1)), metadata={"note": np.zeros(2)}, group=7)
+        buffer.sample(2)
+        return batch[0][:, None]
+
+    buffer = lr.ParametricBuffer(10, groupby="class", selection_strategy=Meddling())
+    buffer.add((np.arange(4.0), np.array([0, 1, 0, 1])), features=np.ones((4, 1)), metadata={"note": np.zeros(4)})
+    with pytest.raises(lr.ModeError, match="features"):
+        buffer.add((np.arange(40.0), np.arange(40) % 2), features=features, metadata={"note": np.zeros(40)})
+    assert buffer.check() == []
+    assert buffer.group_sizes() == ({0: 2, 1: 2, 7: 2} if meddle == "features" else {0: 2, 1: 2})
+    assert (buffer.get_metadata("note") == 0).all() == (meddle == "features")
 
 
 def test_at_skips_what_was_seen():

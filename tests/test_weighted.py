@@ -487,13 +487,16 @@ def test_zero_weights() -> None:
         buffer.add(samples(50, 53), weights=[1, TINY, -0.0])
         buffer.add(samples(53, 300), weights=[0] * 247)
         assert held(buffer) == [50, 51]
+        buffer.resize(2)
+        buffer.add(samples(300, 310), weights=np.zeros(10))  # the buffer is full, and yet has dropped nothing
+        assert buffer._store.policy[0] == 0
         with warnings.catch_warnings():
             warnings.simplefilter("error", CapacityWarning)
             buffer.resize(30)
-        buffer.add(samples(300, 320), weights=np.ones(20))
-        assert held(buffer) == [50, 51, *range(300, 320)]
+        buffer.add(samples(310, 330), weights=np.ones(20))
+        assert held(buffer) == [50, 51, *range(310, 330)]
         assert buffer._store.policy[0] == 0
-        buffer.add(samples(320, 340), weights=np.ones(20))
+        buffer.add(samples(330, 350), weights=np.ones(20))
         assert len(buffer) == 30
         assert buffer._store.policy[0] == 30
 
