@@ -860,7 +860,7 @@ class Store:
         if overwritten > self._journal_ready:
             self._extend_journal(overwritten)
         if self._faulted < self.table.max_size:
-            top = int(rows.max()) + 1
+            top = (max(rows.tolist()) if n < 100 else int(rows.max())) + 1  # of few rows a list is faster
             if top > self._faulted:
                 self._fault_in(top)
         seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS], seal[J_FREED] = self._tag, sequence, now[H_STATE], 0
