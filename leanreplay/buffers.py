@@ -646,12 +646,19 @@ class DataBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
-        return self._sample(n, replace)
+        return self._sample(n, replace)  # type: ignore[return-value]
 
-    def _sample(self, n: int, replace: bool = False, room: int = 0) -> tuple[Any, dict[str, Any]]:
-        """`sample`; room: entries, of any content, that the arrays of the batch begin with, for another batch to stand there."""
+    def _sample(self, n: int, replace: bool = False, room: int = 0, at_most: bool = False) -> tuple[Any, dict[str, Any]] | None:
+        """`sample`; room: entries, of any content, that the arrays of the batch begin with, for another batch to stand there.
+
+        at_most: take as many as there are, if fewer; None if there are none.
+        """
         with self._lock:
             store = self._require()
+            if at_most:
+                if store is None or not store.size:
+                    return None
+                n = min(n, store.size)
             if type(n) is not int or not 0 <= n <= 2**40:
                 n = required("n", n, 0, 2**40)
             if not isinstance(replace, (bool, np.bool_)):

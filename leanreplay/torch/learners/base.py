@@ -190,6 +190,7 @@ class ReplayLearner:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
         self._users = [term for term in self.terms if type(term).modules is not Term.modules]
+        self._followers = [term for term in self.terms if getattr(term.after_step, "__func__", None) is not Term.after_step]
         self._keepers = [term for term in self.terms if type(term).keep is not Term.keep]
         self._layers = tuple(dict.fromkeys(name for term in self.terms for name in term.layers))
 
@@ -286,16 +287,20 @@ class ReplayLearner:
     def _draw(self, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any]) -> list[tuple[Term, Replay]]:
         """The terms that count now, each with its draw. arrays: of inputs and targets, where they have one."""
         draws: list[tuple[Term, Replay]] = []
-        m, replay = min(self.replay_batch_size, len(self.buffer)), None
+        m, replay = self.replay_batch_size, None
         layers = self._layers if self.ema_memory_update_gamma < 1 else ()
         for term in self.terms if m else ():
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                if term.together and self._raw and inputs.is_cpu:
-                    replay = self._draw_behind(m, inputs, targets, arrays, layers)
+                behind = term.together and self._raw and inputs.is_cpu
+                drawn = self.buffer._sample(m, room=inputs.shape[0] if behind else 0, at_most=True)
+                if drawn is None:  # the buffer is empty
+                    return []
+                pair, metadata = drawn
+                if behind:
+                    replay = self._join(pair, metadata, arrays, inputs.shape[0], layers)
                 else:
-                    pair, metadata = self.buffer.sample(m)
                     x, y, labels = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
                     replay = Replay(self.module, x, y, metadata, layers)
                     replay.labels = labels
@@ -304,10 +309,8 @@ class ReplayLearner:
             draws.append((term, replay))
         return draws
 
-    def _draw_behind(self, m: int, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any], layers: tuple[str, ...]) -> Replay:
-        """A draw that is read behind the batch, so that the two are one without a copy of the draw."""
-        n = inputs.shape[0]
-        pair, metadata = self.buffer._sample(m, False, n)
+    def _join(self, pair: Any, metadata: dict[str, Any], arrays: tuple[Any, Any], n: int, layers: tuple[str, ...]) -> Replay:
+        """A draw that was read behind room for the batch: the two become one without a copy of the draw."""
         whole = self._tensors(pair)
         for both, first in zip(pair, arrays, strict=True):
             if type(first) is not np.ndarray or both.dtype != first.dtype or both.shape[1:] != first.shape[1:]:
@@ -365,7 +368,7 @@ class ReplayLearner:
             stream = both if joined is None else both.part(0, n, detached=True)
             for term in self._keepers:
                 stored.update(term.keep(self, stream))
-        kept = n, [(name, getattr(value, "shape", None), getattr(value, "dtype", None)) for name, value in stored.items()]
+        kept = (n, [(name, getattr(v, "shape", None), getattr(v, "dtype", None)) for name, v in stored.items()]) if stored else ()
         new = kept != self._kept or self._picky
         if new:
             self._check_names(stored)
@@ -381,8 +384,11 @@ class ReplayLearner:
                 total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
         if self.loss_normalization and weights not in (0, 1):
             total = total / weights
-        *values, self._total = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
-        self.losses = dict(zip(losses, values, strict=True))
+        if total is first and type(first) is torch.Tensor and not first.ndim and math.isfinite(whole := float(first.item())):
+            self._total, self.losses = whole, {self._first: whole}
+        else:
+            *values, self._total = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
+            self.losses = dict(zip(losses, values, strict=True))
         if new:  # last, as terms say more clearly what is wrong
             self._check_stored(x, y, stored)
             self._kept = kept
@@ -460,7 +466,7 @@ class ReplayLearner:
             self._seen = queue[-1].seen
         if stepped:
             self.steps += 1
-            for term in self.terms:
+            for term in self._followers:
                 term.after_step(self)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> Step:

@@ -186,10 +186,11 @@ class Statistics:
         for term in terms:
             for module in term.modules():
                 running_statistics(module, found)
+        if not found and not self._now:
+            return
         if len(found) == len(self._now) and all(map(operator.is_, found, self._now)):
-            if found:
-                with torch.no_grad():
-                    torch._foreach_copy_(self._before, found)
+            with torch.no_grad():
+                torch._foreach_copy_(self._before, found)
         else:
             self._now, self._before = found, [b.detach().clone() for b in found]
 
