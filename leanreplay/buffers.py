@@ -423,11 +423,8 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
-            leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
-            checked = Batch(leaves, schema.fields)
-            n = checked.n
-            checked.groups = groups = self._groups(leaves, schema, group, n)
+            schema, checked = self._checked(store, batch, metadata, group)
+            n, groups = checked.n, checked.groups
             skip = self._skip(at, n, store)
             if n == skip and (n or moved is None):
                 return
@@ -454,12 +451,17 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
-            leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
-            n = Batch(leaves, schema.fields).n
-            groups = self._groups(leaves, schema, group, n)
+            checked = self._checked(store, batch, metadata, group)[1]
             policy = self._new_policy(self._params_given()) if store is None else self._ready_policy(store)
-            policy.check_groups(groups)
+            policy.check_groups(checked.groups)
+
+    def _checked(self, store: Any, batch: Any, metadata: Any, group: Any) -> tuple[Schema, Batch]:
+        """A batch that fits the schema, with its groups; and the schema, which the first batch decides."""
+        schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
+        leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
+        checked = Batch(leaves, schema.fields)
+        checked.groups = self._groups(leaves, schema, group, checked.n)
+        return schema, checked
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.

@@ -149,6 +149,7 @@ class Store:
         if path is not None:
             for at, size in self._large:
                 system.advise(self._map, "RANDOM", at, at + size * table.max_size)
+            # Nobody reads the journal but after a kill; reading ahead would make its first write wait.
             system.advise(self._map, "RANDOM", table.list_at, table.record_at + table.journal_rows * table.record)
         self._attached = False
         self._places: Ints = NO_ROWS
