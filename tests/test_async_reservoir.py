@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import wait
+from multiprocessing.synchronize import SemLock
 
 import numpy as np
 import pytest
@@ -858,10 +859,9 @@ def descriptors():
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
-def semaphores():
-    """Named ones of this process."""
-    prefix = "sem." + multiprocessing.current_process()._config["semprefix"].lstrip("/")
-    return [n for n in os.listdir("/dev/shm") if n.startswith(prefix)] if os.path.isdir("/dev/shm") else []
+def semaphore(name):
+    """Where a named one lies."""
+    return "/dev/shm/sem." + name.lstrip("/")
 
 
 def nothing_left():
@@ -881,9 +881,14 @@ ENDS += [(processes, m, "fail") for m in METHODS if m != "fork"]
 @pytest.mark.parametrize(("make", "method", "how"), ENDS)
 def test_nothing_is_left(make, method, how, monkeypatch):
     """No thread, process, descriptor or semaphore: after close, after an exception, after it was forgotten."""
-    monkeypatch.setitem(multiprocessing.current_process()._config, "semprefix", f"/lr{os.getpid()}")
+    name, semaphores = SemLock._make_name, []
+    monkeypatch.setattr(SemLock, "_make_name", staticmethod(lambda: semaphores.append(name()) or semaphores[-1]))
     gc.collect()  # what other tests left
     nothing_left()
+    if sys.platform == "linux":
+        lock = multiprocessing.get_context("spawn").Lock()
+        assert os.path.exists(semaphore(semaphores[-1]))  # so those left would be noticed below
+        del lock, semaphores[:]
     before = 0
     for attempt in range(3):
         reservoir = start(make, method, identity if how != "fail" else fails)
@@ -891,8 +896,6 @@ def test_nothing_is_left(make, method, how, monkeypatch):
         with contextlib.suppress(WorkerError):
             found = iter(reservoir)
             next(found)
-            if method == "forkserver" and os.path.isdir("/dev/shm"):
-                assert semaphores() != []  # so they would be noticed below
             while how == "fail":
                 list(reservoir)
         if how == "close":
@@ -902,7 +905,8 @@ def test_nothing_is_left(make, method, how, monkeypatch):
             del reservoir, found
             gc.collect()
         nothing_left()
-        assert semaphores() == []
+        assert bool(semaphores) == (make is processes)
+        assert [name for name in semaphores if os.path.exists(semaphore(name))] == []
         if attempt == 0:
             before = descriptors()  # the first one starts multiprocessing's resource tracker and fork server, which stay
         assert descriptors() == before
