@@ -109,32 +109,43 @@ def _shared(leaf: Any, field: Field) -> np.ndarray[Any, Any] | None:
 
 
 class Batch:
-    """The leaves of a batch in memory, which fit the schema: SchemaError otherwise. n: their length."""
+    """The leaves of a batch in memory, which fit the schema: SchemaError otherwise. n: their length. groups: one for each."""
 
     def __init__(self, leaves: Sequence[Any], fields: Sequence[Field]) -> None:
         self.leaves, self.fields = leaves, fields
         self.groups = _NO_GROUPS
         self.plain: list[np.ndarray[Any, Any] | None] = []  # leaves whose bytes can be read as they lie
+        self.simple = True  # all of them can, and the memory is as kernels are compiled for
         n = -1
         for leaf, field in zip(leaves, fields, strict=True):
             array = leaf if type(leaf) is np.ndarray else _shared(leaf, field)
             if array is None or (field.torch and array is leaf):
                 break
             shape = array.shape
-            dtype = array.dtype
-            if not shape or shape[1:] != field.shape or (dtype is not field.dtype and dtype != field.dtype) or (n != shape[0] and n != -1):
+            if not shape or shape[1:] != field.shape or (n != shape[0] and n != -1):
+                break
+            if array.dtype is not field.dtype and array.dtype != field.dtype:
                 break
             n = shape[0]
-            self.plain.append(array if array.flags.c_contiguous else None)
+            if array.flags.carray:
+                self.plain.append(array)
+            else:
+                self.simple = False
+                self.plain.append(array if array.flags.c_contiguous else None)
         else:
             self.n = n
             return
         self._look_closer()
 
+    @property
+    def data(self) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of all leaves, if the batch is simple."""
+        return [np.frombuffer(array, _BYTE) for array in self.plain]  # type: ignore[arg-type]
+
     def _look_closer(self) -> None:
         """Anything but arrays and tensors in memory of the right type: other devices and array types, errors."""
         self.n = batch_length(self.leaves, self.fields)
-        self.plain = []
+        self.plain, self.simple = [], False
         for leaf, field in zip(self.leaves, self.fields, strict=True):
             check_leaf(leaf, field, self.n)
             if is_tensor(leaf):
@@ -145,12 +156,12 @@ class Batch:
 
     def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
         """Sources of these samples, and their groups: plain leaves as they are, of others only the samples that stay."""
-        sources = []
+        sources, where = [], np.arange(picks.shape[0])
         for i, ready in enumerate(self.plain):
             if ready is not None:
                 sources.append((flat(ready), picks))
             else:
-                sources.append((flat(to_numpy(self.leaves[i], self.fields[i], picks)), np.arange(picks.shape[0])))
+                sources.append((flat(to_numpy(self.leaves[i], self.fields[i], picks)), where))
         return sources, self.groups[picks]
 
 

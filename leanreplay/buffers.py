@@ -436,7 +436,7 @@ class DataBuffer:
             if store is None:
                 self._new_policy(self._params_given()).check_groups(groups[skip:])
                 self._create(schema)
-            self._feed(n, skip, groups, checked.fetch, moving)
+            self._feed(n, skip, groups, checked.fetch, moving, checked.data if checked.simple else None)
 
     def check_batch(self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None) -> None:
         """Raise what `add` would raise for this batch because of what it is; changes nothing.
@@ -539,8 +539,13 @@ class DataBuffer:
             self._policy_at = store.sequence
         return policy
 
-    def _feed(self, n: int, skip: int, groups: Ints | None, fetch: Fetch, moving: Moved | None = None) -> None:
-        """Plan and commit samples skip to n, in commits of as many as the journal can undo; `moving` goes with the first."""
+    def _feed(
+        self, n: int, skip: int, groups: Ints | None, fetch: Fetch, moving: Moved | None = None, data: list[Any] | None = None
+    ) -> None:
+        """Plan and commit samples skip to n, in commits of as many as the journal can undo; `moving` goes with the first.
+
+        data: the bytes of all samples, if they are at hand; then a commit is mostly one call, and `fetch` for what is none.
+        """
         store = self._store
         if self._rows.shape[0] == 0:
             self._rows, self._samples, self._taken, self._places = (np.empty(_CHUNK, np.int64) for _ in range(4))
@@ -568,6 +573,12 @@ class DataBuffer:
             freed = policy.freed
             if freed is not NO_ROWS:
                 _check_freed(store, policy, freed)
+            elif data is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]:
+                planned = rows if used == m else rows[:used]
+                if store.commit_planned(first + used, policy.state, planned, start, groups, done, data, most):
+                    self._policy_at = store.sequence
+                    done += used
+                    continue
             count = store.keep_last(rows[:used], freed, start, self._samples, self._taken, self._places) if 0 < used <= m else -1
             if count == -2:
                 raise ArgumentError(

@@ -171,6 +171,15 @@ class Parts:
             first = (len(self.stores) - 1) * self.rows
             last.commit(seen - first, policy, rows - first, positions, groups, sources, moved=moving)
 
+    def commit_planned(
+        self, seen: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Any], most: int
+    ) -> bool:
+        """As `Store.commit_planned`; not if the part of these rows is still to be made."""
+        before = (len(self.stores) - 1) * self.rows
+        if rows[0] >= before + self.rows:
+            return False
+        return self.stores[-1].commit_planned(seen - before, policy, rows - before, start, groups, first, data, most)
+
     def flush(self) -> None:
         for store in self.stores:
             store.flush()

@@ -63,7 +63,7 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
-_NO_BYTES: Bytes = np.zeros(0, np.uint8)
+_NO_DATA: list[Bytes] = [np.zeros(0, np.uint8)] * 4
 _NOBODY: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 NO_ROWS: Ints = np.zeros(0, np.int64)
 NO_LOG: Ints = np.zeros((0, 2), np.int64)
@@ -765,22 +765,17 @@ class Store:
         moved: live rows and the sources of those of their fields that change. All rows are distinct, and no more than the journal
         holds. log: (k, 2), more entries of the policy's log.
         """
-        self._settled = False
+        sequence = self._coming(seen, policy)
+        whole, freeing = rows.shape[0], freed.shape[0]
+        if whole and not freeing and moved is None and not log.shape[0] and not callable(sources) and self._unbroken(len(sources)):
+            data, samples = [source for source, _ in sources], sources[0][1]
+            # For read-only memory the kernel would be compiled once more.
+            simple = all(which is samples and source.flags.writeable for source, which in sources)
+            if simple and np.array_equal(samples, np.arange(whole)) and self._at_once(rows, 0, positions, groups, 0, data, whole):
+                return
         mem, cols, table = self._mem, self._cols, self.table
         head, work, now, coming = self.head, self._work, self._now, self._next
-        coming[:] = now
-        sequence: int = now[H_SEQ] + 1
         size, high = now[H_SIZE], now[H_HIGH]
-        whole = rows.shape[0]
-        freeing = freed.shape[0]
-        coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET], coming[H_SEEN] = sequence, now[H_STATE], 0, seen
-        if policy != self._policy:
-            work[H_POLICY:H_DIGESTS] = policy
-            self._policy = list(policy)
-        if whole and not freeing and moved is None and not log.shape[0] and self._at_once(rows, positions, groups, sources, sequence):
-            self._take_over()
-            self._settled = True
-            return
         if whole or freeing or moved is not None:
             digests = work[H_DIGESTS : H_DIGESTS + BUCKETS]
             logging = self._logging()
@@ -844,32 +839,61 @@ class Store:
         self._take_over()
         self._settled = True
 
-    def _at_once(self, rows: Ints, positions: Ints, groups: Ints, sources: Any, sequence: int) -> bool:
-        """Make a commit that needs nothing between its steps by one kernel call; whether it was such a one."""
-        if self.durable or self._logging() or callable(sources) or len(sources) > 4 or not _AT_ONCE:
+    def _coming(self, seen: int, policy: Sequence[int]) -> int:
+        """Begin a commit: fill the next header with what is known of it. Returns its number."""
+        self._settled = False
+        now, coming = self._now, self._next
+        coming[:] = now
+        sequence: int = now[H_SEQ] + 1
+        coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET], coming[H_SEEN] = sequence, now[H_STATE], 0, seen
+        if policy != self._policy:
+            self._work[H_POLICY:H_DIGESTS] = policy
+            self._policy = list(policy)
+        return sequence
+
+    def commit_planned(
+        self, seen: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Bytes], most: int
+    ) -> bool:
+        """The commit of a plan whose samples are in memory, by one kernel call; False, and nothing has changed, where that cannot be.
+
+        rows: what the plan says, for at most `most` rows. Sample i, of position start + i, is number first + i in groups and data.
+        """
+        if not self._unbroken(len(data)):
             return False
-        data, samples = [], sources[0][1]
-        for source, which in sources:
-            if which is not samples or not source.flags.writeable:  # for read-only memory the kernel would be compiled once more
-                return False
-            data.append(source)
-        while len(data) < 4:
-            data.append(_NO_BYTES)
-        now, seal = self._now, self._seal_words
-        n, size = rows.shape[0], now[H_SIZE]
-        overwritten = n if n < size else size
+        self._coming(seen, policy)
+        return self._at_once(rows, start, NO_ROWS, groups, first, data, most)
+
+    def _unbroken(self, fields: int) -> bool:
+        """Whether a commit needs nothing between its steps, so that one kernel call makes it."""
+        return not self.durable and fields <= len(_NO_DATA) and _AT_ONCE and not self._logging()
+
+    def _at_once(self, rows: Ints, start: int, positions: Ints, groups: Ints, first: int, data: list[Bytes], most: int) -> bool:
+        """Make the commit that `_coming` began by one kernel call; False, and nothing has changed, for a wrong plan."""
+        seal, sequence = self._seal_words, self._next[H_SEQ]
+        seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS], seal[J_FREED] = self._tag, sequence, self._now[H_STATE], 0
+        s0, s1, s2, s3 = (*data, *_NO_DATA[len(data) :])
+        count = -2
+        while count == -2:
+            count = kernel.commit_rows(
+                self._mem, self._cols, rows, self.scratch, start, positions, groups, first, s0, s1, s2, s3,
+                self._seal, self._work, HEADERS[sequence % 2], most, self._journal_ready, self._faulted, self._layout,
+            )  # fmt: skip
+            if count == -2:
+                self._get_pages(rows)
+        if count < 0:
+            return False
+        self._take_over()
+        self._settled = True
+        return True
+
+    def _get_pages(self, rows: Ints) -> None:
+        """For a commit of these rows, -1 among them."""
+        overwritten = min(int(np.count_nonzero(rows >= 0)), self._now[H_SIZE])
         if overwritten > self._journal_ready:
             self._extend_journal(overwritten)
-        if self._faulted < self.table.max_size:
-            top = (max(rows.tolist()) if n < 100 else int(rows.max())) + 1  # of few rows a list is faster
-            if top > self._faulted:
-                self._fault_in(top)
-        seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS], seal[J_FREED] = self._tag, sequence, now[H_STATE], 0
-        header = HEADERS[sequence % 2]
-        kernel.commit_rows(
-            self._mem, self._cols, rows, positions, groups, samples, *data, self._seal, self._work, header, self._layout
-        )  # fmt: skip
-        return True
+        top = int(rows.max()) + 1
+        if top > self._faulted:
+            self._fault_in(top)
 
     def _take_over(self) -> None:
         """The header that was just written is the one in force."""

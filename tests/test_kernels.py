@@ -1176,47 +1176,77 @@ def test_write_index(run: None, chosen: list[int]) -> None:
     assert image.mem.tobytes() == reference.mem.tobytes()
 
 
-@pytest.mark.parametrize("chosen", [[], [3], [4, 0, 6], [0, 1, 2, 3, 4, 5, 6]])
+PLANS = [[-1], [3], [4, -1, 0, 6], [0, 1, 2, 3, 4, 5, 6], [2, -1, 2, 6, 2, -1, 6, 0]]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("fields", [1, 2, 4])
-def test_commit_rows(run: None, fields: int, chosen: list[int]) -> None:
-    """What the steps leave, each called for itself: journal, seal, rows, index, header."""
-    images = [Image(7, 8, live=5) for _ in range(2)]
+def test_commit_rows(run: None, fields: int, given: bool, plan: list[int]) -> None:
+    """What the steps leave, each called for itself: journal, seal, rows, index, header. Nothing, for a wrong plan or without pages."""
     seal_at, header_at = 8, 8 + 8 * 8  # words of their own, in place of the first two columns
+    shift = header_at + 8 * 20
     rng = np.random.default_rng(1)
-    sources = [rng.integers(0, 256, 9 * size, np.uint8) for size in SIZES[3:7][:fields]]
-    samples, positions, groups = rng.integers(0, 9, len(chosen)), np.arange(len(chosen)) + 2**41, -np.arange(len(chosen))
-    taken = np.array(chosen, np.int64)
-    results = []
-    for image, at_once in zip(images, (True, False), strict=True):
-        memory = np.concatenate([np.zeros(seal_at + 8 * 8 + 8 * 20, np.uint8), image.mem])
+    first, start, n = 5, 2**41, len(plan)
+    sources = [rng.integers(0, 256, (first + n) * size, np.uint8) for size in SIZES[3:7][:fields]]
+    positions, groups = rng.integers(0, 2**41, n), -np.arange(first + n)
+    planned = np.array(plan, np.int64)
+    count = len(set(plan) - {-1})
+    live = sum(0 <= r < 5 for r in set(plan))
+
+    def made() -> tuple[Any, ...]:
+        image = Image(7, 8, live=5)
+        memory = np.concatenate([np.zeros(shift, np.uint8), image.mem])
         memory = np.concatenate([memory, np.zeros(-len(memory) % 8, np.uint8)])
-        shift = seal_at + 8 * 8 + 8 * 20
         which = [*range(3, 3 + fields), FIELDS, FIELDS + 1, FIELDS + 2]
         cols = image.cols[which].copy()
         cols[:, 0] += np.uint64(shift)
         cols[-1, 1] = 8 * fields
-        record = sum(-(-int(size) // 8) * 8 for _, size in cols)
-        head, seal, counts = np.arange(20, dtype=np.uint64), np.arange(8, dtype=np.uint64), np.zeros(4, np.int64)
-        place = (image.list_at + shift, image.record_at + shift, record)
-        if at_once:
-            slots = [*sources, *[np.zeros(0, np.uint8)] * (4 - fields)]
-            at = np.array([*place, seal_at, 1, 3, 5, 2, 4, 6, 8, 3])
-            rows.commit_rows(memory, cols, taken, positions, groups, samples, *slots, seal, head, header_at, at)
-        else:
-            digests, none = head[8:11], np.zeros(0, np.int32)
-            marks = np.zeros(fields, np.uint8)
-            found = rows.save_rows(memory, cols, taken, len(chosen), marks, none, 0, *place, digests, counts)
-            seal[1], seal[3], seal[5] = counts[1], counts[2], found
+        place = (image.list_at + shift, image.record_at + shift, sum(-(-int(size) // 8) * 8 for _, size in cols))
+        head, seal = np.arange(20, dtype=np.uint64), np.arange(8, dtype=np.uint64)
+        head[2] = 5
+        return memory, cols, place, head, seal, np.zeros(7, np.int32)
+
+    def call(plan: Any, most: int = 7, ready: int = 5, faulted: int = 7) -> tuple[int, tuple[Any, ...]]:
+        memory, cols, place, head, seal, slots = made()
+        data = [*sources, *[np.zeros(0, np.uint8)] * (4 - fields)]
+        at = np.array([*place, seal_at, 1, 3, 5, 2, 4, 6, 8, 3])
+        where = positions if given else positions[:0]
+        limits = most, ready, faulted
+        found = rows.commit_rows(memory, cols, plan, slots, start, where, groups, first, *data, seal, head, header_at, *limits, at)
+        return found, (memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist())
+
+    def steps() -> tuple[Any, ...]:
+        memory, cols, place, head, seal, slots = made()
+        digests, none, counts = head[8:11], np.zeros(0, np.int32), np.zeros(4, np.int64)
+        samples, taken, places = (np.zeros(n, np.int64) for _ in range(3))
+        assert rows.keep_last(planned, planned[:0], planned[:0], slots, start, samples, taken, places) == count
+        samples, taken, places = samples[:count], taken[:count], positions[samples[:count]] if given else places[:count]
+        if count:
+            seal[5] = rows.save_rows(memory, cols, taken, count, np.zeros(fields, np.uint8), none, 0, *place, digests, counts)
+            seal[1], seal[3] = counts[1], counts[2]
             rows.seal_block(memory, seal_at, seal, 0)
             for f, source in enumerate(sources):
-                rows.write_field(memory, cols, f, taken, samples, source, positions, groups, digests)
-            rows.write_index(memory, cols, taken, positions, groups)
-            head[2] += np.uint64(counts[2] - counts[1])
-            head[4] = max(int(head[4]), int(counts[3]))
-            rows.seal_block(memory, header_at, head, 6)
-        results.append((memory.tobytes(), seal.tolist(), head.tolist()))
-    assert results[0] == results[1]
-    assert results[0][2][2] == 2 + sum(r >= 5 for r in chosen) and results[0][2][4] == max(4, max(chosen, default=-1) + 1)
+                rows.write_field(memory, cols, f, taken, samples + first, source, places, groups[samples + first], digests)
+            rows.write_index(memory, cols, taken, places, groups[samples + first])
+        head[2] += np.uint64(counts[2] - counts[1])
+        head[4] = max(int(head[4]), int(counts[3]))
+        rows.seal_block(memory, header_at, head, 6)
+        return memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist()
+
+    found, left = call(planned)
+    assert found == count
+    assert left == steps()
+    assert left[2][2] == 5 + count - live and left[2][4] == max(4, *plan, max(plan) + 1)
+    memory, _, _, head, seal, slots = made()
+    before = memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist()
+    for wrong in (7, -2):
+        assert call(np.array([*plan[:-1], wrong])) == (-1, before)
+    if count:
+        assert call(planned, most=count - 1) == (-1, before)
+        assert call(planned, ready=min(count, 5) - 1) == (-2, before)
+        assert call(planned, faulted=max(plan)) == (-2, before)
+        assert call(planned, most=count, ready=min(count, 5), faulted=max(plan) + 1) == (count, left)
 
 
 @pytest.mark.parametrize(

@@ -298,15 +298,9 @@ def read_record(record, cols, row, out, places):
     return words[cols[fields, 0] >> _3] != _FREE
 
 
-@njit
-def keep_last(rows, freed, index, slots, start, samples, taken, positions):
-    """The last sample of each row that is taken.
-
-    rows: (n,) int64, the row that sample i takes, or -1. freed: int64, rows to be free. index: the positions of all rows. slots: int32
-    per row of the buffer, all 0 before and after. samples, taken, positions: (n,) int64, receive sample, row and stream position
-    (start + sample) of each survivor. Returns their number, -1 if some row is outside the buffer, or -2 if one of `freed` is, or is
-    not live, taken, or there twice.
-    """
+@inlined
+def _survivors(rows, slots, samples, taken):
+    """The last sample of each row that is taken, see `keep_last`; slots[r] becomes 1 + the number of the survivor in row r."""
     for i in range(rows.shape[0]):
         if rows[i] < -1 or rows[i] >= slots.shape[0]:
             return -1
@@ -322,6 +316,21 @@ def keep_last(rows, freed, index, slots, start, samples, taken, positions):
             slots[r] = count
         else:
             samples[slots[r] - 1] = i
+    return count
+
+
+@njit
+def keep_last(rows, freed, index, slots, start, samples, taken, positions):
+    """The last sample of each row that is taken.
+
+    rows: (n,) int64, the row that sample i takes, or -1. freed: int64, rows to be free. index: the positions of all rows. slots: int32
+    per row of the buffer, all 0 before and after. samples, taken, positions: (n,) int64, receive sample, row and stream position
+    (start + sample) of each survivor. Returns their number, -1 if some row is outside the buffer, or -2 if one of `freed` is, or is
+    not live, taken, or there twice.
+    """
+    count = _survivors(rows, slots, samples, taken)
+    if count < 0:
+        return count
     wrong = freed.shape[0]
     for i in range(freed.shape[0]):
         r = freed[i]
@@ -550,35 +559,61 @@ write_index = entry(_write_index)
 
 
 @njit
-def commit_rows(mem, cols, rows, positions, groups, samples, s0, s1, s2, s3, seal, head, header_at, at):
-    """A commit of `rows` in one call: `save_rows`, the journal's seal, `write_field` for up to four fields, `write_index`, the header.
+def commit_rows(
+    mem, cols, rows, slots, start, positions, groups, first, s0, s1, s2, s3, seal, head, header_at, most, journal_ready, faulted, at
+):  # fmt: skip
+    """A commit in one call: `keep_last`, `save_rows`, the journal's seal, `write_field` for up to four fields, `write_index`, the header.
 
-    s0 to s3: sources of the fields, each indexed by `samples`. seal, head: words of the journal's seal and of the new header, which
-    goes to mem[header_at:], complete but for what follows from the rows. at: (12,) int64: `list_at`, `record_at`, `record` of
-    `save_rows`; where the seal goes; which of its words say how many rows are live, how many there are, and the hash; which of the
-    header's are size, end of the rows in use, hash, first digest; how many digests there are.
+    rows: (n,) int64, the row that sample i takes, or -1; the later of two that take the same one stays. slots: int32 per row of the
+    buffer, all 0. Sample i has stream position positions[i], or start + i where `positions` is empty; it is number first + i in
+    `groups`, (at least first + n,) int64, and in s0 to s3, the sources of the fields.
+    seal, head: words of the journal's seal and of the new header, which goes to mem[header_at:], complete but for what follows from
+    the rows. most: rows that may change. journal_ready, faulted: how many records of the journal, and how many rows, have their pages.
+    at: (12,) int64: `list_at`, `record_at`, `record` of `save_rows`; where the seal goes; which of its words say how many rows are
+    live, how many there are, and the hash; which of the header's are size, end of the rows in use, hash, first digest; how many
+    digests there are. Returns how many rows changed; or, nothing having happened, -1 if `rows` are wrong or too many, -2 if pages are
+    missing.
     """
-    digests, counts, stamps = head[at[10] : at[10] + at[11]], np.empty(4, np.int64), np.empty(0, np.int64)
-    found = _save_rows(mem, cols, rows, rows.shape[0], s3, stamps, 0, at[0], at[1], at[2], digests, counts)  # s3 is not looked at
-    live, count, top = np.uint64(counts[1]), np.uint64(counts[2]), np.uint64(counts[3])
-    seal[at[4]], seal[at[5]], seal[at[6]] = live, count, found
-    _fence(mem)
-    seal_block(mem, at[3], seal, np.int64(0))
-    _fence(mem)
-    for f in range(cols.shape[0] - 3):
-        source = s0
-        if f == 1:
-            source = s1
-        elif f == 2:
-            source = s2
-        elif f == 3:
-            source = s3
-        _write_field(mem, cols, f, rows, samples, source, positions, groups, digests)
-    _write_index(mem, cols, rows, positions, groups)
-    head[at[7]] += count - live
-    head[at[8]] = max(head[at[8]], top)
-    _fence(mem)
+    stamps, kept, into = np.empty(0, np.int64), np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0], np.int64)
+    count = _survivors(rows, slots, kept, into)
+    if count < 0:
+        return -1
+    taken, samples, places = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    picked = np.empty(count, np.int64)
+    top = 0
+    for i in range(count):
+        r, s = into[i], kept[i]
+        slots[r] = 0
+        top = max(top, r + 1)
+        taken[i], samples[i], picked[i] = r, first + s, groups[first + s]
+        places[i] = positions[s] if positions.shape[0] > 0 else start + s
+    if count > most:
+        return -1
+    if top > faulted or min(np.uint64(count), head[at[7]]) > np.uint64(journal_ready):
+        return -2
+    digests, counts = head[at[10] : at[10] + at[11]], np.empty(4, np.int64)
+    if count > 0:
+        found = _save_rows(mem, cols, taken, count, s3, stamps, 0, at[0], at[1], at[2], digests, counts)  # s3 is not looked at
+        live = np.uint64(counts[1])
+        seal[at[4]], seal[at[5]], seal[at[6]] = live, np.uint64(count), found
+        _fence(mem)
+        seal_block(mem, at[3], seal, np.int64(0))
+        _fence(mem)
+        for f in range(cols.shape[0] - 3):
+            source = s0
+            if f == 1:
+                source = s1
+            elif f == 2:
+                source = s2
+            elif f == 3:
+                source = s3
+            _write_field(mem, cols, f, taken, samples, source, places, picked, digests)
+        _write_index(mem, cols, taken, places, picked)
+        head[at[7]] += np.uint64(count) - live
+        head[at[8]] = max(head[at[8]], np.uint64(top))
+        _fence(mem)
     seal_block(mem, header_at, head, at[9])
+    return count
 
 
 @njit
