@@ -1,4 +1,4 @@
-"""Samples on their way in and out: batches and datasets to the bytes of rows, lists of samples to batches."""
+"""Samples on their way in and out: batches to the bytes of rows, lists of samples to batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, LeanReplayError, SchemaError
-from .schema import Field, Schema, batch_length, check_leaf, entry, is_tensor, leaf_type, to_numpy
+from .schema import Field, batch_length, check_leaf, is_tensor, leaf_type, to_numpy
 
 Ints = npt.NDArray[np.int64]
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
@@ -82,14 +82,6 @@ def integers(values: Any, n: int, name: str) -> Ints:
     return array.astype(np.int64)
 
 
-def label(schema: Schema, sample: Any, i: int) -> int:
-    field = schema.label_field
-    if field is None:
-        raise SchemaError("this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label")
-    leaf = schema.flatten(sample)[field]
-    return int(integers(entry(leaf, schema.fields[field]).reshape(1), 1, f"item {i}, {schema.fields[field].name}")[0])
-
-
 def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
     """The bytes of a C-contiguous array. (The cheapest of several ways.)"""
     return np.frombuffer(array, _BYTE) if array.size else _NO_BYTES
@@ -155,54 +147,18 @@ class Batch:
             self.plain.append(to_numpy(leaf, field) if simple else None)
 
     def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
-        """Sources of these samples, and their groups: plain leaves as they are, of others only the samples that stay."""
+        """Sources of these samples, and their groups."""
+        return self.sources(picks), self.groups[picks]
+
+    def sources(self, picks: Ints) -> Sources:
+        """Plain leaves as they are, of others only the samples that stay."""
         sources, where = [], np.arange(picks.shape[0])
         for i, ready in enumerate(self.plain):
             if ready is not None:
                 sources.append((flat(ready), picks))
             else:
                 sources.append((flat(to_numpy(self.leaves[i], self.fields[i], picks)), where))
-        return sources, self.groups[picks]
-
-
-def look_at(dataset: Any, metadata: Any, schema: Schema | None) -> tuple[int, Schema, list[Any]]:
-    """(length, schema, metadata leaves) of a map-style dataset. Raises SchemaError for metadata that does not fit."""
-    n = length(dataset)
-    if n < 0:
-        raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches")
-    if n and schema is None:
-        first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
-        schema = Schema.from_sample(dataset[0], first)
-    if n == 0 or schema is None:
-        return 0, Schema((), (), None), []
-    values = schema.flatten_metadata(metadata)
-    for leaf, field in zip(values, schema.metadata, strict=True):
-        check_leaf(leaf, field, n)
-    return n, schema, values
-
-
-def loader(dataset: Any, metadata: Sequence[Any], schema: Schema, groups: Ints | None) -> Fetch:
-    """Sources for a dataset: loads the samples that stay, in order."""
-
-    def fetch(picks: Ints) -> tuple[Sources, Ints]:
-        k = picks.shape[0]
-        arrays = [np.empty((k, *f.shape), f.dtype) for f in schema.data]
-        for i, pick in enumerate(picks.tolist()):
-            try:
-                for array, leaf, field in zip(arrays, schema.flatten(dataset[pick]), schema.data, strict=True):
-                    array[i] = entry(leaf, field)
-            except SchemaError as error:
-                raise SchemaError(f"item {pick} of the dataset: {error}") from None
-        where = np.arange(k)
-        sources = [(flat(a), where) for a in arrays]
-        sources += [(flat(to_numpy(v, f, picks)), where) for v, f in zip(metadata, schema.metadata, strict=True)]
-        if groups is not None:
-            return sources, groups[picks]
-        labels = schema.label_field
-        found = np.full(k, -1, np.int64) if labels is None else integers(arrays[labels], k, schema.data[labels].name)
-        return sources, found
-
-    return fetch
+        return sources
 
 
 def stack(samples: list[Any]) -> Any:

@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, flat, integer, integers, label, length, loader, look_at, plain_array, required, stack
+from .batches import Batch, Fetch, flat, integer, integers, plain_array, required, stack
 from .create import plan_file
+from .datasets import Items
 from .errors import (
     ArgumentError,
     CapacityWarning,
@@ -468,6 +469,7 @@ class DataBuffer:
 
         Only samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`, for the whole dataset.
         A buffer that balances takes labels from `group`, or from `dataset.targets`; without either, every item is read once more.
+        Of a `torch.utils.data.Subset` it looks at the dataset within, and a `TensorDataset` is read as the batch that its tensors are.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -478,26 +480,19 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            n, schema, values = look_at(dataset, metadata, None if store is None else store.table.schema)
+            items = Items(dataset, metadata, None if store is None else store.table.schema)
+            n = items.n
             if n == 0:
                 return
             skip = self._skip(at, n, store)
-            groups = None
-            if group is not None:
-                groups = integers(group, n, "group")
-            elif length(getattr(dataset, "targets", None)) == n:
-                with contextlib.suppress(SchemaError):  # targets need not be one integer each
-                    groups = integers(dataset.targets, n, "targets")
-            if groups is None and self.policy_class.needs_groups:
-                groups = np.array([label(schema, dataset[i], i) for i in range(skip, n)], np.int64)
-                groups = np.concatenate([np.zeros(skip, np.int64), groups])
+            groups = items.groups(group, self.policy_class.needs_groups, skip)
             if n == skip:
                 return
             if store is None:
                 if groups is not None:
                     self._new_policy(self._params_given()).check_groups(groups[skip:])
-                self._create(schema)
-            self._feed(n, skip, groups, loader(dataset, values, schema, groups))
+                self._create(items.schema)
+            self._feed(n, skip, groups, items.fetch(groups), data=None if groups is None else items.data)
 
     def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
         if group is not None:

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas
-from .batches import Batch, Fetch, flat, integers, length, loader, look_at, plain_array
+from .batches import Batch, Fetch, flat, integers, plain_array
+from .datasets import Items
 from .errors import ArgumentError, CorruptionError, FormatError, ModeError, SchemaError
 from .format import STREAM_BITS, Table
 from .policies import NO_ROWS, Policy
-from .schema import Field, Schema, entry
+from .schema import Field, Schema
 from .selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
 
 Ints = npt.NDArray[np.int64]
@@ -273,22 +274,18 @@ class ParametricBuffer(BalancedBuffer):
         with self._lock:
             store = self._require_writable()
             _refuse_rank(metadata)
-            n, schema, values = look_at(dataset, metadata, None if store is None else _without_rank(store.table.schema))
+            items = Items(dataset, metadata, None if store is None else _without_rank(store.table.schema))
+            n, schema = items.n, items.schema
             if n == 0:
                 return
 
             def leaf(field: int) -> Any:
-                if field >= len(schema.data):
-                    return values[field - len(schema.data)]
-                targets = getattr(dataset, "targets", None)
-                if field == _element(schema, 1) and length(targets) == n:
-                    return targets
-                entries = [entry(schema.flatten(dataset[i])[field], schema.fields[field]) for i in range(n)]
-                return np.stack(entries)
+                targets = items.targets() if field == _element(schema, 1) else None
+                return items.column(field) if targets is None else targets
 
             if group is None:
                 group = self._default_group(schema, leaf, experience, at, 1)
-            fetch = loader(dataset, values, schema, np.zeros(n, np.int64))
+            fetch = items.fetch(np.zeros(n, np.int64))
             self._feed_unit(schema, n, fetch, features, integers(group, n, "group"), at)
 
     def _default_group(self, schema: Schema, leaf: Callable[[int], Any], experience: Any, at: Any, step: int) -> Any:

@@ -20,7 +20,7 @@ PACKAGE = os.path.dirname(os.path.abspath(lr.__file__))
 BOTTOM = {"errors", "kernels"}
 STORE = BOTTOM | {"schema", "format", "system", "create", "undo"}
 POLICIES = {"kernels", "keys", "format"}
-BUFFERS = STORE | {"store", "policies", "selection", "batches", "keys"}
+BUFFERS = STORE | {"store", "policies", "selection", "batches", "datasets", "keys"}
 CORE = BUFFERS | {"buffers", "infinite", "balanced", "parametric", "weighted", "merge"}
 MAY_IMPORT = {
     "errors": set(),
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "policies": POLICIES,
     "selection": {"errors", "kernels", "keys"},
     "batches": {"errors", "schema"},
+    "datasets": {"errors", "schema", "batches"},
     "buffers": BUFFERS,
     "infinite": BUFFERS | {"buffers"},
     "balanced": BUFFERS | {"buffers"},

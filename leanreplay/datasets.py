@@ -1,0 +1,145 @@
+"""A map-style dataset on its way into a buffer: how many items, which labels, and only those loaded that stay.
+
+Of `torch.utils.data.Subset` the dataset within is looked at, and a `TensorDataset` is read as the batch of tensors that it is: no
+item is made for its label, nor for its bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, length
+from .errors import ArgumentError, SchemaError
+from .schema import Schema, check_leaf, entry, to_numpy
+
+
+class Items:
+    """The items of a map-style dataset with their metadata, `(n, ...)` each. n: how many. schema: of a buffer, or of the first item."""
+
+    def __init__(self, dataset: Any, metadata: Any, schema: Schema | None) -> None:
+        n = length(dataset)
+        if n < 0:
+            raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches")
+        self.n, self.dataset, self.schema, self.metadata = n, dataset, schema or Schema((), (), None), []
+        if not n:
+            return
+        if schema is None:
+            first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
+            self.schema = Schema.from_sample(dataset[0], first)
+        self.metadata = self.schema.flatten_metadata(metadata)
+        for leaf, field in zip(self.metadata, self.schema.metadata, strict=True):
+            check_leaf(leaf, field, n)
+        self._parts = list(_parts(dataset))  # from the outside in: (dataset, which of its items these are; None: all in order)
+        inner, self._which = self._parts[-1]
+        torch = sys.modules.get("torch.utils.data")
+        self._tensors: Batch | None = None
+        if torch is not None and type(inner) is torch.TensorDataset:
+            self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
+
+    def targets(self) -> Any:
+        """`targets` of the dataset, or of the one that it is a subset of: n of them. None without."""
+        for dataset, which in self._parts:
+            found = getattr(dataset, "targets", None)
+            if length(found) == len(dataset):
+                return found if which is None else np.asarray(found)[which]
+        return None
+
+    def groups(self, group: Any, needed: bool, skip: int) -> Ints | None:
+        """Groups as `update` takes them: given, of `targets`, of the tensor of labels; where needed, of the labels of items from `skip`.
+
+        None: of the label of each item when it is loaded.
+        """
+        if group is not None:
+            return integers(group, self.n, "group")
+        targets = self.targets()
+        if targets is not None:
+            with contextlib.suppress(SchemaError):  # targets need not be one integer each
+                return integers(targets, self.n, "targets")
+        field = self.schema.label_field
+        if field is None:
+            if needed and skip < self.n:
+                raise SchemaError(
+                    "this buffer balances over classes: give group=(n,) integers, or samples that are pairs with an integer label"
+                )
+            return None if self._tensors is None else np.full(self.n, -1, np.int64)
+        if self._tensors is not None or needed:
+            return integers(self.column(field, skip), self.n, self.schema.data[field].name)
+        return None
+
+    def column(self, number: int, skip: int = 0) -> Any:
+        """All values of a field, (n, ...); those of data before `skip` may be anything."""
+        split = len(self.schema.data)
+        if number >= split:
+            return self.metadata[number - split]
+        field = self.schema.fields[number]
+        if self._tensors is not None:
+            leaf = self._tensors.leaves[number]
+            return leaf if self._which is None else to_numpy(leaf, field, self._which)
+        values = np.zeros((self.n, *field.shape), field.dtype)
+        for i in range(skip, self.n):
+            values[i] = self._entry(i, number)
+        return values
+
+    def _entry(self, i: int, number: int) -> Any:
+        try:
+            return entry(self.schema.flatten(self.dataset[i])[number], self.schema.fields[number])
+        except SchemaError as error:
+            raise SchemaError(f"item {i} of the dataset: {error}") from None
+
+    @property
+    def data(self) -> list[Any] | None:
+        """The bytes of all fields of all items, if they lie in memory as they would in a batch."""
+        if self._tensors is None or self._which is not None or not self._tensors.simple:
+            return None
+        metadata = Batch(self.metadata, self.schema.metadata)
+        return self._tensors.data + metadata.data if metadata.simple else None
+
+    def fetch(self, groups: Ints | None) -> Fetch:
+        """What loads items that stay, in order; groups: of all items, or None for the labels of those that are loaded."""
+
+        def fetch(picks: Ints) -> tuple[Sources, Ints]:
+            where, found = np.arange(picks.shape[0]), np.full(picks.shape[0], -1, np.int64)
+            if self._tensors is None:
+                sources = [(flat(array), where) for array in self._load(picks)]
+            else:
+                sources = self._tensors.sources(picks if self._which is None else self._which[picks])
+            if groups is not None:
+                found = groups[picks]
+            elif self._tensors is None and (label := self.schema.label_field) is not None:
+                field = self.schema.data[label]
+                found = integers(sources[label][0].view(field.dtype), picks.shape[0], field.name)
+            both = zip(self.metadata, self.schema.metadata, strict=True)
+            return sources + [(flat(to_numpy(v, f, picks)), where) for v, f in both], found
+
+        return fetch
+
+    def _load(self, picks: Ints) -> list[np.ndarray[Any, Any]]:
+        fields = self.schema.data
+        arrays = [np.empty((picks.shape[0], *f.shape), f.dtype) for f in fields]
+        for i, pick in enumerate(picks.tolist()):
+            try:
+                for array, leaf, field in zip(arrays, self.schema.flatten(self.dataset[pick]), fields, strict=True):
+                    array[i] = entry(leaf, field)
+            except SchemaError as error:
+                raise SchemaError(f"item {pick} of the dataset: {error}") from None
+        return arrays
+
+
+def _parts(dataset: Any) -> Sequence[tuple[Any, Ints | None]]:
+    """The dataset and, as long as it is a Subset, the one within; with each, which of its items the outermost one's are."""
+    found: list[tuple[Any, Ints | None]] = [(dataset, None)]
+    torch = sys.modules.get("torch.utils.data")
+    while torch is not None and type(dataset) is torch.Subset:
+        dataset, indices, before = dataset.dataset, np.asarray(dataset.indices), found[-1][1]
+        n = length(dataset)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu" or not indices.size or indices.min() < -n or indices.max() >= n:
+            break  # whatever that means, the items will tell
+        indices = indices.astype(np.int64)
+        indices[indices < 0] += n
+        found.append((dataset, indices if before is None else indices[before]))
+    return found
