@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from typing import Any, ClassVar, Protocol
@@ -85,6 +86,17 @@ class Contender(Protocol):
     def close(self) -> None: ...
 
 
+def remove(contender: Contender) -> None:
+    """Close it, and delete its files: the memory of their pages is there for the next one, which need not wait for any.
+
+    (In a virtual machine, memory that was never used comes from the host at a tenth of the speed.)
+    """
+    contender.close()
+    folder = getattr(contender, "folder", None)
+    if folder is not None:
+        shutil.rmtree(folder)
+
+
 class Ours:
     """A reservoir on disk."""
 
@@ -94,8 +106,9 @@ class Ours:
         schema = leanreplay.Schema.from_batch(
             (np.zeros((1, 3, 32, 32), np.uint8), np.zeros(1, np.int64)), {"logits": np.zeros((1, 10), "f4")}
         )
-        self.path = os.path.join(folder, "ours.h5")
-        self.buffer = self.kind(rows, self.path, mode="w", schema=schema)
+        self.folder = tempfile.mkdtemp(prefix="ours", dir=folder)
+        self.path = os.path.join(self.folder, "ours.h5")
+        self.buffer = self.kind(rows, self.path, schema=schema)
 
     def prepare(self, x: Any, y: Any, z: Any) -> Any:
         return (x, y), {"logits": z}

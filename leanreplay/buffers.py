@@ -40,7 +40,7 @@ from .kernels import reservoir
 from .keys import key_pair
 from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
 from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_numpy
-from .store import Moved, Problem, Store, empty_state
+from .store import Moved, Problem, Store, empty_state, read_table
 
 Ints = npt.NDArray[np.int64]
 
@@ -1240,12 +1240,7 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
             f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})"
         )
     where = system.checked_path(path)
-    if os.path.isdir(where):
-        kind = "InfiniteBuffer"
-    else:
-        store = Store.open(where, writable=False, name=os.path.abspath(where), peek=True)
-        kind = store.table.kind
-        store.close()
+    kind = "InfiniteBuffer" if os.path.isdir(where) else read_table(where).kind
     if kind not in _KINDS:
         raise MismatchError(f"{where} is a {kind}; import the module that defines this class first. Known here: {sorted(_KINDS)}")
     return _KINDS[kind](path=path, mode="r+" if mode == "a" else mode, **options)

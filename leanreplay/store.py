@@ -104,6 +104,34 @@ class Problem:
         return f"{self.what}: rows {shown}" if self.rows else self.what
 
 
+def _open_file(path: str, writable: bool) -> tuple[int, Table]:
+    """A descriptor of a buffer's file, and its table."""
+    try:
+        fd = os.open(path, system.OPEN_WRITE if writable else system.OPEN_READ)
+    except FileNotFoundError:
+        raise MissingError(f"{path} does not exist; create it with mode='x' or 'a'") from None
+    except IsADirectoryError:
+        raise FormatError(f"{path}: a folder; InfiniteBuffer keeps its parts in one") from None
+    except OSError as error:
+        with system.storage_errors(f"opening {path}"):
+            raise error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError(f"{path}: no regular file (a folder, a pipe or a device); leanreplay opens only files that it created")
+        return fd, decode(lambda at, n: system.read_at(fd, n, at), status.st_size, path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def read_table(path: str) -> Table:
+    """The table of a buffer's file."""
+    fd, table = _open_file(path, False)
+    os.close(fd)
+    return table
+
+
 class Store:
     """A mapped buffer file. Made by `Store.create` and `Store.open`; not part of the public interface."""
 
@@ -236,33 +264,21 @@ class Store:
         self._settled = self._checked = True
 
     @staticmethod
-    def open(path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, peek: bool = False) -> Store:
-        """Map an existing file. For writing, what a killed writer left is undone. peek: only to look at its table.
+    def open(path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None) -> Store:
+        """Map an existing file. For writing, what a killed writer left is undone.
 
         name: the path that the store goes by; None where `path` is a descriptor of shared memory.
         """
-        try:
-            fd = os.open(path, system.OPEN_WRITE if writable else system.OPEN_READ)
-        except FileNotFoundError:
-            raise MissingError(f"{path} does not exist; create it with mode='x' or 'a'") from None
-        except IsADirectoryError:
-            raise FormatError(f"{path}: a folder; InfiniteBuffer keeps its parts in one") from None
-        except OSError as error:
-            with system.storage_errors(f"opening {path}"):
-                raise error
+        fd, table = _open_file(path, writable)
         store = None
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError(f"{path}: no regular file (a folder, a pipe or a device); leanreplay opens only files that it created")
-            table = decode(lambda at, n: system.read_at(fd, n, at), status.st_size, path)
             if writable:
                 with system.storage_errors(f"opening {path} for writing"):
                     system.allocate(fd, table.file_size)  # a copy may have left holes
             store = Store(name, fd, table, writable, durable, points)
             if writable:
                 store.recover()
-            elif not peek:
+            else:
                 store.refresh()
             return store
         except BaseException:
