@@ -93,9 +93,11 @@ def _shared(leaf: Any, field: Field) -> np.ndarray[Any, Any] | None:
     if torch is None or type(leaf) not in (torch.Tensor, torch.nn.Parameter) or not leaf.is_cpu:
         return None
     try:
+        if leaf.requires_grad:
+            leaf = leaf.detach()
         if field.torch:
-            return leaf.detach().view(torch.int16).numpy().view(np.uint16) if leaf.dtype is torch.bfloat16 else None
-        return leaf.detach().numpy()
+            return leaf.view(torch.int16).numpy().view(np.uint16) if leaf.dtype is torch.bfloat16 else None
+        return leaf.numpy()  # type: ignore[no-any-return]
     except (TypeError, RuntimeError):  # conjugate or sparse, or a dtype that NumPy does not have
         return None
 

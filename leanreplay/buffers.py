@@ -461,7 +461,7 @@ class DataBuffer:
         schema = Schema.from_batch(batch, metadata) if store is None else store.table.schema
         leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
         checked = Batch(leaves, schema.fields)
-        checked.groups = self._groups(leaves, schema, group, checked.n)
+        checked.groups = self._groups(checked, schema, group)
         return schema, checked
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
@@ -494,12 +494,14 @@ class DataBuffer:
                 self._create(items.schema)
             self._feed(n, skip, groups, items.fetch(groups), data=None if groups is None else items.data)
 
-    def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
+    def _groups(self, batch: Batch, schema: Schema, group: Any) -> Ints:
+        n = batch.n
         if group is not None:
             return integers(group, n, "group")
         field = schema.label_field
         if field is not None:
-            return integers(leaves[field], n, schema.fields[field].name)
+            labels = batch.plain[field]
+            return integers(batch.leaves[field] if labels is None else labels, n, schema.fields[field].name)
         if self.policy_class.needs_groups:
             raise SchemaError(
                 f"{type(self).__name__} balances over classes: give group=(n,) integers, or samples that are pairs with an integer label"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .batches import length, plain_array
+from .batches import Batch, length, plain_array
 from .buffers import DataBuffer
 from .errors import ArgumentError, CorruptionError, RowError, SchemaError
 from .format import Table
@@ -157,8 +157,8 @@ class WeightedReservoirBuffer(DataBuffer):
         n = length(dataset)
         super().update(dataset, metadata=metadata, group=None if n < 0 else checked_weights(weights, n), at=at)
 
-    def _groups(self, leaves: Sequence[Any], schema: Schema, group: Any, n: int) -> Ints:
-        return checked_weights(group, n)
+    def _groups(self, batch: Batch, schema: Schema, group: Any) -> Ints:
+        return checked_weights(group, batch.n)
 
     def _plan_file(
         self, params: dict[str, Any], size: int, seed: int, stream: int, schema: Schema, identity: str, slots: int = 0
