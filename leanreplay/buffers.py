@@ -548,15 +548,17 @@ class DataBuffer:
             self._rows, self._samples, self._taken, self._places = (np.empty(_CHUNK, np.int64) for _ in range(4))
         if groups is not None and self.policy_class.check_groups is not Policy.check_groups:
             self._ready_policy(store).check_groups(groups[skip:])
+        if data is not None and groups is not None and not groups.flags.carray:
+            groups = groups.copy()  # for other memory the kernel would be compiled once more
         if moving is not None and 2 * moving.rows.shape[0] > store.most:
             self._move(store, moving)
             moving = None
         done = skip
         while done < n:
+            first = store.seen
             policy = self._ready_policy(store)
             m = min(n - done, _CHUNK)
             rows = self._rows[:m]
-            first = store.seen
             start = (self.stream << STREAM_BITS) + first
             most = store.most if moving is None else store.most - moving.rows.shape[0]
             self._policy_at = -1
@@ -570,12 +572,13 @@ class DataBuffer:
             freed = policy.freed
             if freed is not NO_ROWS:
                 _check_freed(store, policy, freed)
-            elif data is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]:
-                planned = rows if used == m else rows[:used]
-                if store.commit_planned(first + used, policy.state, planned, start, groups, done, data, most):
-                    self._policy_at = store.sequence
-                    done += used
-                    continue
+            elif (
+                data is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]
+                and store.commit_planned(first, policy.state, rows[:used], start, groups, done, data, most)
+            ):  # fmt: skip
+                self._policy_at = store.sequence
+                done += used
+                continue
             count = store.keep_last(rows[:used], freed, start, self._samples, self._taken, self._places) if 0 < used <= m else -1
             if count == -2:
                 raise ArgumentError(
@@ -597,9 +600,9 @@ class DataBuffer:
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
                 places = self._places[:count]
-                store.commit(first + used, policy.state, taken, places, picked_groups, sources, freed, policy.new_log, moving)
+                store.commit(first + used, policy.state, taken, places, picked_groups, sources, freed, policy.new_log, moving, first)
             else:
-                store.commit(first + used, policy.state, freed=freed, log=policy.new_log, moved=moving)
+                store.commit(first + used, policy.state, freed=freed, log=policy.new_log, moved=moving, after=first)
             moving = None
             self._policy_at = store.sequence
             done += used

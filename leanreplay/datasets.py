@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, length
+from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, length, plain_array
 from .errors import ArgumentError, SchemaError
 from .schema import Schema, check_leaf, entry, to_numpy
 
@@ -42,11 +42,17 @@ class Items:
             self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
 
     def targets(self) -> Any:
-        """`targets` of the dataset, or of the one that it is a subset of: n of them. None without."""
+        """`targets` of the dataset, or of the one that it is a subset of: n of them. None without, or where they are no array."""
         for dataset, which in self._parts:
-            found = getattr(dataset, "targets", None)
-            if length(found) == len(dataset):
-                return found if which is None else np.asarray(found)[which]
+            if which is None:
+                found = getattr(dataset, "targets", None)
+                if length(found) == self.n:
+                    return found
+                continue
+            with contextlib.suppress(Exception):  # a dataset within may have anything under that name; its items will tell
+                array = plain_array(dataset.targets, "targets")
+                if array.shape[0] == len(dataset):
+                    return array[which]
         return None
 
     def groups(self, group: Any, needed: bool, skip: int) -> Ints | None:
@@ -135,11 +141,16 @@ def _parts(dataset: Any) -> Sequence[tuple[Any, Ints | None]]:
     found: list[tuple[Any, Ints | None]] = [(dataset, None)]
     torch = sys.modules.get("torch.utils.data")
     while torch is not None and type(dataset) is torch.Subset:
-        dataset, indices, before = dataset.dataset, np.asarray(dataset.indices), found[-1][1]
-        n = length(dataset)
+        before, inner = found[-1][1], dataset.dataset
+        n = length(inner)
+        try:
+            indices = plain_array(dataset.indices, "indices")
+        except SchemaError:
+            break  # whatever they mean, the items will tell
         if indices.ndim != 1 or indices.dtype.kind not in "iu" or not indices.size or indices.min() < -n or indices.max() >= n:
-            break  # whatever that means, the items will tell
-        indices = indices.astype(np.int64)
+            break
+        indices = indices.astype(np.int64)  # a copy
         indices[indices < 0] += n
+        dataset = inner
         found.append((dataset, indices if before is None else indices[before]))
     return found

@@ -153,8 +153,11 @@ class Parts:
         freed: Ints = NO_ROWS,
         log: Ints = NO_ROWS,
         moved: Moved | None = None,
+        after: int | None = None,
     ) -> None:
         """As `Store.commit`; new rows lie in one part, which is made when it is needed. Other parts in which rows move commit before."""
+        if after is not None and after != self.seen:
+            raise ModeError("the buffer was changed while a batch was being added; the batch was not added")
         if rows.shape[0] and rows[0] // self.rows == len(self.stores):
             make = self._make()
             assert make is not None
@@ -169,16 +172,17 @@ class Parts:
                 store.commit(store.seen, store.policy, moved=there)
         if last is not None:
             first = (len(self.stores) - 1) * self.rows
-            last.commit(seen - first, policy, rows - first, positions, groups, sources, moved=moving)
+            now = None if after is None else after - first
+            last.commit(seen - first, policy, rows - first, positions, groups, sources, moved=moving, after=now)
 
     def commit_planned(
-        self, seen: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Any], most: int
+        self, after: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Any], most: int
     ) -> bool:
         """As `Store.commit_planned`; not if the part of these rows is still to be made."""
         before = (len(self.stores) - 1) * self.rows
         if rows[0] >= before + self.rows:
             return False
-        return self.stores[-1].commit_planned(seen - before, policy, rows - before, start, groups, first, data, most)
+        return self.stores[-1].commit_planned(after - before, policy, rows - before, start, groups, first, data, most)
 
     def flush(self) -> None:
         for store in self.stores:

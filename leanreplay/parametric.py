@@ -352,12 +352,13 @@ class ParametricBuffer(BalancedBuffer):
             old.append(rows[moved])
             old_ranks.append(mine[moved])
             new.take(fresh[theirs >= 0], theirs[theirs >= 0], group)
+        seen = store.seen
         if self._store is not store or store.sequence != sequence:
             raise ModeError(
                 "the dataset or the features changed the buffer that they were feeding, which stops here; feed it from elsewhere"
             )
         self._commit_unit(
-            store, policy, source, new, np.concatenate(old), np.concatenate(old_ranks), np.concatenate(dropped), known, full, n - skip
+            store, policy, source, new, np.concatenate(old), np.concatenate(old_ranks), np.concatenate(dropped), known, full, seen, n - skip
         )
 
     def _commit_unit(
@@ -371,6 +372,7 @@ class ParametricBuffer(BalancedBuffer):
         dropped: Ints,
         known: Ints,
         full: Any,
+        seen: int,
         fed: int,
     ) -> None:
         """One commit: new samples take dropped rows and free ones, the lowest first; old ones get their new ranks."""
@@ -403,7 +405,7 @@ class ParametricBuffer(BalancedBuffer):
             return [(flat(np.ascontiguousarray(a)), where) for a in arrays]
 
         self._policy_at = -1
-        store.commit(store.seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log)
+        store.commit(seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log, after=seen)
 
     def _ranks(self, store: Any, rows: Ints) -> Ints:
         arrays, _ = store.read(rows, _rank_field(store.table.schema))

@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import stat
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -292,6 +293,8 @@ class Store:
         """Unmap and close. Restore points in memory are lost."""
         if self._map is None:
             return
+        if self.writable and not self._settled:
+            self._refuse_within()
         self._log.forget()
         view, self._map = self._map, None
         self._mem = self._view = np.zeros(0, np.uint8)
@@ -390,9 +393,24 @@ class Store:
             self._require_map()
             self.refresh()
         elif not self._settled:
+            self._refuse_within()
             self.recover()
         elif self._map is None:
             self._require_map()
+
+    def _refuse_within(self) -> None:
+        """Raise ModeError if a change of this store is under way further up: it was not interrupted, it goes on when the caller is done.
+
+        A signal handler can come between any two steps of it, and so can a dataset that is loaded from.
+        """
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code in _CHANGES and frame.f_locals.get("self") is self:
+                raise ModeError(
+                    f"{self.path or 'this buffer'} is in the middle of a change, so that it cannot be used now: a signal handler should "
+                    "only set a flag, for the training loop to look at between two steps; a dataset should not use the buffer that it feeds"
+                )
+            frame = frame.f_back  # type: ignore[assignment]
 
     @property
     def sequence(self) -> int:
@@ -773,15 +791,16 @@ class Store:
         freed: Ints = NO_ROWS,
         log: Ints = NO_LOG,
         moved: Moved | None = None,
+        after: int | None = None,
     ) -> None:
         """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
 
         sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64; or a function that returns
         them for rows[start:stop], and is called with the commit under way, so that not all of them are in memory at once.
         moved: live rows and the sources of those of their fields that change. All rows are distinct, and no more than the journal
-        holds. log: (k, 2), more entries of the policy's log.
+        holds. log: (k, 2), more entries of the policy's log. after: samples seen when this was planned; ModeError if it is not so any more.
         """
-        sequence = self._coming(seen, policy)
+        sequence = self._coming(seen, policy, after)
         whole, freeing = rows.shape[0], freed.shape[0]
         if whole and not freeing and moved is None and not log.shape[0] and not callable(sources) and self._unbroken(len(sources)):
             data, samples = [source for source, _ in sources], sources[0][1]
@@ -855,10 +874,19 @@ class Store:
         self._take_over()
         self._settled = True
 
-    def _coming(self, seen: int, policy: Sequence[int]) -> int:
-        """Begin a commit: fill the next header with what is known of it. Returns its number."""
+    def _coming(self, seen: int, policy: Sequence[int], after: int | None = None) -> int:
+        """Begin a commit: fill the next header with what is known of it. Returns its number.
+
+        after: samples seen when the commit was planned. From here on a signal handler can change nothing; until here it could.
+        """
         self._settled = False
         now, coming = self._now, self._next
+        if self._map is None or (after is not None and now[H_SEEN] != after):
+            self._settled = True
+            raise ModeError(
+                f"{self.path or 'this buffer'} was changed or closed while a batch was being added, by a signal handler or a dataset; "
+                "the batch was not added"
+            )
         coming[:] = now
         sequence: int = now[H_SEQ] + 1
         coming[H_SEQ], coming[H_PREVIOUS], coming[H_TARGET], coming[H_SEEN] = sequence, now[H_STATE], 0, seen
@@ -868,15 +896,16 @@ class Store:
         return sequence
 
     def commit_planned(
-        self, seen: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Bytes], most: int
+        self, after: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Bytes], most: int
     ) -> bool:
         """The commit of a plan whose samples are in memory, by one kernel call; False, and nothing has changed, where that cannot be.
 
-        rows: what the plan says, for at most `most` rows. Sample i, of position start + i, is number first + i in groups and data.
+        after: samples seen before. rows: where the next ones go, or -1, for at most `most` rows. Sample i, of position start + i, is
+        number first + i in groups and data.
         """
         if not self._unbroken(len(data)):
             return False
-        self._coming(seen, policy)
+        self._coming(after + rows.shape[0], policy, after)
         return self._at_once(rows, start, NO_ROWS, groups, first, data, most)
 
     def _unbroken(self, fields: int) -> bool:
@@ -922,8 +951,6 @@ class Store:
         for start in range(0, rows.shape[0], step):
             part = slice(start, min(start + step, rows.shape[0]))
             sources = fetch(part.start, part.stop)
-            if self._settled or self._map is None:  # somebody used the buffer, which undid this commit
-                raise ModeError("the dataset used the buffer that it was feeding, which stops here; read the buffer from elsewhere")
             for f in range(self._fields):
                 source, samples = sources[f]
                 kernel.write_field(self._mem, self._cols, f, rows[part], samples, source, positions[part], groups[part], digests)
@@ -1192,6 +1219,9 @@ class Store:
         except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             problems.append(Problem(f"HDF5 cannot read {name}: {error}"))
         return problems
+
+
+_CHANGES = {f.__code__ for f in (Store.commit, Store.commit_planned, Store.recover, Store.rollback)}  # which nothing may come within
 
 
 @functools.cache

@@ -22,8 +22,10 @@ import leanreplay
 from leanreplay import (
     ClassBalancedBuffer,
     GreedyClassBalancingBuffer,
+    ModeError,
     ReservoirBuffer,
     SlidingWindowBuffer,
+    StateError,
     StorageError,
     store,
     system,
@@ -159,12 +161,17 @@ def test_fences_are_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_compilation(tmp_path: Path) -> None:
-    """Dtypes, numbers of fields, tensors and arrays: the same kernel."""
+    """Dtypes, numbers of fields, tensors and arrays, groups however they lie: the same kernel."""
     if not hasattr(kernel.commit_rows, "signatures"):
         pytest.skip("kernels run as Python")
     for i, data in enumerate([np.zeros((3, 2)), np.zeros(3, "S5"), (np.zeros(3, "u1"), np.zeros((3, 1), "i4"))]):
         with leanreplay.ReservoirBuffer(10, tmp_path / f"{i}.h5") as buffer:
             buffer.add(data)
+    fixed = np.arange(3)
+    fixed.flags.writeable = False
+    for group in (fixed, np.arange(6)[::2], np.broadcast_to(np.int64(4), 3), 5):
+        with leanreplay.ReservoirBuffer(10) as buffer:
+            buffer.add(np.zeros((3, 2)), group=group)
     assert len(kernel.commit_rows.signatures) == 1
 
 
@@ -301,6 +308,84 @@ def test_killed_within(kind: Any, tmp_path: Path) -> None:
                 assert all((u == v).all() for u, v in zip(mine[0], right[0], strict=True)), trial
                 assert (mine[1]["position"] == right[1]["position"]).all(), trial
     assert undone > 3
+
+
+# -- used within ---------------------------------------------------------------------------------------------------------
+
+USES = {
+    "read": lambda b, path: (b.seen, len(b), b.get([0]), b.sample(2, replace=True)),
+    "mark": lambda b, path: b.state_dict(),
+    "add": lambda b, path: b.add(**stream(0, 8)),
+    "go back": lambda b, path: b.load_state_dict(b.before),
+    "check": lambda b, path: b.check(),
+    "close": lambda b, path: b.close(),
+}
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedBuffer])
+def test_a_signal_handler(kind: Any, use: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one comes within `add` and uses the buffer, that is refused, or done as a whole before or after: as if there were none."""
+    monkeypatch.setattr(store, "_AT_ONCE", at_once)
+    files = {f.__code__.co_filename for f in (store.Store.commit, kind.add, kind.policy_class.plan)}
+    outcomes: set[str] = set()
+
+    def run(n: int) -> bool:
+        """Come in at the n-th line; False if there are not as many."""
+        path, count, done = tmp_path / f"{n}.h5", 0, ""
+
+        def step(frame: Any, event: str, _: Any) -> Any:
+            nonlocal count, done
+            if frame.f_code.co_filename not in files:
+                return None
+            if event == "line" and not done:
+                count += 1
+                if count == n:
+                    done = "done"
+                    try:
+                        USES[use](buffer, path)
+                    except (ModeError, StateError) as error:
+                        done = type(error).__name__
+            return step
+
+        with kind(10, path, seed=1) as buffer:
+            buffer.add(**stream(0, 30))
+            buffer.before = buffer.state_dict()
+            sys.settrace(step)
+            raised = ""
+            try:
+                buffer.add(**stream(30, 40))
+            except ModeError as error:
+                raised = str(error)
+            finally:
+                sys.settrace(None)
+        assert done or not raised
+        outcomes.add(f"{done} {bool(raised)}")
+        with leanreplay.open(path, mode="r+") as buffer:
+            assert [str(p) for p in buffer.check()] == [], (n, done, raised)
+            went = 40 if not raised else 30
+            if use == "add" and done == "done":
+                assert buffer.seen == went + 8, (n, raised)
+            elif not raised:
+                assert buffer.seen in ({30, 40} if use == "go back" else {40}), (n, done)
+            if use != "add" and buffer.seen in (30, 40):
+                with kind(10, seed=1) as twin:
+                    twin.add(**stream(0, buffer.seen))
+                    assert mine(buffer) == mine(twin), (n, done, raised)
+        path.unlink()
+        return bool(done)
+
+    n = 1
+    while run(n):
+        n += 3  # a third of all lines, others for others
+    assert n > 60
+    assert "ModeError False" in outcomes or at_once
+
+
+def mine(buffer: Any) -> list[Any]:
+    (x, y), meta = buffer.get(buffer.get_metadata("idx"))
+    return [a.tolist() for a in (x, y, meta["a"], meta["position"], meta["idx"])]
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from leanreplay import (  # noqa: E402
     InfiniteBuffer,
     ParametricBuffer,
     ReservoirBuffer,
+    Schema,
     SchemaError,
     SlidingWindowBuffer,
     store,
@@ -235,3 +236,147 @@ def test_cuda() -> None:
     found = [fed("reservoir", None, [TensorDataset(a.to(where), b.to(where))]) for a, b in [(x, y)] for where in ("cpu", "cuda")]
     found.append(fed("reservoir", None, [Subset(TensorDataset(x.cuda(), y.cuda()), range(N))]))
     assert found[0] == found[1] == found[2]
+
+
+class Labelled(Counted):
+    """Targets that a test chooses, a property that raises among them; items say the label, too."""
+
+    def __init__(self, targets: Any) -> None:
+        super().__init__(TensorDataset(*tensors()))
+        self.given = targets
+
+    @property
+    def targets(self) -> Any:
+        if self.given is NotImplementedError:
+            raise NotImplementedError
+        return self.given
+
+
+ODD = {
+    "raises": NotImplementedError,
+    "none": None,
+    "too few": [0] * (N - 1),
+    "boxes": [[1, 2], [3]] * (N // 2),
+    "pairs": np.zeros((N, 2), int),
+    "text": "x" * N,
+    "a dict": dict.fromkeys(range(N), 1),
+    "a set": set(range(N)),
+    "floats": np.linspace(0, 1, N),
+    "a gradient": torch.rand(N, requires_grad=True),
+    "conjugates": torch.zeros(N, dtype=torch.complex64).conj(),
+    "bfloat16": torch.zeros(N, dtype=torch.bfloat16),
+    "sparse": torch.zeros(N).to_sparse(),
+    "meta": torch.zeros(N, dtype=torch.long, device="meta"),
+    "masked": np.ma.masked_array(np.zeros(N, int), np.arange(N) % 2),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("kind", ["reservoir", "balanced"])
+def test_targets_that_are_no_labels(kind: str, name: str) -> None:
+    """Within a Subset they are left alone, as those of the dataset itself are: the items tell their labels."""
+    want = fed(kind, None, [Counted(TensorDataset(*tensors()))])
+    assert fed(kind, None, [Subset(Labelled(ODD[name]), range(N))]) == want
+    if name != "raises":
+        assert fed(kind, None, [Labelled(ODD[name])]) == want
+
+
+def test_targets_within_count() -> None:
+    """Those of the outermost dataset that has as many as items."""
+    inner = Labelled((tensors()[1] + 10).tolist())
+    with ClassBalancedBuffer(20) as buffer:
+        buffer.update(Subset(Subset(inner, range(5, N)), range(40)))
+        assert set(buffer.group_sizes()) == {10, 11, 12, 13, 14}
+        outer = Subset(inner, range(40))
+        outer.targets = [7] * 40  # type: ignore[attr-defined]
+        buffer.update(outer)
+        assert set(buffer.group_sizes()) == {7, 10, 11, 12, 13, 14}
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        np.arange(N)[::-1],
+        np.arange(N, dtype=np.uint8),
+        torch.arange(N),
+        [-1, 0, 1, -N, N - 1] * 3,
+        [True, False] * 5,
+        [np.int64(3), 4],
+        np.zeros(3, bool),
+        [],
+        [0, N],
+        [-N - 1],
+        [0.0, 1.0],
+    ],
+)
+def test_odd_indices(indices: Any) -> None:
+    """As the items of the same Subset have it, errors too; the indices are left as they are."""
+    whole = TensorDataset(*tensors())
+    before = list(indices)
+    ends = []
+    for dataset in (Subset(whole, indices), Subset(Counted(whole), indices)):
+        with ReservoirBuffer(12, seed=1) as buffer:
+            try:
+                buffer.update(dataset)
+                ends.append(image(buffer) if buffer.seen else 0)
+            except Exception as error:
+                ends.append(type(error))
+    assert ends[0] == ends[1]
+    assert all(a == b for a, b in zip(before, list(indices), strict=True))
+
+
+def test_keys_that_are_no_indices() -> None:
+    class Keyed(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, key: Any) -> Any:
+            return np.array(key[0]), len(key)
+
+    for keys in ([(0, 1), (2,)], [(0, 1), (2, 3)], ["a", "b"]):
+        with SlidingWindowBuffer(5) as buffer:
+            buffer.update(Subset(Keyed(), keys if keys[0] != "a" else [(5,), (6,)]))  # type: ignore[arg-type]
+            assert buffer.seen == 2
+
+
+@pytest.mark.parametrize(
+    "change", [np.asfortranarray, lambda z: np.repeat(z, 2, 1)[:, ::2], lambda z: z.tolist(), lambda z: z.astype(">f4")]
+)
+def test_metadata_beside_tensors(change: Any) -> None:
+    x, y = tensors()
+    z = np.arange(3 * N, dtype=np.float32).reshape(N, 3)
+    schema = Schema.from_batch((x, y), {"z": z})
+    ends = []
+    for dataset in (TensorDataset(x, y), Counted(TensorDataset(x, y))):
+        with ReservoirBuffer(30, seed=1, schema=schema) as buffer:
+            try:
+                buffer.update(dataset, metadata={"z": change(z)})
+                ends.append(image(buffer))
+            except SchemaError as error:
+                ends.append(str(error))
+    assert ends[0] == ends[1]
+
+
+def test_items_seen_before_are_not_made() -> None:
+    x, y = tensors()
+    items = Counted(TensorDataset(x, y))
+    with ClassBalancedBuffer(4) as buffer:
+        buffer.update(items)
+        items.made = 0
+        buffer.update(items, at=0)
+        assert items.made == 0
+        buffer.update(Counted(TensorDataset(*tensors(N + 3))), at=0)
+        assert buffer.seen == N + 3
+    single = Counted(TensorDataset(x))
+    with ReservoirBuffer(4) as buffer:
+        buffer.update(single)
+        buffer.update(single, at=0)
+        assert buffer.seen == N
+
+
+def test_tasks_beside_tensors() -> None:
+    """groupby="task" of metadata that comes with a dataset."""
+    x, y = tensors()
+    with ParametricBuffer(12, groupby="task") as buffer:
+        buffer.update(TensorDataset(x, y), metadata={"task": np.arange(N) // 30})
+        assert buffer.group_sizes() == {0: 4, 1: 4, 2: 4}
