@@ -35,11 +35,11 @@ def forget(where: Path) -> float:
 def _drop(where: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     files = [where] if where.is_file() else [f for f in where.rglob("*") if f.is_file()]
-    names = {str(f.resolve()) for f in files}
+    numbers = {str(f.stat().st_ino) for f in files}  # its path there may be another: the name that it was made under
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
-            parts = line.rstrip("\n").split(maxsplit=5)
-            if len(parts) == 6 and parts[5] in names and parts[1].endswith("s"):
+            parts = line.split(maxsplit=5)
+            if parts[4] in numbers and parts[1].endswith("s"):  # of a like-numbered file elsewhere nothing is lost
                 start, stop = (int(n, 16) for n in parts[0].split("-"))
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_DONTNEED)
     for file in files:
