@@ -1160,3 +1160,20 @@ def test_h5py_files_are_refused(tmp_path):
         with pytest.raises(lr.FormatError, match="plain HDF5 file"):
             lr.ReservoirBuffer(8, tmp_path / "other.h5", mode=mode)
     assert (tmp_path / "other.h5").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux only")
+def test_no_descriptor_is_left(tmp_path):
+    """Of files that are refused, and of those that open."""
+    good, cut = str(tmp_path / "good.h5"), tmp_path / "cut.h5"
+    with lr.ReservoirBuffer(5, good) as buffer:
+        buffer.add(np.zeros((3, 2)))
+    cut.write_bytes((tmp_path / "good.h5").read_bytes()[:5000])
+    before = len(os.listdir("/proc/self/fd"))
+    for mode in ("r", "r+"):
+        lr.open(good, mode=mode).close()
+        with pytest.raises(lr.FormatError):
+            lr.open(cut, mode=mode)
+        with pytest.raises(lr.FormatError):
+            lr.ReservoirBuffer(None, cut, mode=mode)
+    assert len(os.listdir("/proc/self/fd")) == before
