@@ -249,9 +249,9 @@ class DataBuffer:
     def close(self) -> None:
         """Close the file and release the writer's lock. Closing twice is fine; anything else afterwards is a ModeError."""
         with self._lock:
-            self._closed = True
             if self._store is not None:
-                self._store.close()
+                self._store.close()  # refuses in the middle of a change
+            self._closed = True
             if self._lock_fd is not None:
                 os.close(self._lock_fd)
                 self._lock_fd = None

@@ -236,7 +236,7 @@ class Parts:
         return problems
 
     def close(self) -> None:
-        for store in self.stores:
+        for store in reversed(self.stores):  # the last is the one that may refuse
             store.close()
 
 
