@@ -264,8 +264,10 @@ class DataBuffer:
 
     def __del__(self) -> None:
         # Without this a forgotten buffer would hold its lock and descriptors until the interpreter ends.
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - when it ends, contextlib may be empty already
             self.close()
+        except Exception:
+            pass
 
     def _become_reader(self) -> None:
         """In a forked child: the parent goes on writing, so this copy reads, and must not hold the parent's lock."""

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -128,6 +130,25 @@ def test_second_writer_is_refused(kind: str, mode: str, path: str) -> None:
     if mode in ("a", "r+"):
         with KINDS[kind](path, mode=mode) as buffer:
             assert buffer.seen == 60
+
+
+LEFT_OPEN = """
+import sys, numba, numpy, leanreplay
+@numba.njit
+def twice(x):
+    return 2 * x
+twice(1)  # numba keeps the names of this script until modules are torn down
+buffer = leanreplay.ReservoirBuffer(5, *sys.argv[1:])
+buffer.add((numpy.zeros((3, 2)), numpy.arange(3)))
+"""
+
+
+@pytest.mark.parametrize("ram", [True, False])
+def test_a_buffer_that_outlives_the_modules(ram: bool, path: str) -> None:
+    """A script that ends with a buffer open prints nothing, however late the buffer goes."""
+    command = [sys.executable, "-c", LEFT_OPEN, *([] if ram else [path])]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == ran.stderr == ""
 
 
 def test_worker_outlives_a_killed_trainer(path: str) -> None:

@@ -516,8 +516,10 @@ class AsyncReservoir:
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - when the interpreter ends, contextlib may be empty already
             self._stop()
+        except Exception:
+            pass
 
     def _require(self) -> None:
         if self._closed:
