@@ -49,7 +49,7 @@ def comparisons(lines: Lines) -> str:
     return text + ("\n\n" + "\n".join(skipped) if skipped else "")
 
 
-LIMITS = ("np.take", "np.memmap", "torch alone, without a buffer", "X @ X.T alone, float64")  # what a work cannot do without, or do faster
+LIMITS = ("np.take", "np.memmap", "torch alone, without a buffer", "X @ X.T alone, float32")  # what a work cannot do without, or do faster
 
 
 def summary(lines: Lines) -> str:

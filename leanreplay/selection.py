@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _MATRIX_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
-_STEPS_PER_MATRIX = 32  # all of them in one product cost as much as n / 32 products of the rows with a vector (measured)
+_STEPS_PER_MATRIX = 8  # all of them in one product cost as much as n / 8 products of the rows with a vector (measured)
 _UNIT, _SINGLE = 2.0**-53, 2.0**-24  # rounding of float64 and float32
 
 
@@ -176,15 +176,16 @@ class HerdingSelection(FeatureBasedSelection):
     over the samples not chosen yet, mu being the mean of all phi(x): each prefix of the order has a mean close to mu.
 
     The order is that of a direct implementation in float64, `np.argmin(np.linalg.norm(mu - (phi + S) / k, axis=1))` with S the sum of
-    those chosen, so of samples that tie, such as equal rows, the lowest index comes first. Scores are kept up to date from products
-    of features; where the best are closer than rounding could take them apart, the definition decides. `count` does not matter.
+    those chosen, so of samples that tie, such as equal rows, the lowest index comes first. Scores are kept up to date in single
+    precision; of rows closer together than rounding could take them apart they are made in double, and if that cannot tell either,
+    the definition decides. `count` does not matter.
 
     normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as iCaRL does; default: features as given.
     model, layer, batch_size, transform: as for `FeatureBasedSelection`.
 
-    Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.05 s for n=2,000, d=512 on two
-    cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: two copies of the features in float64, and
-    8 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step.
+    Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.03 s for n=2,000, d=512 on two
+    cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: the features in float64, if they are not yet, a copy
+    in float32, and 4 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step.
 
     >>> HerdingSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 4, 0])
@@ -200,11 +201,9 @@ class HerdingSelection(FeatureBasedSelection):
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
-        x = _checked_features(features)
-        stop = _count(count, x.shape[0])
-        if stop == 0:
-            return np.zeros(0, np.int64)
-        return _herd(_normalized(x) if self.normalize else x, stop)
+        phi, top = _checked_features(features, self.normalize)
+        stop = _count(count, phi.shape[0])
+        return _herd(phi, top, stop) if stop else np.zeros(0, np.int64)
 
 
 class ClosestToCenterSelection(FeatureBasedSelection):
@@ -228,11 +227,10 @@ class ClosestToCenterSelection(FeatureBasedSelection):
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
-        x = _checked_features(features)
-        stop = _count(count, x.shape[0])
+        phi, _ = _checked_features(features, self.normalize)
+        stop = _count(count, phi.shape[0])
         if stop == 0:
             return np.zeros(0, np.int64)
-        phi = _well_scaled(_normalized(x) if self.normalize else x)
         return np.argsort(np.linalg.norm(phi - phi.mean(axis=0), axis=1), kind="stable")[:stop].astype(np.int64)
 
 
@@ -255,20 +253,34 @@ def _array(values: Any, name: str) -> np.ndarray[Any, Any]:
         raise ArgumentError(f"{name}: {type(values).__name__} cannot become an array: {error}") from None
 
 
-def _checked_features(features: Any) -> Floats:
-    """(n, d) float64, C-contiguous, finite."""
+def _checked_features(features: Any, normalize: bool) -> tuple[Floats, float]:
+    """(n, d) float64, C-contiguous, finite, rows divided by their lengths if wanted, such that squares stay within float64; the largest
+    absolute value."""
     array = _array(features, "features")
     if array.ndim != 2:
         raise ArgumentError(f"features: expected (n, d), one row for each sample, got shape {array.shape}; flatten with reshape(n, -1)")
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise ArgumentError(f"features: expected real numbers of up to 64 bits, got {array.dtype}; convert them: astype('float64')")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        row, column = np.argwhere(~np.isfinite(array))[0]
+    x = np.ascontiguousarray(array, np.float64)
+    top = _top(x)
+    if not math.isfinite(top):
+        row, column = np.argwhere(~np.isfinite(x))[0]
         raise ArgumentError(
             f"features: row {row} holds {array[row, column]} in column {column}; every number must be finite: leave such samples out, or "
             "look for the layer that made it"
         )
-    return np.ascontiguousarray(array, np.float64)
+    if normalize:
+        x = _normalized(x)
+    elif top > 0.0 and not 2.0**-300 < top < 2.0**300:
+        x = np.ldexp(x, -math.frexp(top)[1])  # times a power of two, which changes no order
+    else:
+        return x, top
+    return x, _top(x)
+
+
+def _top(x: Floats) -> float:
+    """The largest absolute value; nan if there is one."""
+    return float(max(x.max(initial=0.0), -x.min(initial=0.0)))
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
@@ -305,83 +317,55 @@ def _by_key(positions: Ints, purpose: str, seed: int) -> Ints:
 # -- herding -----------------------------------------------------------------------------------------------------------
 
 
-def _herd(phi: Floats, count: int) -> Ints:
-    """The first `count` of the order. phi: (n, d), n and count at least 1."""
+def _herd(phi: Floats, top: float, count: int) -> Ints:
+    """The first `count` of the order. phi: (n, d), n and count at least 1; top: the largest absolute value."""
     n, d = phi.shape
-    phi = _well_scaled(phi)
     mean = phi.mean(axis=0)
     # Distances do not change when all features are moved; around their mean they are small, and so are rounding errors.
-    w = phi - mean
-    squares = np.einsum("ij,ij->i", w, w)
-    radius, far = math.sqrt(squares.max()), math.sqrt(d) * float(np.abs(phi).max(initial=0.0))
+    squares, marks = np.empty(n), np.empty(n)
+    herding.measure(phi, mean, np.cos(np.arange(d, dtype=np.float64)), squares, marks)
+    radius, far = math.sqrt(squares.max()), math.sqrt(d) * top
     # How far rounding may take a score, for each step done: that of the scores here, and that of the definition in float64.
     slack = 8.0 * _UNIT * ((d + 8) * radius + far) * radius
-    many = _STEPS_PER_MATRIX * count > n and 8 * n * n <= _MATRIX_BYTES
-    return _herd_many(phi, mean, w, squares, count, slack) if many else _herd_few(phi, mean, w, squares, count, slack)
-
-
-def _herd_many(phi: Floats, mean: Floats, w: Floats, squares: Floats, count: int, slack: float) -> Ints:
-    """With the products of all rows with all: O(n) a step."""
-    n = phi.shape[0]
-    order, total, dots = np.empty(count, np.int64), np.zeros(phi.shape[1]), np.zeros(n)
-    alive, twin = _twins(phi)
-    products = w @ w.T
-    done = added = 0
-    while True:
-        done, doubt = herding.herd(products, squares, dots, alive, twin, order, done, count, slack)
-        if not doubt:
-            return order
-        for row in order[added:done].tolist():
-            total += phi[row]
-        added = done
-        scores = np.where(alive == 1, squares + 2.0 * dots, np.inf)
-        best = _by_definition(phi, mean, total, done + 1, np.flatnonzero(scores <= scores.min() + 2.0 * slack * (done + 1)))
-        order[done] = best
-        herding.take(products, dots, alive, twin, best)
-        done += 1
-
-
-def _herd_few(phi: Floats, mean: Floats, w: Floats, squares: Floats, count: int, slack: float) -> Ints:
-    """With a product of all rows with one vector a step: in single precision first, then in double for those in question."""
-    d = phi.shape[1]
-    order, total, moved, left = np.empty(count, np.int64), np.zeros(d), np.zeros(d), squares.copy()
-    radius = math.sqrt(squares.max()) or 1.0
-    single = np.divide(w, radius).astype(np.float32)
-    for k in range(1, count + 1):
-        length = math.sqrt(moved @ moved) or 1.0
-        scores = left + (2.0 * radius * length) * (single @ (moved / length).astype(np.float32))
-        rough = 4.0 * (d + 8) * _SINGLE * radius * length + 2.0 * slack * k
-        close = np.flatnonzero(scores <= scores.min() + 2.0 * rough)
-        if close.shape[0] > 1:
-            scores = squares[close] + 2.0 * (w[close] @ moved)
-            close = close[scores <= scores.min() + 2.0 * slack * k]
-        order[k - 1] = best = _by_definition(phi, mean, total, k, close)
-        left[best] = np.inf
-        total += phi[best]
-        moved += w[best]
+    unit = 1.0001 * radius or 1.0
+    single = np.empty((n, d), np.float32)
+    herding.make_single(phi, mean, unit, single)
+    many = _STEPS_PER_MATRIX * count > n and 4 * n * n <= _MATRIX_BYTES
+    products = single @ single.T if many else np.empty((0, 0), np.float32)
+    left, twin = _twins(phi, squares, marks)
+    order, close = np.empty(count, np.int64), np.empty(n, np.int64)
+    dots, total, moved, error = np.zeros(n), np.zeros(d), np.zeros(d), np.zeros(2)
+    done, chosen = 0, -1
+    while done < count:
+        done, doubt = herding.herd(
+            phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen,
+            unit, 1.01 * (d + 4) * _SINGLE, slack, close,
+        )  # fmt: skip
+        if doubt:
+            chosen = _by_definition(phi, mean, total, done + 1, np.sort(close[:doubt]))
     return order
 
 
 def _by_definition(phi: Floats, mean: Floats, total: Floats, k: int, close: Ints) -> int:
     """Which of these rows is the k-th to choose, `total` being the sum of those chosen."""
-    if close.shape[0] == 1:
-        return int(close[0])
     return int(close[np.argmin(np.linalg.norm(mean - (phi[close] + total) / k, axis=1))])
 
 
-def _twins(phi: Floats) -> tuple[npt.NDArray[np.uint8], Ints]:
-    """Of equal rows only the first need be looked at until it is chosen: (whether to look at a row, the next equal one or -1)."""
+def _twins(phi: Floats, squares: Floats, marks: Floats) -> tuple[Floats, Ints]:
+    """Of equal rows only the first need be looked at until it is chosen: (squares, inf for the others; the next equal row or -1).
+
+    marks: (n,), the same for equal rows; few others share one.
+    """
     n = phi.shape[0]
-    alive, twin, hashes = np.ones(n, np.uint8), np.full(n, -1, np.int64), np.empty(n, np.uint64)
-    herding.hash_rows((phi + 0.0).view(np.uint64), hashes)  # -0.0 becomes 0.0
-    found, which, times = np.unique(hashes, return_inverse=True, return_counts=True)
+    left, twin = squares.copy(), np.full(n, -1, np.int64)
+    found, which, times = np.unique(marks, return_inverse=True, return_counts=True)
     if found.shape[0] < n:
-        by_hash = np.split(np.argsort(which, kind="stable"), np.cumsum(times)[:-1])
-        for same in by_hash:
+        by_mark = np.split(np.argsort(which, kind="stable"), np.cumsum(times)[:-1])
+        for same in by_mark:
             if same.shape[0] > 1 and (phi[same] == phi[same[0]]).all():
-                alive[same[1:]] = 0
+                left[same[1:]] = np.inf
                 twin[same[:-1]] = same[1:]
-    return alive, twin
+    return left, twin
 
 
 def _normalized(y: Floats) -> Floats:
@@ -389,9 +373,3 @@ def _normalized(y: Floats) -> Floats:
     y = np.ldexp(y, -np.frexp(np.abs(y).max(axis=1, keepdims=True, initial=0.0))[1])  # exact, so that no square overflows
     lengths = np.linalg.norm(y, axis=1)
     return y / np.where(lengths > 0, lengths, 1.0)[:, None]
-
-
-def _well_scaled(y: Floats) -> Floats:
-    """Times a power of two, which changes no order, if need be for squares to stay within float64."""
-    top = float(np.abs(y).max(initial=0.0))
-    return y if top == 0.0 or 2.0**-300 < top < 2.0**300 else np.ldexp(y, -math.frexp(top)[1])

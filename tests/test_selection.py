@@ -36,7 +36,7 @@ FEATURES = [HerdingSelection, ClosestToCenterSelection]
 def run(request, monkeypatch):
     """Run a test with compiled kernels, and with the Python functions that they are made from."""
     if request.param == "python":
-        for module, names in ((herding, ("hash_rows", "herd", "take")), (reservoir, ("position_keys",))):
+        for module, names in ((herding, ("measure", "make_single", "herd")), (reservoir, ("position_keys",))):
             call_helpers(module, monkeypatch)
             for name in names:
                 kernel = getattr(module, name)
@@ -200,9 +200,9 @@ def test_count_does_not_matter():
     x = np.random.default_rng(5).normal(size=(1200, 24))
     x[600:] = x[:600]  # every row twice
     order = herd(x)
-    for count in (1, 2, 20, 36, 37, 38, 39, 100, 1199, 1200, 5000, np.int64(7)):
+    for count in (1, 2, 20, 149, 150, 151, 152, 300, 1199, 1200, 5000, np.int64(7)):
         assert herd(x, count) == order[:count]
-    assert 37 * selection._STEPS_PER_MATRIX < 1200 < 38 * selection._STEPS_PER_MATRIX
+    assert 150 * selection._STEPS_PER_MATRIX <= 1200 < 151 * selection._STEPS_PER_MATRIX
     assert sorted(order) == list(range(1200))
 
 
@@ -240,39 +240,128 @@ def test_without_the_definition_ties_would_go_wrong(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["random", "repeated", "signed zeros", "constant", "integers"])
-def test_hashes_may_collide(name, monkeypatch):
-    """The hash only says where to look."""
-    monkeypatch.setattr(herding, "hash_rows", lambda words, out: out.fill(5))
+def test_marks_may_collide(name, monkeypatch):
+    """A mark only says where to look for equal rows."""
+    twins = selection._twins
+    monkeypatch.setattr(selection, "_twins", lambda phi, squares, marks: twins(phi, squares, np.zeros_like(marks)))
     monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
     assert herd(HARD[name]) == direct(HARD[name])
 
 
-@pytest.mark.usefixtures("run")
-def test_hash_rows():
-    """Equal rows have equal hashes; single bits make others."""
-    x = RNG.normal(size=(200, 3))
-    x[7] = x[3]
-    words = x.view(np.uint64).copy()
-    words[11] = words[10] ^ np.array([0, 1, 0], np.uint64)
-    words[12] = words[10] ^ np.array([2**63, 0, 0], np.uint64)
-    out = np.empty(200, np.uint64)
-    herding.hash_rows(words, out)
-    assert out[7] == out[3] and len(set(out.tolist())) == 199
+def test_marks_tell_rows_apart():
+    """Of equal rows, and those that differ in the sign of a zero, only the first is looked at; each of the others has its turn."""
+    x = np.random.default_rng(3).integers(-2, 3, (500, 6)).astype(np.float64)
+    squares, marks = np.empty(500), np.empty(500)
+    herding.measure(x, x.mean(axis=0), np.cos(np.arange(6.0)), squares, marks)
+    assert np.allclose(squares, ((x - x.mean(axis=0)) ** 2).sum(axis=1)) and np.allclose(marks, x @ np.cos(np.arange(6.0)))
+    x[x == 0] *= np.random.default_rng(4).choice([-1.0, 1.0], (x == 0).sum())
+    left, twin = selection._twins(x, squares, marks)
+    first: dict[tuple[float, ...], list[int]] = {}
+    for i, row in enumerate(x.tolist()):
+        first.setdefault(tuple(row), []).append(i)
+    assert [i for same in first.values() for i in same[1:]] != [] and np.isfinite(left).sum() == len(first)
+    for same in first.values():
+        assert np.isfinite(left[same[0]]) and np.isinf(left[same[1:]]).all() and twin[same].tolist() == [*same[1:], -1]
+
+
+class Herd:
+    """The kernel alone, on rows of mean 0, with what it keeps from call to call."""
+
+    def __init__(self, w, twin=None, matrix=True):
+        n, d = w.shape
+        self.w, self.squares = w, (w * w).sum(axis=1)
+        self.twin = np.full(n, -1, np.int64) if twin is None else twin
+        self.left, self.dots, self.error = self.squares.copy(), np.zeros(n), np.zeros(2)
+        self.total, self.moved = np.zeros(d), np.zeros(d)
+        self.order, self.close = np.zeros(n, np.int64), np.zeros(n, np.int64)
+        self.unit = float(np.sqrt(self.squares.max()))
+        self.single = (w / self.unit).astype(np.float32)
+        self.products = self.single @ self.single.T if matrix else np.empty((0, 0), np.float32)
+
+    def __call__(self, done, chosen=-1, rough=1e-6, slack=1e-12):
+        return herding.herd(
+            self.w, np.zeros(self.w.shape[1]), self.single, self.products, self.squares, self.twin, self.left, self.dots, self.total,
+            self.moved, self.error, self.order, done, self.w.shape[0], chosen, self.unit, rough, slack, self.close,
+        )  # fmt: skip
 
 
 @pytest.mark.usefixtures("run")
-def test_herd_stops_in_doubt():
-    """The kernel alone: it goes as far as scores are further apart than the slack, and says so."""
-    for values, found, order in (([3.0, -3.0, 1.0, -0.5], (4, False), [3, 2, 1, 0]), ([3.0, -3.0, 1.0, -1.0], (0, True), [])):
-        w = np.array(values)[:, None]
-        dots, chosen = np.zeros(4), np.zeros(4, np.int64)
-        alive, twin = np.ones(4, np.uint8), np.full(4, -1, np.int64)
-        assert herding.herd(w @ w.T, (w * w).ravel(), dots, alive, twin, chosen, 0, 4, 1e-9) == found
-        assert chosen[: found[0]].tolist() == order and int(alive.sum()) == 4 - found[0]
-        assert np.allclose(dots, (w @ w[chosen[: found[0]]].sum(axis=0)).ravel())
-    alive, twin = np.array([1, 0], np.uint8), np.array([1, -1])
-    herding.take(np.eye(2), dots := np.zeros(2), alive, twin, 0)
-    assert alive.tolist() == [0, 1] and dots.tolist() == [1, 0]
+@pytest.mark.parametrize("matrix", [True, False])
+def test_herd_stops_in_doubt(matrix):
+    """The kernel alone: it goes as far as scores are further apart than the slack, and says which rows are in question."""
+    clear = Herd(np.array([[3.0], [-3], [1], [-0.5]]), matrix=matrix)
+    assert clear(0) == (4, 0)
+    assert clear.order.tolist() == [3, 2, 1, 0] and np.isinf(clear.left).all()
+
+    tied = Herd(np.array([[3.0], [-3], [1], [-1]]), matrix=matrix)
+    assert tied(0) == (0, 2) and sorted(tied.close[:2].tolist()) == [2, 3]
+    assert tied(0, chosen=2) == (2, 2)  # -1 follows; then 3 and -3 tie
+    assert tied.order[:2].tolist() == [2, 3] and sorted(tied.close[:2].tolist()) == [0, 1]
+    assert tied.total.tolist() == [0.0] and np.abs(tied.dots[:2]).max() <= tied.error[0]
+    assert tied(2, chosen=0) == (4, 0)
+    assert tied.order.tolist() == [2, 3, 0, 1]
+
+    equal = Herd(np.array([[1.0], [-2], [1]]), twin=np.array([2, -1, -1]), matrix=matrix)
+    equal.left[2] = np.inf
+    assert equal(0) == (3, 0)
+    assert equal.order.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("single", [0.0, selection._SINGLE])
+def test_what_single_precision_cannot_tell(single, monkeypatch):
+    """Scores that differ by less than float32 holds: exact ones decide, and are what makes the difference."""
+    monkeypatch.setattr(selection, "_SINGLE", single)
+    x = np.random.default_rng(4).normal(size=(300, 32))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x = np.concatenate([x, -x]) * (1 + 1e-9 * np.random.default_rng(5).normal(size=(600, 1)))
+    assert (herd(x) == direct(x)) == (single > 0)
+
+
+@pytest.mark.parametrize("scale", [1e-80, 1e-25, 1.0, 1e25, 1e80])
+def test_beyond_the_range_of_single_precision(scale, path):
+    """Where squares fit into float64 but features, or their squares, not into float32."""
+    x = np.random.default_rng(6).normal(size=(90, 7)) * scale
+    assert herd(x) == direct(x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_sign_and_far_out(sign):
+    """Squares that do not fit into float64, of numbers of one sign."""
+    x = sign * np.abs(np.random.default_rng(7).normal(size=(40, 3))) * 1e200
+    assert herd(x) == direct(x) and center(x) == direct_center(x)
+
+
+@pytest.mark.usefixtures("run")
+def test_the_worst_that_rough_products_could_be():
+    """Each off by as much as is allowed, up or down."""
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(120, 5))
+    w = x - x.mean(axis=0)
+    for rough in (1e-5, 1e-3, 1e-2):
+        found = Herd(w)
+        found.products += (0.99 * rough * rng.choice([-1, 1], (120, 120))).astype(np.float32)
+        assert found(0, rough=rough) == (120, 0)
+        assert found.order.tolist() == direct(x)
+
+
+@pytest.mark.parametrize("looks", [0, 8, 10**9])
+def test_products_made_anew(looks, monkeypatch):
+    """Rows by the hundred within what has been lost to rounding: then all products are made anew, or all rows are looked at closely."""
+    monkeypatch.setattr(herding, "_LOOKS", looks)  # the uncompiled kernel reads it
+    call_helpers(herding, monkeypatch)
+    plain, anew = herding.herd.py_func, [0]
+    dot = herding._dot
+
+    def counted(a, b):
+        anew[0] += a.dtype == np.float32
+        return dot(a, b)
+
+    monkeypatch.setattr(herding, "_dot", counted)
+    monkeypatch.setattr(herding, "herd", plain)
+    monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
+    x = np.eye(70) + 1e-6 * np.random.default_rng(1).normal(size=(70, 70))
+    assert herd(x) == direct(x)
+    assert (anew[0] > 0) == (looks > 0)
 
 
 # -- input -------------------------------------------------------------------------------------------------------------
@@ -358,18 +447,18 @@ def test_wrong_input(strategy):
 
 
 def test_memory():
-    """No matrix of all products beyond the limit: here it would take 72 MB."""
+    """No matrix of all products beyond the limit: here it would take 36 MB."""
     x = np.random.default_rng(0).normal(size=(3000, 4))
     tracemalloc.start()
-    order = herd(x, 300)
+    order = herd(x, 600)
     matrix = tracemalloc.get_traced_memory()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_MATRIX_BYTES", 70_000_000)
+        patch.setattr(selection, "_MATRIX_BYTES", 35_000_000)
         tracemalloc.reset_peak()
-        assert herd(x, 300) == order
+        assert herd(x, 600) == order
         vectors = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert matrix > 72_000_000 and vectors < 8_000_000
+    assert matrix > 36_000_000 and vectors < 4_000_000
 
 
 # -- random ------------------------------------------------------------------------------------------------------------
