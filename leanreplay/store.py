@@ -171,6 +171,7 @@ class Store:
         self._written = [0] * len(table.columns)  # file offset up to which a column has been written with zeros ahead
         self._live_rows: tuple[int, Ints] | None = None
         self._snapshot: tuple[int, Ints] | None = None
+        self._known = b""  # the headers as a reader last found them, both valid
         self._log = UndoLog(path, table, points)
         self._large = [(at, size) for at, size in table.columns[: self._fields] if size >= _LARGE]
         self._cold = 0  # reads that are still to be advised
@@ -373,6 +374,9 @@ class Store:
 
     def refresh(self) -> None:
         """For readers: take the newest header, waiting for a rollback under way."""
+        raw = self._raw_headers()
+        if raw == self._known:  # nothing was written since: a tenth of the cost
+            return
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -382,10 +386,16 @@ class Store:
                     raise
             else:
                 if self.head[H_TARGET] in (0, _GONE):
+                    self._known = raw if raw == self._raw_headers() else b""  # b"": written while they were read
                     return
                 if time.monotonic() > deadline:
                     raise RecoveryError(f"{self.path}: a rollback was cut off; open it for writing once, to finish it")
             time.sleep(0.001)
+            raw = self._raw_headers()
+
+    def _raw_headers(self) -> bytes:
+        view, size = self._require_map(), 8 * HEADER_WORDS
+        return b"".join([view[at : at + size] for at in HEADERS])
 
     def ready(self) -> None:
         """Make the state in memory that of the file: for a writer after an interrupted commit, for a reader always."""
@@ -615,10 +625,10 @@ class Store:
             self._cold -= 1
         if not self.writable:  # rows of a commit under way are whole, and yet not what the header speaks of
             self.refresh()
-            pending = np.isin(rows, np.concatenate(self._journal_rows()))
-            if pending.any():
+            if self.pending():
+                pending = np.isin(rows, np.concatenate(self._journal_rows()))
                 bad[pending] = 1
-                wrong = True
+                wrong = wrong or bool(pending.any())
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
         return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
