@@ -265,7 +265,25 @@ class Take:
         del self.data
 
 
-BUFFERS: dict[str, type[Contender]] = {"ours": Ours, "avalanche": Avalanche, "torchrl": TorchRL, "cpprb": Cpprb, "np.take": Take}
+class Piece(Take):
+    """No sample, the limit of any that is copied: as many rows, but those that lie one after the other."""
+
+    def draw(self, n: int) -> None:
+        first = int(self._rng.integers(0, self._next - n + 1))
+        self.where = np.arange(first, first + n)
+
+    def sample(self, n: int) -> Any:
+        return self.data[self.where[0] : self.where[0] + n].copy()
+
+
+BUFFERS: dict[str, type[Contender]] = {
+    "ours": Ours,
+    "avalanche": Avalanche,
+    "torchrl": TorchRL,
+    "cpprb": Cpprb,
+    "np.take": Take,
+    "one piece": Piece,
+}
 
 
 def present(names: list[str]) -> list[str]:

@@ -147,7 +147,7 @@ def saturated(o: Options) -> Lines:
 def sampling(o: Options) -> Lines:
     """Batches of 256 from buffers that fit in memory."""
     lines: Lines = []
-    wanted = {"np.take": 0.8, "cpprb": 4.0, "torchrl": 6.0, "avalanche": None}
+    wanted = {"np.take": 0.8, "cpprb": 4.0, "torchrl": 6.0, "avalanche": None, "one piece": None}
     for rows in (5_000, 20_000 if o.quick else 200_000):
         contenders = {name: rivals.BUFFERS[name](o.folder, rows) for name in rivals.present(list(wanted))}
         contenders = {"ours": rivals.OursRing(o.folder, rows), **contenders}
