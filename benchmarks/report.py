@@ -54,19 +54,18 @@ LIMITS = ("np.take", "one piece", "np.memmap", "torch alone, without a buffer", 
 
 
 def summary(lines: Lines) -> str:
-    """How many of the wanted ratios were met, and which could not be: where a limit itself is not that much faster than the rival."""
-    judged = [line for line in lines if isinstance(line, Line) and line.wanted is not None]
-    limits: dict[str, Line] = {}  # of each work the fastest
-    for line in lines:
-        if isinstance(line, Line) and line.rival in LIMITS and (line.work not in limits or line.ratio < limits[line.work].ratio):
-            limits[line.work] = line
+    """How many of the wanted ratios were met; of those missed, what the limits of the same work would be beside that rival."""
+    measured = [line for line in lines if isinstance(line, Line)]
+    judged = [line for line in measured if line.wanted is not None]
     missed = []
     for line in judged:
-        if not line.met and line.wanted is not None:
-            limit = limits.get(line.work)
-            best = median(line.theirs) / median(limit.theirs) if limit is not None and limit.rival != line.rival else np.inf
-            out_of_reach = f"; out of reach here, {limit.rival} is {best:.3g}" if limit is not None and best < line.wanted else ""
-            missed.append(f"- {line.work}, beside {line.rival}: {line.ratio:.3g} of {line.wanted:g}{out_of_reach}")
+        if line.met or line.wanted is None:
+            continue
+        limits = [other for other in measured if other.work == line.work and other.rival in LIMITS and other.rival != line.rival]
+        ratios = {limit.rival: median(line.theirs) / median(limit.theirs) for limit in limits}
+        text = ", ".join(f"{name} is {ratio:.3g}" for name, ratio in ratios.items())
+        beyond = " out of reach here," if ratios and max(ratios.values()) < line.wanted else ""
+        missed.append(f"- {line.work}, beside {line.rival}: {line.ratio:.3g} of {line.wanted:g}" + (f";{beyond} {text}" if text else ""))
     head = f"{len(judged) - len(missed)} of {len(judged)} wanted ratios met"
     return f"{head}. Missed:\n\n" + "\n".join(missed) if missed else f"{head}."
 

@@ -829,9 +829,8 @@ class Store:
                 touched = np.concatenate([rows, moved.rows])
                 changing[:] = 0
                 changing[list(moved.sources)] = 1
-            overwritten = min(touched.shape[0], size)
-            if overwritten > self._journal_ready:
-                self._extend_journal(overwritten)
+            if touched.shape[0]:
+                self._get_pages(touched)
             stamps = self._stamps if logging else _NOBODY
             found = int(kernel.save_rows(mem, cols, touched, whole, changing, stamps, self._stamp, *self._journal, digests, counts))
             new, live, count, top = counts.tolist()
@@ -849,10 +848,7 @@ class Store:
             kernel.seal_block(mem, table.journal, self._seal, 0)
             if self.durable:
                 system.sync(self._fd, self._map)
-            if top > high:
-                high = top
-                if top > self._faulted:
-                    self._fault_in(top)
+            high = max(high, top)
             if callable(sources):
                 self._write_pieces(sources, rows, positions, groups, digests)
             else:
