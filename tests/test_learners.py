@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from learner_oracle import (
     whole,
 )
 
-from leanreplay import ReservoirBuffer, SlidingWindowBuffer, StateError
+from leanreplay import ArgumentError, ReservoirBuffer, Schema, SlidingWindowBuffer, StateError, StorageError, system
 from leanreplay.torch import (
     CLSLearner,
     Consistency,
@@ -696,6 +697,43 @@ class Anchor(Term):
 
     def load_state_dict(self, state):
         self.mean = state["mean"]
+
+
+def test_two_terms_that_store_one_name():
+    """One would overwrite the other's."""
+    model = dense()
+    terms = [Anchor(), Anchor()]
+    terms[1].name = "second"
+    learner = ReplayLearner(model, sgd(model), ReservoirBuffer(20), terms=terms)
+    with pytest.raises(ArgumentError, match=r"two terms store metadata as 'first'.*'second'"):
+        learner.step(*next(iter(batches(1, 6))))
+    assert not len(learner.buffer)
+
+
+def test_a_full_disk_loses_no_batch(tmp_path, monkeypatch):
+    """What the buffer cannot take stays queued: it is stored by another after_step, or with the next batch."""
+    x, y = next(iter(batches(1, 6)))
+    schema = Schema.from_batch((x, y))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    for again in (True, False):
+        model = dense()
+        with ReservoirBuffer(40, tmp_path / f"{again}.h5", schema=schema) as buffer:
+            learner = ERLearner(model, sgd(model), buffer, replay_batch_size=3)
+            with monkeypatch.context() as patch:
+                patch.setattr(system, "write_zeros", full)
+                patch.setattr(system, "LINUX", True)
+                with pytest.raises(StorageError, match="free some space"):
+                    learner.step(x, y)
+            assert buffer.seen == 0 and learner.steps == 0
+            if again:
+                learner.after_step()
+            else:
+                learner.step(x, y)
+            assert buffer.seen == (6 if again else 12) and learner.steps == 1 and not learner._queue
+            assert sorted(held(buffer)["position"]) == list(range(buffer.seen))
 
 
 def test_terms_of_your_own():

@@ -1594,6 +1594,9 @@ def test_mixed_refusals():
             list(MixedLoader([wrong], buffer, 4))
     with pytest.raises(ArgumentError, match="pairs"):
         list(MixedLoader([(x, y)], single, 4))
+    for wrong in ((x.astype(np.float16), y), (x, y.astype(np.int16))):
+        with pytest.raises(ArgumentError, match="differ in dtype"):
+            list(MixedLoader([wrong], buffer, 4))
 
 
 def test_mixed_device():

@@ -398,7 +398,7 @@ class MixedLoader:
     `replay_batch_size` samples drawn from the buffer at that moment (fewer while it holds fewer); is_replay, (n,) bool, says which they
     are, and meta is the metadata of these. What goes into the buffer is up to the loop, after the step for instance, so no sample is
     replayed in the batch that it comes with. device: where the batch goes. Draws are the buffer's own, so they are part of its state.
-    Raises ArgumentError for what is not such pairs, and for samples of the stream and the buffer that differ in shape.
+    Raises ArgumentError for what is not such pairs, and for samples of the stream and the buffer that differ in shape or dtype.
 
     >>> import torch
     >>> from leanreplay import ReservoirBuffer
@@ -435,6 +435,11 @@ class MixedLoader:
                     raise ArgumentError(
                         f"samples of the stream (x {tuple(x.shape[1:])}, y {tuple(y.shape[1:])}) and of the buffer "
                         f"(x {tuple(x_old.shape[1:])}, y {tuple(y_old.shape[1:])}) differ in shape; transform one of them"
+                    )
+                if x_old.dtype != x.dtype or y_old.dtype != y.dtype:  # torch would make both of the wider one
+                    raise ArgumentError(
+                        f"samples of the stream (x {x.dtype}, y {y.dtype}) and of the buffer (x {x_old.dtype}, y {y_old.dtype}) differ in "
+                        "dtype; transform one of them"
                     )
                 x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
                 is_replay[-n:] = True

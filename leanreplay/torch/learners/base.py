@@ -12,7 +12,7 @@ import torch
 
 from ...batches import required
 from ...buffers import DataBuffer
-from ...errors import ArgumentError, ModeError, SchemaError, StateError
+from ...errors import ArgumentError, ModeError, SchemaError, StateError, StorageError
 from ...parametric import ParametricBuffer
 from ...policies import Policy
 from ...schema import check_leaf
@@ -367,7 +367,12 @@ class ReplayLearner:
         if self._keepers:
             stream = both if joined is None else both.part(0, n, detached=True)
             for term in self._keepers:
-                stored.update(term.keep(self, stream))
+                for name, value in term.keep(self, stream).items():
+                    if name in stored:
+                        raise ArgumentError(
+                            f"two terms store metadata as {name!r} with each sample; let keep of {term.name!r} use another name"
+                        )
+                    stored[name] = value
         kept = (n, [(name, getattr(v, "shape", None), getattr(v, "dtype", None)) for name, v in stored.items()]) if stored else ()
         new = kept != self._kept or self._picky
         if new:
@@ -459,10 +464,19 @@ class ReplayLearner:
 
         stepped: False if the optimizer skipped the step (as after an overflow in mixed precision), which then does not count: samples
         were seen and are stored, but no copy of the model moves.
+
+        If the buffer cannot take the batches (StorageError: the disk is full), they stay queued: call this again once it can, or go on,
+        and they are stored with the next batch.
         """
         queue, self._queue = self._queue, []
         if queue:
-            write(self.buffer, queue)
+            before = self.buffer.seen
+            try:
+                write(self.buffer, queue)
+            except StorageError:
+                if self.buffer.seen == before:  # else some of them arrived, and must not a second time
+                    self._queue = queue
+                raise
             self._seen = queue[-1].seen
         if stepped:
             self.steps += 1
