@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 _MATRIX_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
 _STEPS_PER_MATRIX = 8  # all of them in one product cost as much as n / 8 products of the rows with a vector (measured)
-_UNIT, _SINGLE = 2.0**-53, 2.0**-24  # rounding of float64 and float32
+_SINGLE = 2.0**-24  # rounding of float32
 
 
 class Candidates(Protocol):
@@ -325,8 +325,6 @@ def _herd(phi: Floats, top: float, count: int) -> Ints:
     squares, marks = np.empty(n), np.empty(n)
     herding.measure(phi, mean, np.cos(np.arange(d, dtype=np.float64)), squares, marks)
     radius, far = math.sqrt(squares.max()), math.sqrt(d) * top
-    # How far rounding may take a score, for each step done: that of the scores here, and that of the definition in float64.
-    slack = 8.0 * _UNIT * ((d + 8) * radius + far) * radius
     unit = 1.0001 * radius or 1.0
     single = np.empty((n, d), np.float32)
     herding.make_single(phi, mean, unit, single)
@@ -339,7 +337,7 @@ def _herd(phi: Floats, top: float, count: int) -> Ints:
     while done < count:
         done, doubt = herding.herd(
             phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen,
-            unit, 1.01 * (d + 4) * _SINGLE, slack, close,
+            unit, 1.01 * (d + 4) * _SINGLE, radius, far, close,
         )  # fmt: skip
         if doubt:
             chosen = _by_definition(phi, mean, total, done + 1, np.sort(close[:doubt]))

@@ -7,6 +7,7 @@ import numpy as np
 from . import njit, reordered
 
 _LANES = 64  # the least score of every 64th row is kept: a minimum lane by lane runs in vector registers, one over all does not
+_TINY = 2.0**-53  # rounding of float64
 _LOOKS = 8  # an exact score costs as much as this many rough ones (measured)
 
 
@@ -74,7 +75,7 @@ def _least(left, dots, lanes):
 
 @njit
 def herd(
-    phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen, unit, rough, slack, close
+    phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen, unit, rough, radius, far, close
 ):
     """Choose rows greedily until `count` are chosen, or until the definition in float64 has to say which is the next.
 
@@ -86,8 +87,8 @@ def herd(
     rows; dots: w . S, roughly; total, moved: sums of phi and w of those chosen; error: (2,), how far off dots may be, and how many
     exact products were made since they were made anew. done: how many are chosen; chosen: the next, or -1 to look for it.
 
-    rough: how far off the product of two rows of `single` may be; slack: how far rounding in float64 may take a score, for each step
-    done. close: (n,) int64, receives the rows that are in question. Returns how many are chosen and how many are in question.
+    rough: how far off the product of two rows of `single` may be; radius: the greatest |w|; far: at least that of phi. close: (n,) int64,
+    receives the rows that are in question. Returns how many are chosen and how many are in question.
     """
     n, d = phi.shape
     lanes, exact, direction = np.empty(_LANES), np.empty(n), np.empty(d, np.float32)
@@ -119,12 +120,15 @@ def herd(
                     if left[j] < np.inf:
                         dots[j] = unit * length * _dot(single[j], direction)
                 error[0], error[1] = unit * length * rough, 0.0
-        far = _least(left, dots, lanes) + 4.0 * error[0] + 2.0 * slack * (k + 1)
+        # How far rounding in float64 may take a score: the one made here; that of the definition, which divides S by k; S itself.
+        reach, step = radius + np.sqrt(_dot(moved, moved)), k + 1.0
+        slack = _TINY * (4.0 * (d + 8.0 + step) * reach * reach + 12.0 * step * far * reach + 2.0 * step * step * far * radius)
+        within = _least(left, dots, lanes) + 4.0 * error[0] + 2.0 * slack
         found = 0
         for lane in range(_LANES):
-            if lanes[lane] <= far:
+            if lanes[lane] <= within:
                 for j in range(lane, n, _LANES):
-                    if left[j] + 2.0 * dots[j] <= far:
+                    if left[j] + 2.0 * dots[j] <= within:
                         close[found] = j
                         found += 1
         if found > 1:
@@ -133,9 +137,9 @@ def herd(
             for i in range(found):
                 exact[i] = squares[close[i]] + 2.0 * _dot_moved(phi[close[i]], mean, moved)
                 least = min(least, exact[i])
-            far, among, found = least + 2.0 * slack * (k + 1), found, 0
+            within, among, found = least + 2.0 * slack, found, 0
             for i in range(among):
-                if exact[i] <= far:
+                if exact[i] <= within:
                     close[found] = close[i]
                     found += 1
             if found > 1:
