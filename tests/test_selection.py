@@ -248,6 +248,7 @@ def test_marks_may_collide(name, monkeypatch):
     assert herd(HARD[name]) == direct(HARD[name])
 
 
+@pytest.mark.usefixtures("run")
 def test_marks_tell_rows_apart():
     """Of equal rows, and those that differ in the sign of a zero, only the first is looked at; each of the others has its turn."""
     x = np.random.default_rng(3).integers(-2, 3, (500, 6)).astype(np.float64)
@@ -262,6 +263,15 @@ def test_marks_tell_rows_apart():
     assert [i for same in first.values() for i in same[1:]] != [] and np.isfinite(left).sum() == len(first)
     for same in first.values():
         assert np.isfinite(left[same[0]]) and np.isinf(left[same[1:]]).all() and twin[same].tolist() == [*same[1:], -1]
+
+
+@pytest.mark.usefixtures("run")
+def test_make_single():
+    """Rows around their mean, in units of the longest."""
+    x = RNG.normal(size=(50, 7)) + 3
+    single = np.empty((50, 7), np.float32)
+    herding.make_single(x, x.mean(axis=0), 2.5, single)
+    assert np.array_equal(single, ((x - x.mean(axis=0)) / 2.5).astype(np.float32))
 
 
 class Herd:
