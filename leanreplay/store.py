@@ -609,11 +609,11 @@ class Store:
         places = self._places
         out = np.empty(self._room_for, np.uint8)
         index = np.empty((2, n), np.int64)
-        bad = np.empty(n, np.uint8)
+        sums, bad = np.empty(n, np.uint64), np.empty(n, np.uint8)
         if self._cold:
             self._fetch(rows, first, last)
         start = time.perf_counter()
-        wrong = kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, bad)
+        wrong = kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, sums, bad)
         taken = time.perf_counter() - start
         if taken > 1e-3 + _COLD * n:
             waits, self._waits = self._waits, system.waits_for_disk()
@@ -623,15 +623,35 @@ class Store:
                 self._cold = _WARM_READS
         elif self._cold and taken < 1e-4 + _WARM * n:
             self._cold -= 1
-        if not self.writable:  # rows of a commit under way are whole, and yet not what the header speaks of
-            self.refresh()
-            if self.pending():
-                pending = np.isin(rows, np.concatenate(self._journal_rows()))
-                bad[pending] = 1
-                wrong = wrong or bool(pending.any())
+        if not self.writable:
+            wrong = self._find_changed(rows, first, last, index, sums, bad)
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
         return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
+
+    def _find_changed(self, rows: Ints, first: int, last: int, index: Ints, sums: Words, bad: Bytes) -> int:
+        """After a reader's `read_rows`: mark rows that a commit changed meanwhile, and those of one under way, which are whole and yet not
+        what the header speaks of. How many are bad. What is compared must not change meanwhile either: else once more.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            self.refresh()
+            headers, seal = self._known, self._raw_seal()
+            wrong = int(kernel.find_changed(self._view, self._cols, first, last, rows, index, sums, bad))
+            if self.pending():
+                bad[np.isin(rows, np.concatenate(self._journal_rows()))] = 1
+                wrong = int(np.count_nonzero(bad))
+            if self._is_now(headers, seal):
+                return wrong
+            if time.monotonic() > deadline:
+                raise RowError(f"{self.path or 'this buffer'} changes faster than rows can be compared; try again")
+
+    def _is_now(self, headers: bytes, seal: bytes) -> bool:
+        """Whether no commit began or ended since these were read."""
+        return headers != b"" and headers == self._raw_headers() and seal == self._raw_seal()
+
+    def _raw_seal(self) -> bytes:
+        return self._require_map()[self.table.journal : self.table.journal + 8 * SEAL_WORDS]
 
     def _arrange(self, n: int, first: int, last: int, room: int) -> None:
         """Where in one piece of memory each field's array lies, at multiples of 64 bytes, and where the rows that are read go."""
@@ -679,8 +699,6 @@ class Store:
             wrong = np.flatnonzero(bad)
             if time.monotonic() >= deadline:
                 break
-            time.sleep(wait)
-            wait = min(2 * wait, 0.01)
             self.refresh()
             old, free_before = self._journal_rows()
             for i in wrong:
@@ -692,6 +710,8 @@ class Store:
                 return
             if np.isin(rows[bad == 1], free_before).all():
                 break
+            time.sleep(wait)
+            wait = min(2 * wait, 0.01)
         wrong = np.flatnonzero(bad)
         free = [int(rows[i]) for i in wrong if index[0, i] < 0]
         if free:
@@ -709,13 +729,15 @@ class Store:
         row = rows[i : i + 1]
         fields = self.table.schema.fields
         sizes = [f.nbytes for f in fields[first:last]]
-        found, flag = np.empty((2, 1), np.int64), np.empty(1, np.uint8)
+        found, sums, flag = np.empty((2, 1), np.int64), np.empty(1, np.uint64), np.empty(1, np.uint8)
         mine = np.cumsum([0, *[round_up(f.nbytes, 8) for f in fields]])
         block = np.empty(mine[-1], np.uint8)
-        if from_journal:
-            wrong = not self._read_journal(int(row[0]), block, mine, found)
+        if from_journal:  # whose records stay as they are until the commit has ended
+            headers, seal = self._known, self._raw_seal()
+            wrong = not (self._read_journal(int(row[0]), block, mine, found) and self._is_now(headers, seal))
         else:
-            wrong = bool(kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, flag))
+            kernel.read_rows(self._view, self._cols, 0, self._fields, row, block, mine, found, sums, flag)
+            wrong = bool(self._find_changed(row, 0, self._fields, found, sums, flag))
         for f, size in enumerate(sizes):
             out[places[f] + i * size :][:size] = block[mine[first + f] :][:size]
         index[:, i] = found[:, 0]

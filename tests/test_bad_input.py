@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import multiprocessing
 import os
@@ -923,6 +924,31 @@ def test_file_without_permission_to_read(open_folder):
 
 
 FULL = ["No space", "free some space"]
+
+
+def test_pages_come_before_anything_is_written(tmp_path, monkeypatch):
+    """A disk that is full when a commit asks for pages, of any kind of commit: nothing has changed, and the same call works later."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    path = str(tmp_path / "replay.h5")
+    with lr.ReservoirBuffer(5, path) as made:
+        made.add((np.zeros((3, 2)), np.zeros(3, int)), metadata={"logits": np.zeros(3)})
+        for values, rows in ((np.ones(3), None), (np.full(1, 2.0), [1])):
+            before = snapshot(made)
+            made.close()
+            made = lr.open(path, mode="r+")  # it has asked for no pages yet
+            with monkeypatch.context() as patch:
+                patch.setattr(system, "write_zeros", full)
+                patch.setattr(system, "LINUX", True)
+                with pytest.raises(lr.StorageError, match="free some space"):
+                    made.set_metadata("logits", values, rows)
+            assert snapshot(made) == before and made.check() == []
+            made.set_metadata("logits", values, rows)
+            assert made.check() == []
+        assert made.get_metadata("logits").tolist() == [1, 2, 1]
+        made.close()
 
 
 class Disk(str):

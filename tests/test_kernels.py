@@ -953,7 +953,8 @@ def reader(image: Image, chosen: list[int], first: int, last: int) -> tuple[int,
     sizes = SIZES[first:last]
     places = np.cumsum([0] + [-(-n * s // 64) * 64 for s in sizes])
     out, index, bad = np.full(places[-1], 0xEE, np.uint8), np.full((2, n), -9), np.full(n, 7, np.uint8)
-    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, np.array(chosen, np.int64), out, places, index, bad)
+    sums = np.full(n, 9, np.uint64)
+    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, np.array(chosen, np.int64), out, places, index, sums, bad)
     found = [[out[places[f] + i * s :][:s].tobytes() for f, s in enumerate(sizes)] for i in range(n)]
     return int(wrong), found, index, bad.tolist()
 
@@ -969,6 +970,32 @@ def test_read_rows(run: None, chosen: list[int]) -> None:
         assert found == [[image.entry(r, f) for f in range(first, last)] for r in chosen]
         assert index.tolist() == [[image.position(r) for r in chosen], [image.group(r) for r in chosen]]
     assert (image.mem == before).all()
+
+
+def changed(image: Image, found: tuple[Any, ...], flags: list[int]) -> tuple[int, list[int]]:
+    """Call find_changed: number of bad rows, flags."""
+    first, last, chosen, index, sums = found
+    bad = np.array(flags, np.uint8)
+    wrong = rows.find_changed(read_only(image.mem), image.cols, first, last, chosen, index, sums, bad)
+    return int(wrong), bad.tolist()
+
+
+@pytest.mark.parametrize("first, last", [(0, FIELDS), *((f, f + 1) for f in range(FIELDS))])
+def test_find_changed(run: None, first: int, last: int) -> None:
+    """After a read, another position, group or checksum of a field that was read makes a row bad, and no other does."""
+    image = Image(6, 1)
+    chosen = np.array([4, 2, 0, 2])
+    out, places = np.empty(4 * sum(SIZES) + 64 * FIELDS, np.uint8), np.zeros(FIELDS, np.int64)
+    index, sums, bad = np.empty((2, 4), np.int64), np.empty(4, np.uint64), np.empty(4, np.uint8)
+    assert rows.read_rows(read_only(image.mem), image.cols, first, last, chosen, out, places, index, sums, bad) == 0
+    found = first, last, chosen, index, sums
+    assert changed(image, found, [0, 0, 0, 0]) == (0, [0, 0, 0, 0]) and changed(image, found, [0, 0, 1, 0]) == (1, [0, 0, 1, 0])
+    words = [(image.offsets[FIELDS] + 16, True), (image.offsets[FIELDS + 1] + 16, True)]  # of row 2
+    words += [(image.offsets[FIELDS + 2] + 8 * (2 * FIELDS + f), first <= f < last) for f in range(FIELDS)]
+    for at, seen in words:
+        image.mem[at + 3] ^= 1
+        assert changed(image, found, [0, 0, 0, 0]) == ((2, [0, 1, 0, 1]) if seen else (0, [0, 0, 0, 0]))
+        image.mem[at + 3] ^= 1
 
 
 def test_read_rows_finds_what_is_wrong(run: None) -> None:

@@ -132,6 +132,110 @@ def test_second_writer_is_refused(kind: str, mode: str, path: str) -> None:
             assert buffer.seen == 60
 
 
+def between_fields(monkeypatch: pytest.MonkeyPatch, reader: Any, cut: int, act: Callable[[], None]) -> None:
+    """The reader's next read of all fields: those before `cut`, then `act`, then the others, as a slow one would meet a writer."""
+    plain = kernel.read_rows
+
+    def slow(view: Any, cols: Any, first: int, last: int, rows: Any, out: Any, places: Any, index: Any, sums: Any, bad: Any) -> int:
+        if reader._store._view is not view or rows.shape[0] == 1:
+            return int(plain(view, cols, first, last, rows, out, places, index, sums, bad))
+        monkeypatch.setattr(kernel, "read_rows", plain)
+        plain(view, cols, first, cut, rows, out, places, index, sums, bad)
+        before, wrong = sums.copy(), bad.copy()
+        act()
+        plain(view, cols, cut, last, rows, out, places[cut:], index, sums, bad)
+        sums += before
+        bad |= wrong
+        return int(np.count_nonzero(bad))
+
+    monkeypatch.setattr(kernel, "read_rows", slow)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("how", ["moved", "went back"])
+def test_commits_between_the_fields_of_a_row(how: str, cut: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose position and group stay while its bytes change: a reader gets all of the old or all of the new ones."""
+
+    def batch(value: float) -> tuple[Any, Any]:
+        return (np.full((8, 2), value), np.full(8, int(value))), {name: np.full(8, value) for name in ("a", "b")}
+
+    with SlidingWindowBuffer(8, path, seed=1) as writer:
+        samples, metadata = batch(0.0)
+        writer.add(samples, metadata=metadata, group=np.zeros(8, int))
+        first = writer.state_dict()
+        writer.add(samples, metadata=metadata, group=np.zeros(8, int))
+
+        def act() -> None:
+            if how == "moved":
+                rows = np.arange(4)
+                writer.add(
+                    *[tuple(part[:1] for part in samples)], metadata={k: v[:1] for k, v in metadata.items()}, group=np.zeros(1, int),
+                    moved=(rows, writer.get_metadata("position", rows), {k: np.full(4, 1.0) for k in metadata}),
+                )  # fmt: skip
+            else:
+                writer.load_state_dict(first)
+                new, stored = batch(1.0)
+                writer.add(new, metadata=stored, group=np.zeros(8, int))
+
+        with leanreplay.open(path) as reader:
+            between_fields(monkeypatch, reader, cut, act)
+            (x, y), meta = reader.sample(8)
+            if how == "went back":
+                assert (x[:, 0] == y).all() and (y == 1).all()
+                assert (meta["a"] == y).all()
+            assert (meta["a"] == meta["b"]).all() and meta["a"].any()
+
+
+def test_a_commit_while_a_reader_takes_the_header(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader takes for known is what it has read, not what stands there a moment later."""
+    with ReservoirBuffer(5, path) as writer:
+
+        def add() -> None:
+            writer.add((np.zeros((1, 2)), np.zeros(1, int)))
+
+        add()
+        with leanreplay.open(path) as reader:
+            add()
+            newest = reader._store._newest
+
+            def late(into: Any) -> None:
+                newest(into)
+                monkeypatch.setattr(reader._store, "_newest", newest)
+                add()
+
+            monkeypatch.setattr(reader._store, "_newest", late)
+            assert reader.seen == 2 and reader.seen == writer.seen == 3
+
+
+def test_a_rollback_that_was_cut_off_stays_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader says each time that the file is to be opened for writing once, and then reads on."""
+    monkeypatch.setattr(store, "_PATIENCE", 0.1)
+
+    def add(buffer: Any, value: float) -> None:
+        buffer.add((np.full((5, 2), value), np.zeros(5, int)))
+
+    with SlidingWindowBuffer(5, path) as writer:
+        add(writer, 0.0)
+    with leanreplay.open(path) as reader:
+        reader.sample(2)
+        pid = os.fork()
+        if pid == 0:
+            with SlidingWindowBuffer(5, path, mode="r+") as writer:
+                state = writer.state_dict()
+                add(writer, 1.0)
+                store.Store._apply_rollback = lambda *_: os._exit(0)  # type: ignore[assignment, method-assign]
+                writer.load_state_dict(state)
+            os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        for _ in range(3):
+            with pytest.raises(RecoveryError, match="open it for writing once"):
+                reader.sample(5)
+        with SlidingWindowBuffer(5, path, mode="r+") as writer:
+            assert writer.seen == 5
+        (x, _), _ = reader.sample(5)
+        assert not x.any()
+
+
 LEFT_OPEN = """
 import sys, numba, numpy, leanreplay
 @numba.njit

@@ -237,12 +237,12 @@ def read_block(mem, at, words):
 
 
 @njit
-def read_rows(mem, cols, first, last, rows, out, places, index, bad):
+def read_rows(mem, cols, first, last, rows, out, places, index, sums, bad):
     """Copy fields first to last of rows out, verifying each.
 
     rows: (n,) int64 within the columns. out: uint8; field f of rows[i] goes to out[places[f - first] + i * its bytes].
-    index: (2, n) int64, receives positions and groups. bad: (n,) uint8, receives 1 for a free row or a wrong checksum.
-    Returns the number of bad rows.
+    index: (2, n) int64, receives positions and groups; sums: (n,) uint64, sums of the stored checksums, for `find_changed`.
+    bad: (n,) uint8, receives 1 for a free row or a wrong checksum. Returns the number of bad rows.
     """
     fields = cols.shape[0] - 3
     n = rows.shape[0]
@@ -261,6 +261,7 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
         index[0, i], index[1, i] = np.int64(p), np.int64(g)
         tags[i] = _tag(r, p, g)
         bad[i] = np.int64(p) < 0
+        sums[i] = _0
     for f in range(first, last):
         offset, size, place = cols[f, 0], cols[f, 1], np.uint64(places[f - first])
         after = min(f + 1, last - 1)  # the entries of the next field come in while this one is copied
@@ -274,9 +275,33 @@ def read_rows(mem, cols, first, last, rows, out, places, index, bad):
             _prefetch(mem, cols[after, 0] + r * cols[after, 1])
             _prefetch(mem, cols[after, 0] + (r + _1) * cols[after, 1] - _1)
             h = _copy(mem, offset + r * size, out, place + np.uint64(i) * size, size)
-            bad[i] |= words[check + r * width] != _checksum(h, tags[i], f)
+            stored = words[check + r * width]
+            sums[i] += stored
+            bad[i] |= stored != _checksum(h, tags[i], f)
     wrong = 0
     for i in range(n):
+        wrong += bad[i]
+    return wrong
+
+
+@njit
+def find_changed(mem, cols, first, last, rows, index, sums, bad):
+    """After `read_rows` for the same rows: bad[i] becomes 1 where position, group or a checksum is another by now.
+
+    A commit between two fields of a row leaves each of them right, and the row wrong. Returns the number of bad rows.
+    """
+    fields = cols.shape[0] - 3
+    words = _words(mem)
+    position, group, checksum = cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3
+    wrong = 0
+    for i in range(rows.shape[0]):
+        r = np.uint64(rows[i])
+        total = _0
+        for f in range(first, last):
+            total += words[checksum + r * np.uint64(fields) + np.uint64(f)]
+        same = total == sums[i] and words[position + r] == np.uint64(index[0, i]) and words[group + r] == np.uint64(index[1, i])
+        if not same:
+            bad[i] = 1
         wrong += bad[i]
     return wrong
 
