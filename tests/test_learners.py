@@ -28,7 +28,7 @@ from learner_oracle import (
     whole,
 )
 
-from leanreplay import ArgumentError, ReservoirBuffer, Schema, SlidingWindowBuffer, StateError, StorageError, system
+from leanreplay import ArgumentError, ReservoirBuffer, Schema, SlidingWindowBuffer, StateError, StorageError, buffers, store, system
 from leanreplay.torch import (
     CLSLearner,
     Consistency,
@@ -734,6 +734,41 @@ def test_a_full_disk_loses_no_batch(tmp_path, monkeypatch):
                 learner.step(x, y)
             assert buffer.seen == (6 if again else 12) and learner.steps == 1 and not learner._queue
             assert sorted(held(buffer)["position"]) == list(range(buffer.seen))
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2, 3])
+def test_a_disk_that_fills_between_commits(commits, monkeypatch):
+    """Of two queued batches that take several commits, what did not arrive stays queued, with what belongs to it; nothing comes twice."""
+    monkeypatch.setattr(buffers, "_CHUNK", 4)
+    model = dense()
+    learner = ReplayLearner(model, sgd(model), ReservoirBuffer(40), terms=[Anchor()])
+    plain, made = store.Store.commit_planned, [0]
+
+    def full(self, *args):
+        if made[0] == commits:
+            raise StorageError(errno.ENOSPC, "full")
+        made[0] += 1
+        return plain(self, *args)
+
+    (x, y), (x1, y1) = batches(2, 6)
+    y[:] = y1[:] = 0
+    x[:, 0], x1[:, 0] = torch.arange(6), torch.arange(6, 12)
+    learner.loss(x, y)
+    learner.loss(x1, y1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "commit_planned", full)
+        if commits < 3:
+            with pytest.raises(StorageError):
+                learner.after_step()
+        else:
+            learner.after_step()
+    assert learner.buffer.seen == 4 * commits and learner.steps == (commits == 3)
+    learner.after_step()
+    assert learner.buffer.seen == 12 and not learner._queue
+    found = held(learner.buffer)
+    assert sorted(found["position"]) == list(range(12)) and (found["x"][:, 0] == found["position"]).all()
+    outputs = torch.cat([model(x), model(x1)])[:, 0].detach().numpy()
+    np.testing.assert_allclose(found["first"], outputs[found["position"]])
 
 
 def test_terms_of_your_own():

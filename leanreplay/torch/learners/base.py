@@ -465,8 +465,8 @@ class ReplayLearner:
         stepped: False if the optimizer skipped the step (as after an overflow in mixed precision), which then does not count: samples
         were seen and are stored, but no copy of the model moves.
 
-        If the buffer cannot take the batches (StorageError: the disk is full), they stay queued: call this again once it can, or go on,
-        and they are stored with the next batch.
+        If the buffer cannot take the batches (StorageError: the disk is full), those samples that did not arrive stay queued: call this
+        again once it can, or go on, and they are stored with the next batch.
         """
         queue, self._queue = self._queue, []
         if queue:
@@ -474,8 +474,7 @@ class ReplayLearner:
             try:
                 write(self.buffer, queue)
             except StorageError:
-                if self.buffer.seen == before:  # else some of them arrived, and must not a second time
-                    self._queue = queue
+                self._queue = _left(queue, self.buffer.seen - before)
                 raise
             self._seen = queue[-1].seen
         if stepped:
@@ -581,6 +580,19 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
         rows, positions = np.concatenate([m[0] for m in moves]), np.concatenate([m[1] for m in moves])
         moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
     buffer.add((x, y), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
+
+
+def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
+    """What is left of queued batches, of which so many samples arrived; what moved went with the first of them."""
+    if not arrived:
+        return queue
+    left = []
+    for q in queue:
+        if arrived < q.x.shape[0]:
+            stored = {name: value[arrived:] for name, value in q.stored.items()}
+            left.append(_Queued(q.x[arrived:], q.y[arrived:], stored, [], q.seen))
+        arrived = max(0, arrived - q.x.shape[0])
+    return left
 
 
 def _first(outputs: torch.Tensor, n: int) -> torch.Tensor:
