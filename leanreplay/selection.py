@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 _MATRIX_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
 _STEPS_PER_MATRIX = 8  # all of them in one product cost as much as n / 8 products of the rows with a vector (measured)
-_SINGLE = 2.0**-24  # rounding of float32
+_ROUNDING = {np.float32: 2.0**-24, np.float64: 2.0**-53}
 
 
 class Candidates(Protocol):
@@ -178,7 +178,7 @@ class HerdingSelection(FeatureBasedSelection):
     The order is that of a direct implementation in float64, `np.argmin(np.linalg.norm(mu - (phi + S) / k, axis=1))` with S the sum of
     those chosen, so of samples that tie, such as equal rows, the lowest index comes first. Scores are kept up to date in single
     precision; of rows closer together than rounding could take them apart they are made in double, and if that cannot tell either,
-    the definition decides. `count` does not matter.
+    the definition decides. `count` does not matter. (Features whose squares leave the range of float64 are scaled by a power of 2.)
 
     normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as iCaRL does; default: features as given.
     model, layer, batch_size, transform: as for `FeatureBasedSelection`.
@@ -186,6 +186,7 @@ class HerdingSelection(FeatureBasedSelection):
     Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.03 s for n=2,000, d=512 on two
     cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: the features in float64, if they are not yet, a copy
     in float32, and 4 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step.
+    Where many rows are too close together for single precision, the copy and the matrix become float64.
 
     >>> HerdingSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 4, 0])
@@ -262,6 +263,8 @@ def _checked_features(features: Any, normalize: bool) -> tuple[Floats, float]:
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise ArgumentError(f"features: expected real numbers of up to 64 bits, got {array.dtype}; convert them: astype('float64')")
     x = np.ascontiguousarray(array, np.float64)
+    if not x.flags.carray:  # read-only: the kernels would be compiled once more
+        x = x.copy()
     top = _top(x)
     if not math.isfinite(top):
         row, column = np.argwhere(~np.isfinite(x))[0]
@@ -324,24 +327,33 @@ def _herd(phi: Floats, top: float, count: int) -> Ints:
     # Distances do not change when all features are moved; around their mean they are small, and so are rounding errors.
     squares, marks = np.empty(n), np.empty(n)
     herding.measure(phi, mean, np.cos(np.arange(d, dtype=np.float64)), squares, marks)
-    radius, far = math.sqrt(squares.max()), math.sqrt(d) * top
-    unit = 1.0001 * radius or 1.0
-    single = np.empty((n, d), np.float32)
-    herding.make_single(phi, mean, unit, single)
-    many = _STEPS_PER_MATRIX * count > n and 4 * n * n <= _MATRIX_BYTES
-    products = single @ single.T if many else np.empty((0, 0), np.float32)
+    lengths = np.sqrt(squares)
     left, twin = _twins(phi, squares, marks)
     order, close = np.empty(count, np.int64), np.empty(n, np.int64)
-    dots, total, moved, error = np.zeros(n), np.zeros(d), np.zeros(d), np.zeros(2)
+    dots, total, moved, error = np.zeros(n), np.zeros(d), np.zeros(d), np.zeros(3)
+    rows, products, rough = _rows(phi, mean, lengths, count, np.float32)
     done, chosen = 0, -1
     while done < count:
         done, doubt = herding.herd(
-            phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen,
-            unit, 1.01 * (d + 4) * _SINGLE, radius, far, close,
+            phi, mean, lengths, squares, rows, products, twin, left, dots, total, moved, error, order, done, count, chosen,
+            rough, math.sqrt(d) * top, n + n * count // 16, close,
         )  # fmt: skip
-        if doubt:
+        chosen = -1
+        if doubt > 0:
             chosen = _by_definition(phi, mean, total, done + 1, np.sort(close[:doubt]))
+        elif doubt < 0:
+            rows, products, rough = _rows(phi, mean, lengths, count, np.float64)
+            dots, error[0] = lengths * (rows @ moved), math.sqrt(moved @ moved) * rough
     return order
+
+
+def _rows(phi: Floats, mean: Floats, lengths: Floats, count: int, dtype: Any) -> tuple[Any, Any, float]:
+    """The rows around their mean, of length 1; the products of all with all, if that pays; and how far off these may be."""
+    n, d = phi.shape
+    rows = np.empty((n, d), dtype)
+    herding.make_rows(phi, mean, lengths, rows)
+    many = _STEPS_PER_MATRIX * count > n and rows.itemsize * n * n <= _MATRIX_BYTES
+    return rows, rows @ rows.T if many else np.empty((0, 0), dtype), 1.01 * (d + 4) * _ROUNDING[dtype]
 
 
 def _by_definition(phi: Floats, mean: Floats, total: Floats, k: int, close: Ints) -> int:

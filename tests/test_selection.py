@@ -36,7 +36,7 @@ FEATURES = [HerdingSelection, ClosestToCenterSelection]
 def run(request, monkeypatch):
     """Run a test with compiled kernels, and with the Python functions that they are made from."""
     if request.param == "python":
-        for module, names in ((herding, ("measure", "make_single", "herd")), (reservoir, ("position_keys",))):
+        for module, names in ((herding, ("measure", "make_rows", "herd")), (reservoir, ("position_keys",))):
             call_helpers(module, monkeypatch)
             for name in names:
                 kernel = getattr(module, name)
@@ -254,7 +254,9 @@ def test_marks_tell_rows_apart():
     x = np.random.default_rng(3).integers(-2, 3, (500, 6)).astype(np.float64)
     squares, marks = np.empty(500), np.empty(500)
     herding.measure(x, x.mean(axis=0), np.cos(np.arange(6.0)), squares, marks)
-    assert np.allclose(squares, ((x - x.mean(axis=0)) ** 2).sum(axis=1)) and np.allclose(marks, x @ np.cos(np.arange(6.0)))
+    assert np.allclose(squares, ((x - x.mean(axis=0)) ** 2).sum(axis=1)) and np.allclose(
+        marks, (x - x.mean(axis=0)) @ np.cos(np.arange(6.0))
+    )
     x[x == 0] *= np.random.default_rng(4).choice([-1.0, 1.0], (x == 0).sum())
     left, twin = selection._twins(x, squares, marks)
     first: dict[tuple[float, ...], list[int]] = {}
@@ -266,32 +268,35 @@ def test_marks_tell_rows_apart():
 
 
 @pytest.mark.usefixtures("run")
-def test_make_single():
-    """Rows around their mean, in units of the longest."""
-    x = RNG.normal(size=(50, 7)) + 3
-    single = np.empty((50, 7), np.float32)
-    herding.make_single(x, x.mean(axis=0), 2.5, single)
-    assert np.array_equal(single, ((x - x.mean(axis=0)) / 2.5).astype(np.float32))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_make_rows(dtype):
+    """Rows around their mean, divided by their lengths; those of length 0 are zeros."""
+    w = RNG.normal(size=(50, 7))
+    w[3] = 0
+    lengths, rows = np.linalg.norm(w, axis=1), np.empty((50, 7), dtype)
+    herding.make_rows(w + 3, np.full(7, 3.0), lengths, rows)
+    np.testing.assert_allclose(rows, w / np.where(lengths > 0, lengths, 1)[:, None], rtol=1e-5, atol=1e-6)
+    assert not rows[3].any()
 
 
 class Herd:
     """The kernel alone, on rows of mean 0, with what it keeps from call to call."""
 
-    def __init__(self, w, twin=None, matrix=True):
+    def __init__(self, w, twin=None, matrix=True, dtype=np.float32):
         n, d = w.shape
         self.w, self.squares = w, (w * w).sum(axis=1)
         self.twin = np.full(n, -1, np.int64) if twin is None else twin
-        self.left, self.dots, self.error = self.squares.copy(), np.zeros(n), np.zeros(2)
+        self.left, self.dots, self.error = self.squares.copy(), np.zeros(n), np.zeros(3)
         self.total, self.moved = np.zeros(d), np.zeros(d)
         self.order, self.close = np.zeros(n, np.int64), np.zeros(n, np.int64)
-        self.unit = float(np.sqrt(self.squares.max()))
-        self.single = (w / self.unit).astype(np.float32)
-        self.products = self.single @ self.single.T if matrix else np.empty((0, 0), np.float32)
+        self.lengths = np.sqrt(self.squares)
+        self.rows = (w / self.lengths[:, None]).astype(dtype)
+        self.products = self.rows @ self.rows.T if matrix else np.empty((0, 0), dtype)
 
-    def __call__(self, done, chosen=-1, rough=1e-6):
+    def __call__(self, done, chosen=-1, rough=1e-6, allowed=10**9):
         return herding.herd(
-            self.w, np.zeros(self.w.shape[1]), self.single, self.products, self.squares, self.twin, self.left, self.dots, self.total,
-            self.moved, self.error, self.order, done, self.w.shape[0], chosen, self.unit, rough, self.unit, self.unit, self.close,
+            self.w, np.zeros(self.w.shape[1]), self.lengths, self.squares, self.rows, self.products, self.twin, self.left, self.dots,
+            self.total, self.moved, self.error, self.order, done, self.w.shape[0], chosen, rough, self.lengths.max(), allowed, self.close,
         )  # fmt: skip
 
 
@@ -307,7 +312,7 @@ def test_herd_stops_in_doubt(matrix):
     assert tied(0) == (0, 2) and sorted(tied.close[:2].tolist()) == [2, 3]
     assert tied(0, chosen=2) == (2, 2)  # -1 follows; then 3 and -3 tie
     assert tied.order[:2].tolist() == [2, 3] and sorted(tied.close[:2].tolist()) == [0, 1]
-    assert tied.total.tolist() == [0.0] and np.abs(tied.dots[:2]).max() <= tied.error[0]
+    assert tied.total.tolist() == [0.0] and np.abs(tied.dots[:2]).max() <= 3 * tied.error[0]
     assert tied(2, chosen=0) == (4, 0)
     assert tied.order.tolist() == [2, 3, 0, 1]
 
@@ -317,10 +322,10 @@ def test_herd_stops_in_doubt(matrix):
     assert equal.order.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("single", [0.0, selection._SINGLE])
+@pytest.mark.parametrize("single", [0.0, 2.0**-24])
 def test_what_single_precision_cannot_tell(single, monkeypatch):
     """Scores that differ by less than float32 holds: exact ones decide, and are what makes the difference."""
-    monkeypatch.setattr(selection, "_SINGLE", single)
+    monkeypatch.setitem(selection._ROUNDING, np.float32, single)
     x = np.random.default_rng(4).normal(size=(300, 32))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = np.concatenate([x, -x]) * (1 + 1e-9 * np.random.default_rng(5).normal(size=(600, 1)))
@@ -340,6 +345,11 @@ def test_far_out():
         rng = np.random.default_rng(seed)
         n, e = int(rng.integers(100, 260)), int(rng.integers(-8, 3))
         x = 1e6 + rng.normal(size=(n, 1)) * 10.0**e
+        assert herd(x) == direct(x)
+    for seed in range(1, 40):  # a few units in the last place apart
+        rng = np.random.default_rng(seed)
+        n, c = int(rng.integers(75, 150)), 10.0 ** rng.uniform(2, 14)
+        x = c + np.spacing(c) * 2.0 ** rng.integers(0, 9) * rng.integers(0, int(rng.integers(2, 6)), (n, 1))
         assert herd(x) == direct(x)
 
 
@@ -363,9 +373,45 @@ def test_the_worst_that_rough_products_could_be():
         assert found.order.tolist() == direct(x)
 
 
+@pytest.mark.usefixtures("run")
+def test_no_more_exact_products_than_allowed():
+    """Then rows in float64 are asked for, with nothing chosen wrongly before; where they are given, none are made."""
+    x = np.random.default_rng(9).normal(size=(60, 5))
+    w = x - x.mean(axis=0)
+    found = Herd(w)
+    done, doubt = found(0, rough=1e-2, allowed=20)
+    assert doubt == -1 and 0 < done < 60 and found.order[:done].tolist() == direct(x)[:done] and 0 < found.error[2] <= 20
+    double = Herd(w, dtype=np.float64)
+    assert double(0, rough=1e-15, allowed=0) == (60, 0) and double.order.tolist() == direct(x) and double.error[2] == 0
+
+
+@pytest.mark.parametrize("count", [None, 30])
+def test_from_single_to_double(count, path, monkeypatch):
+    """Where too many rows are close together for float32, the rest is done in float64; the order is the same."""
+    made = []
+    rows = selection._rows
+    monkeypatch.setattr(selection, "_rows", lambda *a: made.append(a[-1]) or rows(*a))
+    x = np.eye(70) + 1e-6 * np.random.default_rng(1).normal(size=(70, 70))
+    assert herd(x, count) == direct(x, count) and made == [np.float32, np.float64]
+    made.clear()
+    x = np.random.default_rng(1).normal(size=(70, 20))
+    x[0] *= 1e4  # an outlier takes nothing from the others
+    assert herd(x, count) == direct(x, count) and made == [np.float32]
+
+
+def test_read_only_features_compile_nothing():
+    """As they come from np.load(mmap_mode="r"), or a broadcast."""
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    order = herd(x)
+    before = [len(kernel.signatures) for kernel in (herding.measure, herding.make_rows, herding.herd)]
+    x.flags.writeable = False
+    assert herd(x) == order
+    assert [len(kernel.signatures) for kernel in (herding.measure, herding.make_rows, herding.herd)] == before
+
+
 @pytest.mark.parametrize("looks", [0, 8, 10**9])
 def test_products_made_anew(looks, monkeypatch):
-    """Rows by the hundred within what has been lost to rounding: then all products are made anew, or all rows are looked at closely."""
+    """Rows by the dozen within what has been lost to rounding: then all products are made anew, or all rows are looked at closely."""
     monkeypatch.setattr(herding, "_LOOKS", looks)  # the uncompiled kernel reads it
     call_helpers(herding, monkeypatch)
     plain, anew = herding.herd.py_func, [0]
@@ -377,10 +423,12 @@ def test_products_made_anew(looks, monkeypatch):
 
     monkeypatch.setattr(herding, "_dot", counted)
     monkeypatch.setattr(herding, "herd", plain)
-    monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
-    x = np.eye(70) + 1e-6 * np.random.default_rng(1).normal(size=(70, 70))
-    assert herd(x) == direct(x)
-    assert (anew[0] > 0) == (looks > 0)
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(120, 5))
+    found = Herd(x - x.mean(axis=0))
+    found.products += (0.99e-2 * rng.choice([-1, 1], (120, 120))).astype(np.float32)
+    assert found(0, rough=1e-2) == (120, 0)
+    assert found.order.tolist() == direct(x) and (anew[0] > 0) == (looks > 0)
 
 
 # -- input -------------------------------------------------------------------------------------------------------------

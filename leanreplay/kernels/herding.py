@@ -40,59 +40,67 @@ def _square_moved(row, mean):
 
 @njit
 def measure(phi, mean, direction, squares, marks):
-    """For each row, in one pass: squares[i] = |phi[i] - mean|^2, and marks[i] = phi[i] . direction, of which equal rows have equal ones."""
+    """For each row w of phi - mean, in one pass: squares[i] = |w|^2, and marks[i] = w . direction, of which equal rows have equal ones."""
     for i in range(phi.shape[0]):
         squares[i] = _square_moved(phi[i], mean)
-        marks[i] = _dot(phi[i], direction)
+        marks[i] = _dot_moved(phi[i], mean, direction)
 
 
 @njit
-def make_single(phi, mean, unit, single):
-    """single (float32) = (phi - mean) / unit."""
+def make_rows(phi, mean, lengths, rows):
+    """rows (float32 or float64) = (phi - mean) / lengths, |phi - mean|: of length 1, or 0."""
     for i in range(phi.shape[0]):
-        row, out = phi[i], single[i]
+        row, out, length = phi[i], rows[i], lengths[i]
         for c in range(row.shape[0]):
-            out[c] = (row[c] - mean[c]) / unit
+            out[c] = (row[c] - mean[c]) / length if length > 0.0 else 0.0
 
 
 @njit
-def _least(left, dots, lanes):
-    """The least of the scores left[i] + 2 dots[i]; lanes[l] becomes that of rows l, l + _LANES, ..."""
+def _bounds(left, dots, margins, share, lanes):
+    """The least that a score left[i] + 2 dots[i] may be at most, off as it is by share * margins[i]; lanes[l] becomes the least that those
+    of rows l, l + _LANES, ... may be."""
     n = left.shape[0]
+    most = np.empty(_LANES)
     for lane in range(_LANES):
-        lanes[lane] = np.inf
+        most[lane] = lanes[lane] = np.inf
     for start in range(0, n - n % _LANES, _LANES):
         for lane in range(_LANES):
-            score = left[start + lane] + 2.0 * dots[start + lane]
-            lanes[lane] = score if score < lanes[lane] else lanes[lane]
+            score, margin = left[start + lane] + 2.0 * dots[start + lane], share * margins[start + lane]
+            lanes[lane] = score - margin if score - margin < lanes[lane] else lanes[lane]
+            most[lane] = score + margin if score + margin < most[lane] else most[lane]
     for i in range(n - n % _LANES, n):
-        lanes[i % _LANES] = min(lanes[i % _LANES], left[i] + 2.0 * dots[i])
+        score, margin = left[i] + 2.0 * dots[i], share * margins[i]
+        lanes[i % _LANES] = min(lanes[i % _LANES], score - margin)
+        most[i % _LANES] = min(most[i % _LANES], score + margin)
     least = np.inf
     for lane in range(_LANES):
-        least = min(least, lanes[lane])
+        least = min(least, most[lane])
     return least
 
 
 @njit
 def herd(
-    phi, mean, single, products, squares, twin, left, dots, total, moved, error, order, done, count, chosen, unit, rough, radius, far, close
-):
+    phi, mean, lengths, squares, rows, products, twin, left, dots, total, moved, error, order, done, count, chosen,
+    rough, far, allowed, close,
+):  # fmt: skip
     """Choose rows greedily until `count` are chosen, or until the definition in float64 has to say which is the next.
 
     phi: (n, d) float64. With w for phi - mean, the next in step k is that of the smallest |k 0 - S - w|^2 = |S|^2 + |w|^2 + 2 w . S, S the
-    sum of those chosen. single: w / unit in float32, no row longer than 1. products: single @ single.T, or (0, 0). squares: |w|^2.
-    twin: (n,) int64, the next equal row or -1. order: (count,) int64, receives the choice.
+    sum of those chosen. lengths, squares: |w|, |w|^2. rows: w / |w|, float32 or float64. products: rows @ rows.T, or (0, 0). twin: (n,)
+    int64, the next equal row or -1. order: (count,) int64, receives the choice.
 
     Kept from call to call, begun with zeros: left, |w|^2 of the rows to look at, inf for those chosen and for all but the first of equal
-    rows; dots: w . S, roughly; total, moved: sums of phi and w of those chosen; error: (2,), how far off dots may be, and how many
-    exact products were made since they were made anew. done: how many are chosen; chosen: the next, or -1 to look for it.
+    rows; dots: w . S, roughly; total, moved: sums of phi and w of those chosen; error: (3,), how far off dots may be, for each unit of
+    |w|; how many exact products were made since they were made anew; and in all. done: how many are chosen; chosen: the next, or -1 to
+    look for it.
 
-    rough: how far off the product of two rows of `single` may be; radius: the greatest |w|; far: at least that of phi. close: (n,) int64,
-    receives the rows that are in question. Returns how many are chosen and how many are in question.
+    rough: how far off the product of two of `rows` may be; far: at least the greatest |phi|; allowed: how many exact products may be made
+    in all. close: (n,) int64, receives the rows that are in question. Returns how many are chosen and how many are in question; -1: it
+    would take more exact products, so that `rows` in float64 are to come.
     """
     n, d = phi.shape
-    lanes, exact, direction = np.empty(_LANES), np.empty(n), np.empty(d, np.float32)
-    square = unit * unit
+    lanes, exact, direction = np.empty(_LANES), np.empty(n), np.empty(d, rows.dtype)
+    radius = lengths.max()
     k = done
     while True:
         if chosen >= 0:
@@ -108,31 +116,35 @@ def herd(
             if k == count:
                 return k, 0
             if products.shape[0] > 0 and _LOOKS * error[1] < n:
-                gained = products[chosen]
+                gained, length = products[chosen], lengths[chosen]
                 for j in range(n):
-                    dots[j] += square * np.float64(gained[j])
-                error[0] += square * rough
+                    dots[j] += length * lengths[j] * np.float64(gained[j])
+                error[0] += length * rough
             else:  # by one pass over the rows, which is as right as S is short
                 length = np.sqrt(_dot(moved, moved))
                 for c in range(d):
                     direction[c] = moved[c] / length if length > 0.0 else 0.0
                 for j in range(n):
                     if left[j] < np.inf:
-                        dots[j] = unit * length * _dot(single[j], direction)
-                error[0], error[1] = unit * length * rough, 0.0
+                        dots[j] = length * lengths[j] * np.float64(_dot(rows[j], direction))
+                error[0], error[1] = length * rough, 0.0
         # How far rounding in float64 may take a score: the one made here; that of the definition, which divides S by k; S itself.
         reach, step = radius + np.sqrt(_dot(moved, moved)), k + 1.0
         slack = _TINY * (4.0 * (d + 8.0 + step) * reach * reach + 12.0 * step * far * reach + 2.0 * step * step * far * radius)
-        within = _least(left, dots, lanes) + 4.0 * error[0] + 2.0 * slack
+        share = 2.0 * error[0]
+        within = _bounds(left, dots, lengths, share, lanes) + 2.0 * slack
         found = 0
         for lane in range(_LANES):
             if lanes[lane] <= within:
                 for j in range(lane, n, _LANES):
-                    if left[j] + 2.0 * dots[j] <= within:
+                    if left[j] + 2.0 * dots[j] - share * lengths[j] <= within:
                         close[found] = j
                         found += 1
-        if found > 1:
+        if found > 1 and rows.itemsize == 4:
+            if error[2] + found > allowed:
+                return k, -1
             error[1] += found
+            error[2] += found
             least = np.inf
             for i in range(found):
                 exact[i] = squares[close[i]] + 2.0 * _dot_moved(phi[close[i]], mean, moved)
@@ -142,6 +154,6 @@ def herd(
                 if exact[i] <= within:
                     close[found] = close[i]
                     found += 1
-            if found > 1:
-                return k, found
+        if found > 1:
+            return k, found
         chosen = close[0]
