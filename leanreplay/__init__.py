@@ -15,8 +15,8 @@ from .buffers import (
     GreedyClassBalancingBuffer,
     ReservoirBuffer,
     SlidingWindowBuffer,
+    open_buffer,
 )
-from .buffers import open_buffer as open
 from .errors import (
     ArgumentError,
     CapacityWarning,
@@ -59,6 +59,7 @@ from .store import Problem
 from .weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
 
 __version__ = "0.1.0"
+open = open_buffer  # an assignment: type checkers take an import that is not in __all__ for private
 
 __all__ = [
     "AppendPolicy",
@@ -108,5 +109,4 @@ __all__ = [
     "WeightedReservoirPolicy",
     "WorkerError",
     "merge",
-    "open",
-]
+]  # without `open`: after `from leanreplay import *` that name must still be Python's own

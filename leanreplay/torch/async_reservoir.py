@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import wait as first_done
 from multiprocessing.connection import wait as first_ready
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ _MOST = 2**40
 _END = object()
 _LOG = logging.getLogger("leanreplay")
 _RUNNING: weakref.WeakSet[AsyncReservoir] = weakref.WeakSet()
+Self = TypeVar("Self", bound="AsyncReservoir")  # typing has one of its own from Python 3.11 on
 
 
 class AsyncReservoir:
@@ -509,7 +510,7 @@ class AsyncReservoir:
             if callable(close):
                 close()
 
-    def __enter__(self) -> AsyncReservoir:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

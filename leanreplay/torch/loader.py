@@ -9,7 +9,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from ..keys import key_pair
 from .data import bfloat16_fields, sample, to_torch
 
 Ints = npt.NDArray[np.int64]
+Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
 
 
 class _Job:
@@ -338,7 +339,7 @@ class ReplayLoader:
             self._thread = None
         self._planned = []
 
-    def __enter__(self) -> ReplayLoader:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
