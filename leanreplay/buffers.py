@@ -81,7 +81,8 @@ class DataBuffer:
     schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
     transform, target_transform: called with the first and the second element of each sample (without a pair: with the whole
         sample) whenever it is read, never when it is stored.
-    durable: make every commit survive a power cut, for about 4 ms a commit. Without it `flush` does that when called;
+    durable: make every commit survive a power cut, for about 4 ms a commit, and every state that `state_dict` returns with the
+        way back to it. Without it `flush` does both when called;
         a killed process loses nothing either way.
     restore_points: how many states that `state_dict` returned can be loaded again, at least 2. The newest ones count.
 
@@ -1054,7 +1055,7 @@ class DataBuffer:
                 raise ModeError("the buffer is empty: there is nothing to save before its first batch")
             folder = system.checked_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"):
-                os.makedirs(folder, exist_ok=True)
+                system.make_folders(folder)
                 state = {"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()}
                 state |= self._copy_to(store, folder)
                 text = json.dumps(state)
@@ -1143,7 +1144,7 @@ class DataBuffer:
             store.close()
 
     def flush(self) -> None:
-        """Make the present state survive a power cut: everything up to here is on the disk when this returns."""
+        """Make the present state survive a power cut: everything up to here, restore points too, is on the disk when this returns."""
         with self._lock:
             store = self._require()
             if store is not None:

@@ -208,14 +208,18 @@ class Parts:
     def _cut(self, parts: int) -> None:
         """Remove the parts from this number on, the last first. After an exception within, `ready` ends it."""
         self._parts = parts
+        removed = None
         while len(self.stores) > parts:
             store = self.stores[-1]
+            removed = store.path
             if store.path is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(store.path)
             store.drop_points()
             self.stores.pop()
             store.close()
+        if removed is not None and self.stores[0].durable:
+            system.sync_folder(removed)
         self._parts = 0
 
     def drop_points(self) -> None:
@@ -325,7 +329,7 @@ class InfiniteBuffer(DataBuffer):
         if where is not None and mode != "r":
             with system.storage_errors(f"opening {self.path} for writing"):
                 if mode != "r+":
-                    os.makedirs(where, exist_ok=True)
+                    system.make_folders(where)
                 if os.path.isdir(where):
                     self._lock_fd = system.lock(os.path.join(where, "parts"))
         if where is not None and os.path.lexists(where) and not os.path.isdir(where):

@@ -182,6 +182,7 @@ class Store:
             # Nobody reads the journal but after a kill; reading ahead would make its first write wait.
             system.advise(self._map, "RANDOM", table.list_at, table.record_at + table.journal_rows * table.record)
         self._attached = False
+        self._synced = False  # whether all that the restore points need is on the disk, if every commit is
         self._places: Ints = NO_ROWS
         self._places_for = (-1, 0, 0, 0)
         self._room_for = 0
@@ -1054,9 +1055,11 @@ class Store:
         """Make the present state durable."""
         self._require_map()
         if self.writable:
+            self._attach()
             with system.storage_errors(f"flushing {self.path or 'a buffer in memory'}"):
-                self._log.sync()
+                self._log.sync(everything=True)
                 system.sync(self._fd, self._map)
+            self._synced = True
 
     # -- restore points ----------------------------------------------------------------------------------------------
 
@@ -1079,8 +1082,10 @@ class Store:
         """Make a restore point of the present state; its name."""
         self._attach()
         self._stamp += 1  # before the mark: an exception in between must not leave rows that count as kept
-        if self._log.mark(self.head) and self.durable:
-            self._log.sync()
+        if self._log.mark(self.head):
+            self._synced = False
+        if self.durable and not self._synced:
+            self.flush()
         return self.mark_name()
 
     def mark_name(self) -> str:
@@ -1120,7 +1125,7 @@ class Store:
         if found is None:
             return
         target, frames = found
-        self._settled = False
+        self._settled = self._synced = False
         self._log.close_tail(int(self.head[H_STATE]))
         if self.durable:
             self._log.sync()

@@ -165,14 +165,34 @@ def sync(fd: int, view: mmap.mmap | None) -> None:
         os.fsync(fd)
 
 
-def sync_folder(path: str) -> None:
-    """Make a new or renamed name durable, where a folder can be opened."""
-    with contextlib.suppress(OSError):
+def sync_folder(path: str, strict: bool = False) -> None:
+    """Make a new, renamed or removed name durable, where a folder can be opened. strict: a failing device is a StorageError.
+
+    Not strict is for after the step that counts: what is done must not look as if it were not.
+    """
+    try:
         fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if strict and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            with storage_errors(f"making the names beside {path} durable"):
+                raise
+    finally:
+        os.close(fd)
+
+
+def make_folders(path: str) -> None:
+    """Make a folder, and those above it that are missing, each durable under its name."""
+    missing, above = [], os.path.abspath(path)
+    while not os.path.isdir(above) and os.path.dirname(above) != above:
+        missing.append(above)
+        above = os.path.dirname(above)
+    os.makedirs(path, exist_ok=True)
+    for folder in reversed(missing):
+        sync_folder(folder)
 
 
 def write_zeros(fd: int, start: int, stop: int) -> None:

@@ -253,10 +253,12 @@ class UndoLog:
             system.write_all(segment.fd, block, _TAILS[segment.count % 2])
         segment.before, segment.length = before, length
 
-    def sync(self) -> None:
-        """Make the newest segment durable."""
-        if self.segments:
-            system.sync(self.segments[-1].fd, None)
+    def sync(self, everything: bool = False) -> None:
+        """Make the newest segment durable, the only one that commits write to. everything: the others and all names too."""
+        for segment in self.segments if everything else self.segments[-1:]:
+            system.sync(segment.fd, None)
+        if everything and self.path is not None and self.segments:
+            system.sync_folder(self.path, strict=True)
 
     # -- going back --------------------------------------------------------------------------------------------------
 

@@ -180,9 +180,9 @@ def test_pages_lost_since_the_last_flush(kind: str, folder: str, monkeypatch: py
     made: dict[str, bytes] = {}
     whole = system.sync_folder
 
-    def created(name: str) -> None:  # a part is durable from its creation on
+    def created(name: str, **_: Any) -> None:  # a part is durable from its creation on
         whole(name)
-        if os.path.exists(name):
+        if os.path.isfile(name):
             made.setdefault(name, pathlib.Path(name).read_bytes())
 
     moments = []
@@ -270,7 +270,7 @@ class Syncs:
     def install(self, patched: pytest.MonkeyPatch) -> None:
         sync, sync_folder = system.sync, system.sync_folder
         patched.setattr(system, "sync", lambda fd, view: (self.take(), sync(fd, view))[1])
-        patched.setattr(system, "sync_folder", lambda name: (sync_folder(name), self.take())[0])
+        patched.setattr(system, "sync_folder", lambda name, **o: (sync_folder(name, **o), self.take())[0])
 
     def crashes(self, rng: random.Random, each: int) -> Iterator[tuple[str, int, dict[str, bytes]]]:
         """Files as a power cut between two syncs may leave them: the older one's bytes, and any pages of the newer one."""
