@@ -239,7 +239,8 @@ class DataBuffer:
 
     def _new_store(self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool) -> Store:
         """A new file, with a restore point of its empty state if `state_dict` was called before: both or none."""
-        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points)
+        model = None if self._store is None else self._store.status
+        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points, model=model)
         try:
             if self._marked:
                 store.mark()
@@ -1059,7 +1060,7 @@ class DataBuffer:
                 state = {"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()}
                 state |= self._copy_to(store, folder)
                 text = json.dumps(state)
-                fd, temp = system.temporary(os.path.join(folder, "state.json"))
+                fd, temp = system.temporary(os.path.join(folder, "state.json"), store.status)
                 try:
                     system.write_all(fd, text.encode(), 0)
                     os.fsync(fd)
@@ -1074,7 +1075,7 @@ class DataBuffer:
         path = os.path.join(folder, "buffer.h5")
         if os.path.realpath(path) == self._where:
             raise ArgumentError(f"save to another folder: {path} is this buffer itself")
-        _copy_store(store, path, replace=True)
+        _copy_store(store, path, replace=True, model=store.status)
         return {}
 
     def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
@@ -1291,11 +1292,12 @@ def _is_left_over(path: str | None, identity: str) -> bool:
     return same
 
 
-def _copy_store(store: Any, path: str, replace: bool) -> None:
-    """Copy a store's file so that it appears whole under another name."""
+def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | None = None) -> None:
+    """Copy a store's file so that it appears whole under another name, with the mode of `model`, what stands there, or the store."""
+    model = model or system.status(path) or store.status
     for _ in range(100):
         before = store.sequence
-        fd, temp = system.temporary(path)
+        fd, temp = system.temporary(path, model)
         try:
             try:
                 system.copy_file(store.descriptor, fd, store.table.file_size)

@@ -51,6 +51,10 @@ class Parts:
         return self.stores[0].writable
 
     @property
+    def status(self) -> os.stat_result | None:
+        return self.stores[0].status
+
+    @property
     def most(self) -> int:
         return self.stores[0].most
 
@@ -441,7 +445,7 @@ class InfiniteBuffer(DataBuffer):
         name = f"parts-{secrets.token_hex(4)}"
         os.mkdir(os.path.join(folder, name))
         for i, part in enumerate(store.stores):
-            _copy_store(part, part_path(os.path.join(folder, name), i), replace=True)
+            _copy_store(part, part_path(os.path.join(folder, name), i), replace=True, model=store.status)
         return {"parts": name}
 
     def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
@@ -482,7 +486,7 @@ class InfiniteBuffer(DataBuffer):
         shutil.rmtree(fresh + ".tmp", ignore_errors=True)
         os.mkdir(fresh + ".tmp")
         for i, part in enumerate(saved):
-            _copy_store(part, part_path(fresh + ".tmp", i), replace=True)
+            _copy_store(part, part_path(fresh + ".tmp", i), replace=True, model=None if store is None else store.status)
         with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
             file.write(str(len(saved)))
             file.flush()

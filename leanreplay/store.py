@@ -205,14 +205,16 @@ class Store:
         points: int = 2,
         fill: Any = None,
         heir_of: Store | None = None,
+        model: os.stat_result | None = None,
     ) -> Store:
         """Make a file, complete before it appears under its name, and open it for writing.
 
         fill: called with the store before it appears; the rows that it commits are there from the beginning.
         heir_of: a store of the same state, whose restore points go on with the new file.
+        model: whose mode and owner it gets; by default those of the file that it replaces.
         """
         with system.storage_errors(f"creating {path or 'a buffer in memory'} of {table.file_size} bytes"):
-            fd, temp = (system.memory_file("leanreplay", table.file_size), "") if path is None else system.temporary(path)
+            fd, temp = (system.memory_file("leanreplay", table.file_size), "") if path is None else system.temporary(path, model)
             store = None
             try:
                 if path is not None:
@@ -323,6 +325,11 @@ class Store:
     def descriptor(self) -> int:
         """The open file, for copies."""
         return self._fd
+
+    @property
+    def status(self) -> os.stat_result | None:
+        """Mode and owner for other files of the same buffer; None in memory."""
+        return None if self.path is None else os.fstat(self._fd)
 
     def _inode_there(self) -> int | None:
         """Inode of what stands under the name now; None if nothing does, or if there is no name."""

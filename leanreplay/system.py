@@ -10,7 +10,9 @@ import errno
 import glob
 import mmap
 import os
+import re
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -221,19 +223,46 @@ def advise(view: mmap.mmap, advice: str, start: int, stop: int) -> None:
             view.madvise(option, start, stop - start)
 
 
-def temporary(path: str) -> tuple[int, str]:
-    """A new file beside `path`, which is to take its name once complete."""
+def status(path: str) -> os.stat_result | None:
+    """What stands under a name, links not followed; None for nothing."""
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
+
+
+def create(path: str, model: os.stat_result | None) -> int:
+    """Make a file, with mode and owner of another one, if given: who may not read that one cannot read this one at any moment."""
+    fd = os.open(path, OPEN_NEW, 0o666 if model is None else 0o600)
+    if model is not None and hasattr(os, "fchown"):
+        mode, mine = stat.S_IMODE(model.st_mode) & 0o777, os.fstat(fd)
+        with contextlib.suppress(OSError):  # the user's own owner is the best that most users can give
+            if mine.st_gid != model.st_gid:
+                try:
+                    os.fchown(fd, -1, model.st_gid)
+                except OSError:
+                    mode = mode & 0o707 | (mode & 0o007) << 3  # another group: it gets what all others get
+            os.fchmod(fd, mode)
+            if mine.st_uid != model.st_uid:
+                os.fchown(fd, model.st_uid, -1)
+    return fd
+
+
+def temporary(path: str, model: os.stat_result | None = None) -> tuple[int, str]:
+    """A new file beside `path`, which is to take its name once complete; with mode and owner of `model`, or of what stands there."""
     folder, name = os.path.split(os.path.abspath(path))
     temp = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    return os.open(temp, OPEN_NEW, 0o666), temp
+    return create(temp, model or status(path)), temp
 
 
 def remove_temporaries(path: str) -> None:
-    """Remove what killed creators of `path` left. Call it with the lock held."""
+    """Remove what killed creators of `path` left, not those of a longer name. Call it with the lock held."""
     folder, name = os.path.split(os.path.abspath(path))
     for temp in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*-*.tmp")):
+        rest = os.path.basename(temp)[len(name) + 2 :]
         with contextlib.suppress(OSError):
-            os.unlink(temp)
+            if re.fullmatch(r"\d+-[0-9a-f]{8}\.tmp", rest) and stat.S_ISREG(os.lstat(temp).st_mode):
+                os.unlink(temp)
 
 
 def publish(temp: str, path: str, replace: bool) -> None:

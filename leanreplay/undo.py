@@ -180,7 +180,7 @@ class UndoLog:
                 fd = system.memory_file("leanreplay-undo", _FRAMES)
             else:
                 self._unlink(name)
-                fd = os.open(name, system.OPEN_NEW, 0o666)
+                fd = system.create(name, system.status(str(self.path)))
             segment = Segment(fd, number, name, head.copy())
             try:
                 control = np.zeros(_CONTROL_WORDS, np.uint64)

@@ -1,0 +1,160 @@
+"""Files that belong to a buffer: whose temporaries are whose, their mode and owner, and strangers under their names."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import numpy as np
+import pytest
+
+import leanreplay as lr
+from leanreplay import system
+
+
+def feed(buffer, n=20):
+    buffer.add((np.arange(n, dtype=np.float32), np.arange(n)))
+
+
+def files(folder):
+    """All files below a folder, by their names within it; locks too."""
+    return {os.path.relpath(os.path.join(at, name), folder): os.path.join(at, name) for at, _, names in os.walk(folder) for name in names}
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+@pytest.fixture
+def usual_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+# -- temporaries ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mine", "other"), [("run", "run.h5"), ("run.h5", "run.h5.old"), ("a", "a.1-1"), ("[x]", "[x].h5")])
+def test_temporaries_of_a_longer_name_stay(mine, other, tmp_path, monkeypatch):
+    """A buffer that is made while another one of a longer name is about to appear leaves that one's file alone."""
+    link = os.link
+
+    def slow(temp, path):
+        monkeypatch.setattr(os, "link", link)
+        with lr.ReservoirBuffer(5, tmp_path / mine) as buffer:
+            feed(buffer)
+        link(temp, path)
+
+    monkeypatch.setattr(os, "link", slow)
+    with lr.ReservoirBuffer(5, tmp_path / other) as buffer:
+        feed(buffer)
+        assert buffer.check() == [] and lr.open(tmp_path / mine).seen == 20
+
+
+def test_own_temporaries_go(tmp_path):
+    """What a killed creator left goes with the next one; what only looks like it stays."""
+    fd, left = system.temporary(str(tmp_path / "run.h5"))
+    os.close(fd)
+    stay = [tmp_path / name for name in (".run.h5.1-0123456.tmp", ".run.h5.x-01234567.tmp", ".run.h5.h5.1-01234567.tmp")]
+    for name in stay:
+        name.write_bytes(b"mine")
+    os.symlink("nowhere", tmp_path / ".run.h5.1-01234567.tmp")
+    os.mkdir(tmp_path / ".run.h5.2-01234567.tmp")
+    with lr.ReservoirBuffer(5, tmp_path / "run.h5") as buffer:
+        feed(buffer)
+    assert not os.path.exists(left) and all(name.exists() for name in stay)
+    assert os.path.islink(tmp_path / ".run.h5.1-01234567.tmp") and os.path.isdir(tmp_path / ".run.h5.2-01234567.tmp")
+
+
+# -- modes and owners ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o640])
+def test_mode_lasts(mode, tmp_path, usual_umask):
+    """Undo files, the file after resize, a new field, load and mode "w", and saved copies have the mode of the buffer's file."""
+    path, copy = tmp_path / "a.h5", tmp_path / "copy"
+    with lr.ReservoirBuffer(10, path) as buffer:
+        feed(buffer)
+        assert mode_of(path) == 0o644
+        os.chmod(path, mode)
+        buffer.state_dict()
+        feed(buffer)
+        assert mode_of(f"{path}.undo.0") == mode
+        buffer.resize(8)
+        assert mode_of(path) == mode
+        buffer.set_metadata("new", np.zeros(8))
+        assert mode_of(path) == mode
+        for _ in range(2):  # over a copy too, which others could read
+            buffer.save(copy)
+            assert {mode_of(found) for found in files(copy).values()} == {mode}
+            for found in files(copy).values():
+                os.chmod(found, 0o644)
+        buffer.load(copy)
+        assert mode_of(path) == mode
+        with lr.ReservoirBuffer(8, tmp_path / "fresh.h5", seed=0, mode="a") as fresh:
+            os.chmod(copy / "buffer.h5", mode)
+            fresh.load(copy)
+        assert mode_of(tmp_path / "fresh.h5") == mode
+    with lr.ReservoirBuffer(10, path, mode="w") as buffer:
+        feed(buffer)
+        assert mode_of(path) == mode
+    lr.ReservoirBuffer(10, path, mode="w", schema=lr.Schema.from_sample((np.float32(0), 0))).close()
+    assert mode_of(path) == mode
+
+
+def test_mode_lasts_when_the_log_grows(tmp_path, usual_umask):
+    with lr.ClassBalancedBuffer(10, tmp_path / "a.h5") as buffer:
+        feed(buffer, 10)
+        os.chmod(tmp_path / "a.h5", 0o600)
+        before = os.stat(tmp_path / "a.h5").st_ino
+        feed(buffer, 5000)
+        assert os.stat(tmp_path / "a.h5").st_ino != before and mode_of(tmp_path / "a.h5") == 0o600
+
+
+def test_mode_lasts_in_a_folder(tmp_path, usual_umask):
+    path, copy = tmp_path / "parts", tmp_path / "copy"
+    with lr.InfiniteBuffer(path, rows_per_part=8) as buffer:
+        feed(buffer, 5)
+        os.chmod(path / "part-000000.h5", 0o600)
+        buffer.state_dict()
+        feed(buffer, 30)
+        buffer.state_dict()
+        feed(buffer, 3)
+        own = {name: found for name, found in files(path).items() if not name.endswith(".lock")}
+        assert {"part-000004.h5", "part-000000.h5.undo.0", "part-000004.h5.undo.0"} <= own.keys()
+        assert {mode_of(found) for found in own.values()} == {0o600}
+        buffer.save(copy)
+        assert {mode_of(found) for found in files(copy).values()} == {0o600}
+        for found in files(copy).values():
+            os.chmod(found, 0o644)
+        buffer.load(copy)
+        assert {mode_of(found) for name, found in files(path).items() if not name.endswith(".lock")} == {0o600}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_owner_lasts(tmp_path, usual_umask):
+    path = tmp_path / "a.h5"
+    with lr.ReservoirBuffer(10, path) as buffer:
+        feed(buffer)
+        os.chmod(path, 0o640)
+        os.chown(path, 65534, 1)
+        buffer.state_dict()
+        feed(buffer)
+        buffer.save(tmp_path / "copy")
+        made = [os.stat(name) for name in (f"{path}.undo.0", *files(tmp_path / "copy").values())]
+        buffer.resize(8)
+        assert {(s.st_uid, s.st_gid, stat.S_IMODE(s.st_mode)) for s in [os.stat(path), *made]} == {(65534, 1, 0o640)}
+
+
+def test_a_group_that_cannot_be_kept_gets_no_rights(tmp_path, monkeypatch):
+    """A file that goes to another group than its model's gives that group what all others have."""
+    model = os.stat(os.open(tmp_path / "model", os.O_CREAT | os.O_WRONLY))
+    model = os.stat_result((0o100664, *model[1:5], model.st_gid + 1, *model[6:]))
+
+    def refuse(*_):
+        raise PermissionError(1, "not yours")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    os.close(system.create(str(tmp_path / "made"), model))
+    assert mode_of(tmp_path / "made") == 0o644
