@@ -480,7 +480,7 @@ def test_classes_count_when_their_batch_does():
         learner.loss(x1 * float("nan"), y1)
     learner.loss(x, y)
     learner.loss(x2, y2)
-    learner.loss(x, y)
+    learner.loss(x.clone(), y)
     assert [q.seen.tolist() for q in learner._queue] == [[True, False, seen, False, False] for seen in (False, True, True)]
     learner.after_step()
     assert learner.state_dict()["classes"] == [0, 2]

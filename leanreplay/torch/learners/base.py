@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,13 +49,25 @@ class Step:
 @dataclass
 class _Queued:
     """A batch whose loss was computed: what `after_step` will write. x, y: arrays, or tensors where there are none of that kind.
-    seen: which classes occurred up to here (with masks)."""
+    like: shapes and dtypes of samples. seen: which classes occurred up to here (with masks). offered: whether the samples go to the
+    buffer. batch: x and y as they were given, and their versions. ready: what went into the model, for the same batch once more; () if
+    that counts as another one."""
 
     x: Any
     y: Any
     stored: dict[str, torch.Tensor]
     moved: list[Moved]
     seen: torch.Tensor | None
+    like: Any
+    offered: bool
+    batch: tuple[Any, ...] = ()
+    ready: tuple[Any, ...] = ()
+
+    def holds(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether this is that batch: the same memory, not written to since."""
+        if not self.ready or _version(x) != self.batch[2] or _version(y) != self.batch[3]:
+            return False
+        return _same_memory(x, self.batch[0]) and _same_memory(y, self.batch[1])
 
 
 class ReplayLearner:
@@ -77,6 +90,8 @@ class ReplayLearner:
     mask_unused_classes: outputs of classes that occurred in no batch so far count as -inf in `loss_fn`, and are not matched.
     transform, target_transform: of each x and y of the stream. buffer_transform, buffer_target_transform: of each x and y of a draw,
         anew every time. What is stored is the batch as it came.
+    store: whether batches are offered to the buffer. False: it is only replayed from. Then any buffer of pairs will do that holds what the
+        terms compare with, one of exemplars or one that is open for reading too. May be changed between steps: `learner.store = False`.
     max_outputs: width of stored logits, for a model whose outputs will become more; without it they must stay as many as they are.
     seed: of the terms' random choices (draws follow from the buffer's seed). The same on all ranks of a distributed run.
     device: where batches go; default: where x is.
@@ -119,6 +134,7 @@ class ReplayLearner:
         target_transform: Function | None = None,
         buffer_transform: Function | None = None,
         buffer_target_transform: Function | None = None,
+        store: bool = True,
         max_outputs: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -134,13 +150,6 @@ class ReplayLearner:
             raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
-        if isinstance(buffer, (ParametricBuffer, WeightedReservoirBuffer)):
-            raise ArgumentError(
-                f"a learner has no features or weights to give to a {type(buffer).__name__} with each batch; use a buffer "
-                "that needs none, such as a ReservoirBuffer"
-            )
-        if buffer.mode == "r":
-            raise ModeError(f"a learner adds to its buffer, but this one is open for reading only: {buffer!r}; open it with mode='r+'")
         functions = {
             "transform": transform,
             "target_transform": target_transform,
@@ -153,10 +162,15 @@ class ReplayLearner:
         if not callable(loss_fn):
             raise ArgumentError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r:.200}")
         self.model, self.optimizer, self.buffer, self.loss_fn = model, optimizer, buffer, loss_fn
+        self._like: Any = None  # shapes and dtypes of samples that the buffer will take
+        self._kept: Any = None  # shapes and dtypes of what terms store, which it will take as well
+        self.store = store
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 0, 2**40)
         self.loss_weight = number("loss_weight", loss_weight)
         self.loss_normalization = bool(loss_normalization)
         self.ema_memory_update_gamma = fraction("ema_memory_update_gamma", ema_memory_update_gamma)
+        if self.ema_memory_update_gamma < 1 and buffer.mode == "r":
+            raise ModeError(f"ema_memory_update_gamma below 1 changes what is stored, but this buffer is open for reading only: {buffer!r}")
         self.mask_unused_classes = bool(mask_unused_classes)
         self.transform, self.target_transform = transform, target_transform
         self.buffer_transform, self.buffer_target_transform = buffer_transform, buffer_target_transform
@@ -177,10 +191,8 @@ class ReplayLearner:
         self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
         self._seen: torch.Tensor | None = None
         self._queue: list[_Queued] = []
-        self._kept: Any = None  # shapes and dtypes of what terms store, which it will take as well
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
         self._statistics = Statistics()
-        self._like: Any = None  # shapes and dtypes of samples that it will take
         self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
         self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         strict = mask_unused_classes or any(term.needs_labels for term in self.terms)
@@ -221,6 +233,28 @@ class ReplayLearner:
         """The model's outputs for the batch of the last `loss`, (n, ...), detached."""
         return _first(*self._outputs)
 
+    @property
+    def store(self) -> bool:
+        """Whether batches are offered to the buffer. True is refused where the buffer cannot take them."""
+        return self._store
+
+    @store.setter
+    def store(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ArgumentError(f"store must be True or False, got {value!r:.200}")
+        if value and isinstance(self.buffer, (ParametricBuffer, WeightedReservoirBuffer)):
+            raise ArgumentError(
+                f"a learner has no features or weights to give to a {type(self.buffer).__name__} with each batch; use a buffer "
+                "that needs none, such as a ReservoirBuffer, or only replay from this one: store=False"
+            )
+        if value and self.buffer.mode == "r":
+            raise ModeError(
+                f"a learner adds to its buffer, but this one is open for reading only: {self.buffer!r}; open it with mode='r+', or only "
+                "replay from it: store=False"
+            )
+        self._store = value
+        self._like = self._kept = None  # what is stored must be checked, what is not need not
+
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -229,6 +263,10 @@ class ReplayLearner:
         Nothing else changes, but what a pass through the model changes, running statistics, and the count of the buffer's draws. Several
         calls before one `after_step` accumulate; x and y must not be overwritten before it. The values of the terms are in `losses`
         then, the outputs for x in `outputs`.
+
+        A batch that waits for `after_step` counts once, however often its loss is asked for, as LBFGS and SAM do: with the same tensors
+        (the same memory, not written to since) the draws are the same, and what is stored is that of the first pass, before the
+        step. A batch that is to count twice must be another tensor: `x.clone()`. So make tensors outside of a closure.
 
         Raises LossError for a loss that is not finite, and ArgumentError for what does not fit. Then, as after any
         exception, nothing is queued, and the running statistics are as before.
@@ -244,12 +282,16 @@ class ReplayLearner:
         if like != self._like:
             self._check_batch(x, y, like)
         device = x.device if self.device is None else self.device
-        inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
-        arrays = _array(x), _array(y)
-        draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
+        again = next((q for q in self._queue if q.holds(x, y)), None) if self._queue else None
+        if again is not None:
+            inputs, targets, labels, draws = again.ready
+        else:
+            inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
+            arrays = _array(x), _array(y)
+            draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
         self._statistics.remember(self.module, self._users)
         try:
-            total, *queued = self._compute(x, y, inputs, targets, labels, draws)
+            total, stored, moved, seen = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
             self._statistics.put_back()
             if isinstance(error, (IndexError, RuntimeError)):
@@ -259,18 +301,23 @@ class ReplayLearner:
             raise
         finally:
             self.mask = None
-        self._queue.append(_Queued(*arrays, *queued))
+            for _, replay in draws:
+                replay.forget()
+        if again is None:
+            batch, ready = (x, y, _version(x), _version(y)), (inputs, targets, labels, draws)
+            self._queue.append(_Queued(*arrays, stored, moved, seen, like, self._store, batch, ready))
         return total
 
     def _check_batch(self, x: torch.Tensor, y: torch.Tensor, like: Any) -> None:
         """Raise SchemaError for a batch that the buffer would refuse after the step, ArgumentError for a buffer of something else."""
-        if self._queue:
-            raise SchemaError(f"samples of shapes and dtypes {like}, but those that wait for after_step have {self._like}")
+        waiting = next((q.like for q in self._queue if q.offered and self._store), like)
+        if like != waiting:
+            raise SchemaError(f"samples of shapes and dtypes {like}, but those that wait for after_step have {waiting}")
         schema = self.buffer.schema
         if schema is not None:
             if schema.structure not in (["tuple", ["leaf", 0], ["leaf", 1]], ["list", ["leaf", 0], ["leaf", 1]]):
                 raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays, but this one's samples are {schema}")
-            for leaf, field in zip((x, y), schema.data, strict=True):
+            for leaf, field in zip((x, y), schema.data if self._store else (), strict=self._store):
                 check_leaf(leaf, field, x.shape[0])
         self._like = like
 
@@ -374,7 +421,7 @@ class ReplayLearner:
                         )
                     stored[name] = value
         kept = (n, [(name, getattr(v, "shape", None), getattr(v, "dtype", None)) for name, v in stored.items()]) if stored else ()
-        new = kept != self._kept or self._picky
+        new = kept != self._kept or (self._picky and self._store)
         if new:
             self._check_names(stored)
 
@@ -395,7 +442,8 @@ class ReplayLearner:
             *values, self._total = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
             self.losses = dict(zip(losses, values, strict=True))
         if new:  # last, as terms say more clearly what is wrong
-            self._check_stored(x, y, stored)
+            if self._store:
+                self._check_stored(x, y, stored)
             self._kept = kept
         moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
         return total, stored, moved, seen
@@ -443,15 +491,22 @@ class ReplayLearner:
             if not isinstance(value, torch.Tensor):
                 raise ArgumentError(f"a term stores a {type(value).__name__} as {name!r}; keep must return name -> tensor (n, ...)")
         schema = self.buffer.schema
-        if schema is not None and sorted(stored) != schema.metadata_names:
+        if schema is None:
+            return
+        if self._store and sorted(stored) != schema.metadata_names:
             raise ArgumentError(
                 f"{type(self).__name__} stores the metadata {sorted(stored)} with each sample, but the buffer has {schema.metadata_names}; "
                 "use a new buffer, or one that such a learner filled"
             )
+        if not set(stored) <= set(schema.metadata_names):
+            raise ArgumentError(
+                f"{type(self).__name__} replays samples with the metadata {sorted(stored)}, but the buffer has {schema.metadata_names}; "
+                "use one that such a learner filled"
+            )
 
     def _check_stored(self, x: torch.Tensor, y: torch.Tensor, stored: dict[str, torch.Tensor]) -> None:
         """Raise what the buffer would raise after the step, when it is too late to refuse a batch."""
-        waiting = self._queue[0].stored if self._queue else stored
+        waiting = next((q.stored for q in self._queue if q.offered), stored)
         shapes, others = ({name: (tuple(v.shape[1:]), v.dtype) for name, v in each.items()} for each in (stored, waiting))
         if shapes != others:
             raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
@@ -474,7 +529,7 @@ class ReplayLearner:
             try:
                 write(self.buffer, queue)
             except StorageError:
-                self._queue = _left(queue, self.buffer.seen - before)
+                self._queue = _left(queue, self.buffer.seen - before)  # the step is made: the same batch again is another one
                 raise
             self._seen = queue[-1].seen
         if stepped:
@@ -485,23 +540,34 @@ class ReplayLearner:
     def step(self, x: torch.Tensor, y: torch.Tensor) -> Step:
         """One training step on a batch from the stream, x (n, ...), y (n, ...). Raises what `loss` raises.
 
+        An optimizer that asks for a closure (LBFGS, SAM) gets one; what is returned and stored is that of the first evaluation.
         A step that fails leaves no sample queued, so it can be made again.
         """
         queued = len(self._queue)
         try:
-            self.optimizer.zero_grad()
-            loss = self.loss(x, y)
-            if not loss.requires_grad:
-                raise ArgumentError(
-                    "nothing to train: all parameters are frozen by requires_grad_(False), or this is within torch.no_grad()"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
+            self._evaluate(x, y)
+            made = Step(self._total, self.losses, self._outputs)
+            try:
+                self.optimizer.step()
+            except (AssertionError, RuntimeError, TypeError) as error:
+                if "closure" not in str(error):
+                    raise
+                closure: Any = partial(self._evaluate, x, y)
+                self.optimizer.step(closure)  # it asks for one before it has changed anything
         except BaseException:
             del self._queue[queued:]
             raise
         self.after_step()
-        return Step(self._total, self.losses, self._outputs)
+        return made
+
+    def _evaluate(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, and its gradients."""
+        self.optimizer.zero_grad()
+        loss = self.loss(x, y)
+        if not loss.requires_grad:
+            raise ArgumentError("nothing to train: all parameters are frozen by requires_grad_(False), or this is within torch.no_grad()")
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -569,30 +635,45 @@ class ReplayLearner:
 
 def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     """Offer the queued batches to the buffer, as one, after what moved."""
-    if len(queue) == 1:
-        x, y, stored = queue[0].x, queue[0].y, queue[0].stored
-    else:
-        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in ([q.x for q in queue], [q.y for q in queue]))
-        stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
     moves = [m for q in queue for m in q.moved]
     moved = None
     if moves:  # of a row drawn several times the last counts
         rows, positions = np.concatenate([m[0] for m in moves]), np.concatenate([m[1] for m in moves])
         moved = rows, positions, {name: _array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
+    queue = [q for q in queue if q.offered]
+    if not queue:
+        for name, values in moved[2].items() if moved else ():
+            buffer.set_metadata(name, values, rows, positions=positions)
+        return
+    if len(queue) == 1:
+        x, y, stored = queue[0].x, queue[0].y, queue[0].stored
+    else:
+        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in ([q.x for q in queue], [q.y for q in queue]))
+        stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
     buffer.add((x, y), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
 
 
 def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
     """What is left of queued batches, of which so many samples arrived; what moved went with the first of them."""
-    if not arrived:
-        return queue
-    left = []
+    left, some = [], bool(arrived)
     for q in queue:
-        if arrived < q.x.shape[0]:
-            stored = {name: value[arrived:] for name, value in q.stored.items()}
-            left.append(_Queued(q.x[arrived:], q.y[arrived:], stored, [], q.seen))
-        arrived = max(0, arrived - q.x.shape[0])
+        skip = min(arrived, q.x.shape[0]) if q.offered else 0
+        arrived -= skip
+        if skip < q.x.shape[0] and (q.offered or not some):
+            stored = {name: value[skip:] for name, value in q.stored.items()}
+            left.append(_Queued(q.x[skip:], q.y[skip:], stored, [] if some else q.moved, q.seen, q.like, q.offered))
     return left
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written to in place; one made in inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 def _first(outputs: torch.Tensor, n: int) -> torch.Tensor:

@@ -110,6 +110,10 @@ class Replay:
         """What the layers give now, in the draw's own pass."""
         return self.alone.features
 
+    def forget(self) -> None:
+        """Forget its passes: the same draw may be asked for once more, and graphs must not live until then."""
+        self._alone = self._both = None
+
     @property
     def latest(self) -> Forward | None:
         """Some pass of this step through the model: its own one if there was one."""
