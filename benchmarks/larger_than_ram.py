@@ -140,7 +140,7 @@ def warm_reads(folder: str, repetitions: int) -> Row:
         store = without._store
         system.advise(store._map, "NORMAL", 0, store.table.file_size)
         store._large = []
-        without._draws["sample"] = 10**9  # other rows than the first, which the caches of the processor now hold
+        without._set_counts(10**9, 0)  # other rows than the first, which the caches of the processor now hold
         found = interleaved(
             {"with": lambda: seconds(lambda: with_it.sample(_BATCH)), "without": lambda: seconds(lambda: without.sample(_BATCH))},
             repetitions,

@@ -7,6 +7,7 @@ import json
 import operator
 import os
 import re
+import sys
 import threading
 import uuid
 import warnings
@@ -47,6 +48,8 @@ Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Pyt
 
 MODES = ("x", "a", "r+", "r", "w")
 _CHUNK = 1 << 16
+_MOST_DRAWS = 2**62
+_REMEMBERED = 10_000  # unpickled copies
 _KINDS: dict[str, type[DataBuffer]] = {}
 _BUFFERS: weakref.WeakSet[DataBuffer]
 
@@ -86,7 +89,9 @@ class DataBuffer:
         a killed process loses nothing either way.
     restore_points: how many states that `state_dict` returned can be loaded again, at least 2. The newest ones count.
 
-    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each other.
+    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each other. Pickled, it goes to other
+    processes as a reader of the same file or memory, whatever its mode (ModeError if another buffer stands there by then); to write
+    there, send the path, and open it with mode="r+" once this writer is closed. `copy.copy` and `copy.deepcopy` are a ModeError.
     """
 
     policy_class: ClassVar[type[Policy]]
@@ -138,7 +143,9 @@ class DataBuffer:
         self._uuid = uuid.uuid4().hex
         self._store: Any = None
         self._lock_fd: int | None = None
-        self._draws: dict[str, int] = {}
+        self._awaits: str | None = None  # of a copy without a file yet: uuid of the one that it waits for
+        self._copy = ""  # of a forked or unpickled copy: which one, for draws of its own
+        self._set_counts(0, 0)
         self._draw_keys: dict[str, tuple[np.uint64, np.uint64]] = {}
         self._marked = False
         self._closed = False
@@ -275,6 +282,9 @@ class DataBuffer:
     def _become_reader(self) -> None:
         """In a forked child: the parent goes on writing, so this copy reads, and must not hold the parent's lock."""
         self._start()
+        self._own_stream(f"fork {self._copies}")
+        if self._mode == "w" and self._store is None:
+            self._awaits = self._uuid
         if self._where is not None or self._store is not None:
             self._mode = "r"
         if self._lock_fd is not None:
@@ -285,13 +295,30 @@ class DataBuffer:
         if self._closed:
             raise ModeError(f"{self!r} is closed; open it again with leanreplay.open(path)")
         options = {"transform": self.transform, "target_transform": self.target_transform}
-        if self._where is not None:
-            return _reopen, (type(self), self._where, self.path, options, self.max_size, dict(self._draws))
-        if self._store is None:
-            raise ModeError(
-                "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
-            )
-        return _reopen, (type(self), self._store.link, None, options, self.max_size, dict(self._draws))
+        with self._lock:
+            if self._where is None and self._store is None:
+                raise ModeError(
+                    "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
+                )
+            where = self._store.link if self._where is None else self._where
+            number = self._copies
+            self._sent += 1
+            told: dict[str, Any] = {
+                "uuid": self._uuid,
+                "begun": self._store is not None,
+                "awaits": self._uuid if self._mode == "w" else self._awaits,
+            }
+            told["copy"] = f"{self._copy} pickle {number}"
+        return _reopen, (type(self), where, self.path, options, self.max_size, told)
+
+    def __copy__(self) -> Any:
+        raise ModeError(
+            f"{self!r} cannot be copied within a process: the copy would read the same rows, and never write. buffer.save(folder) and "
+            "load(folder) of another buffer copy the samples; leanreplay.open(path) reads the same file once more"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__copy__()
 
     def _require(self) -> Any:
         """The store, its state settled; None while nothing was added to a new buffer."""
@@ -301,11 +328,14 @@ class DataBuffer:
             self._end_replacing()
         store = self._store
         if store is None:
-            if self._mode == "r" and self._exists():
-                self._store = store = self._open_store()
-                self._adopt(None)
-            else:
+            if self._mode != "r" or not self._exists():
                 return None
+            found = self._open_store()
+            if self._awaits not in (None, found.table.uuid):  # the file that the writer is going to replace with its first batch
+                found.close()
+                return None
+            self._store = store = found
+            self._adopt(None)
         store.ready()
         if not store.writable and store.moved():
             if self._where is None:
@@ -656,6 +686,12 @@ class DataBuffer:
         distinct, and n at most len(buffer). A draw is a function of (seed, stream, seen, number of draws before); the last
         is part of `state_dict`. Costs the copy, its checksums included, and a few microseconds.
 
+        Copies of a buffer in other processes (forked or unpickled) each draw a stream of their own: which one follows from the number
+        of forks and pickles before, of the process that unpickles also from its number in multiprocessing and from how often it did
+        so, and in a worker of torch's DataLoader from the worker's seed. So a program that starts its workers in the same order draws
+        the same again, except where a pool gives jobs to whichever worker is free. Readers that several processes open by path draw
+        the same, except in workers of a DataLoader.
+
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
         >>> buffer = ReservoirBuffer(100)
@@ -681,10 +717,14 @@ class DataBuffer:
                 n = required("n", n, 0, 2**40)
             if not isinstance(replace, (bool, np.bool_)):
                 raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
-            for attempt in range(100):
+            counter = None
+            for _ in range(100):
                 try:
                     sequence = -1 if store is None else store.sequence
-                    return self._emit(store, self._draw(store, n, bool(replace), "sample", attempt == 0), room)
+                    self._check_size(store, n, replace)
+                    if counter is None:
+                        counter = next(self._counter)
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", counter), room)
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
@@ -696,28 +736,53 @@ class DataBuffer:
                     store = self._require()
             raise RowError(f"{self.path}: rows keep being freed while they are read")
 
-    def _draw(self, store: Any, n: int, replace: bool, consumer: str, advance: bool = True, counter: int | None = None) -> Ints:
-        """Draw n live rows for a consumer: its draws are counted here, unless it gives a counter of its own."""
+    def _check_size(self, store: Any, n: int, replace: bool) -> None:
+        """Raise ArgumentError for a draw of more than there is."""
         size = 0 if store is None else store.size
         if n > size and not (replace and size):
             raise ArgumentError(
                 f"sample of {n} from a buffer of {size}; add samples first"
                 + ("" if replace or not size else f", draw at most {size}, or use replace=True")
             )
-        if counter is None:
-            counter = self._draws.get(consumer, 0)
-            if advance:
-                self._draws[consumer] = counter = counter + 1
+
+    def _draw(self, store: Any, n: int, replace: bool, consumer: str, counter: int) -> Ints:
+        """The rows of draw number `counter` of a consumer, which has seen that there are enough."""
         if not n:
             return np.empty(0, np.int64)
+        k0, k1 = self._keys(consumer)
+        size = store.size
+        if size != store.high:
+            return store.pick_live(n, lambda among, out: reservoir.draw(among, k0, k1, store.seen, counter, replace, out))
+        rows = np.empty(n, np.int64)
+        reservoir.draw(size, k0, k1, store.seen, counter, replace, rows)
+        return rows
+
+    def _keys(self, consumer: str) -> tuple[np.uint64, np.uint64]:
+        """What the draws of a consumer are hashed with: other keys for each copy of a buffer, and for readers in each DataLoader worker."""
         keys = self._draw_keys.get(consumer)
         if keys is None:
-            keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}", self.seed)
-        if size != store.high:
-            return store.pick_live(n, lambda among, out: reservoir.draw(among, keys[0], keys[1], store.seen, counter, replace, out))
-        rows = np.empty(n, np.int64)
-        reservoir.draw(size, keys[0], keys[1], store.seen, counter, replace, rows)
-        return rows
+            worker = _worker() if self._mode == "r" else ""
+            keys = self._draw_keys[consumer] = key_pair(f"draw {self.stream} {consumer}{self._copy}{worker}", self.seed)
+        return keys
+
+    def _set_counts(self, drawn: int, copies: int) -> None:
+        """So many draws were made, and copies: forks since then and pickles."""
+        self._counter = iter(range(drawn + 1, _MOST_DRAWS))  # an iterator: a signal handler cannot get the same number
+        self._sent, self._forks_before = copies, system.forks
+
+    @property
+    def _drawn(self) -> int:
+        return _MOST_DRAWS - 1 - operator.length_hint(self._counter)
+
+    @property
+    def _copies(self) -> int:
+        return self._sent + system.forks - self._forks_before
+
+    def _own_stream(self, copy: str) -> None:
+        """From here on this is a copy of its own: it draws what no other copy does."""
+        self._copy += f" {copy}"
+        self._draw_keys = {}
+        self._set_counts(0, 0)
 
     def _emit(self, store: Any, rows: Ints, room: int = 0) -> tuple[Any, dict[str, Any]]:
         if store is None:
@@ -992,7 +1057,8 @@ class DataBuffer:
                 "max_size": self.max_size or 0,
                 "seen": 0 if store is None else store.seen,
                 "state": empty_state() if store is None else store.mark(),
-                "draws": dict(self._draws),
+                "draws": {"sample": self._drawn},
+                "copies": self._copies,
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -1013,7 +1079,7 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
-            seen, name, draws = self._check_state(state)
+            seen, name = self._check_state(state)
             if store is None:
                 if name != empty_state():
                     raise StateError(f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+'")
@@ -1023,18 +1089,22 @@ class DataBuffer:
                     self._policy_at = -1  # not left to the sequence: that of a folder is a sum, which may come out the same
                 store.rollback(name, seen)
                 store.mark()
-            self._draws = draws
+            self._set_counts(*_counts(state))
 
-    def _check_state(self, state: Any) -> tuple[int, str, dict[str, int]]:
-        wanted = {"format": int, "kind": str, "uuid": str, "max_size": int, "seen": int, "state": str, "draws": dict}
+    def _check_state(self, state: Any) -> tuple[int, str]:
+        """`seen` and the restore point of a state. Raises StateError for one that is not of this buffer."""
+        wanted = {"format": int, "kind": str, "uuid": str, "max_size": int, "seen": int, "state": str, "draws": dict, "copies": int}
         if not isinstance(state, Mapping) or any(type(state.get(k)) is not t for k, t in wanted.items()):
             raise StateError(f"not a state of a buffer: expected a dict with {sorted(wanted)}, got {state!r:.200}")
         if state["format"] != 1:
             raise StateError(f"state of format {state['format']}, but this release reads 1; upgrade leanreplay")
         if state["kind"] != self.kind:
             raise StateError(f"the state of a {state['kind']}, but this is a {self.kind}")
-        draws = state["draws"]
-        if not all(isinstance(k, str) and type(v) is int and 0 <= v < 2**62 for k, v in draws.items()) or state["seen"] < 0:
+        try:
+            _counts(state)
+        except ValueError as error:
+            raise StateError(f"not a state of a buffer: {error}") from None
+        if state["seen"] < 0:
             raise StateError(f"not a state of a buffer: {state!r:.200}")
         if not re.fullmatch("[0-9a-f]{16}(,[0-9a-f]{16})*" if self._folder else "[0-9a-f]{16}", state["state"]):
             raise StateError(f"not a state of a buffer: {state['state']!r:.200}")
@@ -1043,7 +1113,7 @@ class DataBuffer:
             raise StateError(f"the state of another buffer (uuid {state['uuid']}, this one's is {self._uuid})")
         if state["max_size"] != (self.max_size or 0):
             raise StateError(f"the state of this buffer with max_size {state['max_size']}, but it was resized to {self.max_size}")
-        return state["seen"], state["state"], dict(draws)
+        return state["seen"], state["state"]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Copy the whole buffer into a folder, made if missing; shares disk blocks where the file system can.
@@ -1057,7 +1127,13 @@ class DataBuffer:
             folder = system.checked_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"):
                 system.make_folders(folder)
-                state = {"format": 1, "kind": self.kind, "draws": self._draws, "state": store.mark_name()}
+                state = {
+                    "format": 1,
+                    "kind": self.kind,
+                    "draws": {"sample": self._drawn},
+                    "copies": self._copies,
+                    "state": store.mark_name(),
+                }
                 state |= self._copy_to(store, folder)
                 text = json.dumps(state)
                 fd, temp = system.temporary(os.path.join(folder, "state.json"), store.status)
@@ -1092,9 +1168,7 @@ class DataBuffer:
             try:
                 with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
                     state = json.load(file)
-                draws = {str(k): int(v) for k, v in state["draws"].items()}
-                if not all(0 <= v < 2**62 for v in draws.values()):
-                    raise ValueError(f"draws {draws}")
+                counts = _counts(state)
             except FileNotFoundError:
                 raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
             except OSError as error:
@@ -1107,7 +1181,7 @@ class DataBuffer:
                 self._copy_from(store, folder, state)
             self._policy_at = -1
             self._replacing = False
-            self._draws = draws if state.get("state") == self._store.mark_name() else {}
+            self._set_counts(*(counts if state.get("state") == self._store.mark_name() else (0, 0)))
 
     def _compare(self, table: Table, path: str) -> None:
         """Raise MismatchError unless a saved file fits this buffer."""
@@ -1257,26 +1331,65 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
 
 
 def _reopen(
-    cls: type[DataBuffer], where: str, path: str | None, options: dict[str, Any], max_size: int, draws: dict[str, int]
+    cls: type[DataBuffer], where: str, path: str | None, options: dict[str, Any], max_size: int, told: dict[str, Any]
 ) -> DataBuffer:
-    """A reader of the same file or shared memory in another process: what unpickling calls."""
+    """A reader of the same file or shared memory in another process: what unpickling calls.
+
+    told: of the buffer that was pickled, its uuid, whether it had begun its file, whose file it awaits, and which copy this is.
+    """
     buffer = cls.__new__(cls)
     DataBuffer.__init__(buffer, max_size, None, **options)
-    buffer._mode, buffer._draws = "r", draws
+    buffer._mode, buffer._uuid, buffer._awaits = "r", told["uuid"], told["awaits"]
+    buffer._own_stream(told["copy"] + _loading(told["copy"] + told["uuid"]))
     if path is not None:
         buffer.path, buffer._where = path, where
         buffer._take_from_file()
-        if buffer._exists():
+        if told["begun"] and buffer._exists():
             buffer._store = buffer._open_store()
-            buffer._adopt(None)
     else:
         try:
             buffer._store = Store.open(where, writable=False, name=None)
         except LeanReplayError as error:
             raise ModeError(f"the process that holds this buffer in memory has ended or closed it ({error})") from None
         buffer._take_from_file()
+    if buffer._store is not None:
+        if buffer._store.table.uuid != told["uuid"]:
+            raise ModeError(
+                f"{path} holds another buffer than the one that was pickled; open what is there now with leanreplay.open(path)"
+                if path is not None
+                else "this buffer in memory was closed, or its process has ended, and another buffer has taken its place; send that one"
+            )
         buffer._adopt(None)
     return buffer
+
+
+def _loading(copy: str) -> str:
+    """Which unpickling of a copy this is: the same bytes may arrive in several processes, and several times."""
+    times = _loaded.pop(copy, -1) + 1
+    while len(_loaded) >= _REMEMBERED:
+        _loaded.pop(next(iter(_loaded)))
+    _loaded[copy] = times
+    processes = sys.modules.get("multiprocessing.process")
+    number = () if processes is None else processes.current_process()._identity
+    return f" in {_process}/{'.'.join(map(str, number))} {times}"
+
+
+def _worker() -> str:
+    """Which worker of a DataLoader this process is: its seed, which follows from torch's generator."""
+    workers = sys.modules.get("torch.utils.data")
+    info = None if workers is None else workers.get_worker_info()
+    return "" if info is None else f" worker {info.seed}"
+
+
+def _counts(state: Mapping[str, Any]) -> tuple[int, int]:
+    """Draws and copies of a state. Raises ValueError for what cannot be such."""
+    draws, copies = state["draws"], state.get("copies", 0)
+    if not isinstance(draws, Mapping) or not set(draws) <= {"sample"}:
+        raise ValueError(f"draws {draws!r:.200}")
+    found = draws.get("sample", 0), copies
+    if any(type(v) is not int or not 0 <= v < _MOST_DRAWS - 1 for v in found):
+        raise ValueError(f"draws {draws!r:.200}, copies {copies!r:.200}")
+    return found
 
 
 def _is_left_over(path: str | None, identity: str) -> bool:
@@ -1318,9 +1431,13 @@ def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | No
 
 
 _BUFFERS = weakref.WeakSet()
+_process = ""  # which fork of which fork this process is
+_loaded: dict[str, int] = {}  # how often this process has unpickled a copy, the newest last
 
 
 def _after_fork() -> None:
+    global _process  # noqa: PLW0603
+    _process += f" {system.forks}"
     for buffer in list(_BUFFERS):
         buffer._become_reader()
 

@@ -31,6 +31,7 @@ _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os,
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 OPEN_WRITE = os.O_RDWR | _COMMON
 OPEN_READ = os.O_RDONLY | _COMMON
+forks = 0  # children that this process has forked so far
 
 
 def checked_path(path: Any, name: str = "path") -> str:

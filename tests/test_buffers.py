@@ -5,7 +5,6 @@ Then what one of them shows for all, since it is the same code.
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
 import threading
@@ -822,8 +821,7 @@ def test_a_policy_that_frees_nonsense_is_stopped(wrong: str) -> None:
 def test_copies_of_the_object_read(where: Path | None) -> None:
     with ReservoirBuffer(20, where) as buffer:
         feed(buffer, 0, 50)
-        for other in (pickle.loads(pickle.dumps(buffer)), copy.deepcopy(buffer)):
+        with pickle.loads(pickle.dumps(buffer)) as other:
             assert_samples(*other.sample(5))
             assert other.mode == "r"
-            other.close()
         assert_samples(*buffer.sample(5))

@@ -19,7 +19,6 @@ from ..batches import integer, required
 from ..buffers import DataBuffer
 from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
-from ..keys import key_pair
 from .data import bfloat16_fields, sample, to_torch
 
 Ints = npt.NDArray[np.int64]
@@ -247,11 +246,12 @@ class ReplayLoader:
         """The rows of batch `number`, drawn from what the buffer holds now."""
         store = self.buffer._require()
         if self.balance is None:
-            return self.buffer._draw(store, self.batch_size, False, self._consumer, counter=number)
+            self.buffer._check_size(store, self.batch_size, False)
+            return self.buffer._draw(store, self.batch_size, False, self._consumer, number)
         if store is None or store.size == 0:
             raise ArgumentError(f"a batch of {self.batch_size} from an empty buffer; add samples first")
         groups = self._rows_by_value(store)
-        k0, k1 = key_pair(f"draw {self.buffer.stream} {self._consumer} balanced", self.buffer.seed)
+        k0, k1 = self.buffer._keys(f"{self._consumer} balanced")
         step = 2 * len(groups) + 2  # draws that one batch may need
 
         def draw(among: int, count: int, which: int, replace: bool = False) -> Ints:
@@ -338,6 +338,9 @@ class ReplayLoader:
             self._thread.join()
             self._thread = None
         self._planned = []
+
+    def __reduce__(self) -> Any:
+        raise ModeError("a ReplayLoader cannot be copied or sent to another process; make a new one there, of the buffer")
 
     def __enter__(self: Self) -> Self:
         return self

@@ -1,0 +1,171 @@
+"""States in other people's checkpoints: torch.distributed.checkpoint, StatefulDataLoader, Accelerate.
+
+torch.distributed.checkpoint reads the keys that the state of a fresh object has, and no others: so states have the same keys always.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.utils.data import SequentialSampler
+
+import leanreplay
+from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
+from leanreplay.torch import (
+    BufferDataset,
+    InterleavedSampler,
+    InterleavedSamplerConfig,
+    ReplayLoader,
+    SamplerIntervalConfig,
+    ShuffleSampler,
+)
+
+KINDS = {
+    "reservoir": lambda where, **more: ReservoirBuffer(60, where, seed=3, **more),
+    "balanced": lambda where, **more: ClassBalancedBuffer(60, where, seed=3, **more),
+    "infinite": lambda where, **more: InfiniteBuffer(where, rows_per_part=40, seed=3, **more),
+}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.distributed")
+
+
+def feed(buffer: Any, n: int = 100) -> None:
+    buffer.add((np.arange(n, dtype=np.float32), np.arange(n) % 2))
+
+
+def keys(state: Any) -> set[str]:
+    return set(flatten_state_dict(state)[0])
+
+
+def positions(buffer: Any, times: int = 3) -> list[list[int]]:
+    return [buffer.sample(5)[1]["position"].tolist() for _ in range(times)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffer(kind: str, tmp_path: Path) -> None:
+    path, saved = tmp_path / "b.h5", tmp_path / "checkpoint"
+    with KINDS[kind](path) as buffer:
+        fresh = buffer.state_dict()
+        feed(buffer)
+        positions(buffer)
+        state = buffer.state_dict()
+        assert keys(state) == keys(fresh)
+        dcp.save({"buffer": state}, checkpoint_id=saved)
+        coming = positions(buffer)
+        feed(buffer)
+    with leanreplay.open(path, mode="r+") as again:
+        loaded = {"buffer": again.state_dict()}
+        dcp.load(loaded, checkpoint_id=saved)
+        assert loaded["buffer"] == state
+        again.load_state_dict(loaded["buffer"])
+        assert again.seen == 100
+        assert positions(again) == coming
+
+
+def test_replay_loader(tmp_path: Path) -> None:
+    path, saved = tmp_path / "b.h5", tmp_path / "checkpoint"
+    with ReservoirBuffer(60, path, seed=3) as buffer:
+        feed(buffer)
+        with ReplayLoader(buffer, 5, prefetch=3) as loader:
+            fresh = loader.state_dict()
+            list(itertools.islice(loader, 4))
+            state = {"buffer": buffer.state_dict(), "loader": loader.state_dict()}
+            assert keys(state["loader"]) == keys(fresh)
+            dcp.save(state, checkpoint_id=saved)
+            coming = [(x, meta["position"]) for (x, _), meta in itertools.islice(loader, 6)]
+    with leanreplay.open(path, mode="r+") as again, ReplayLoader(again, 5, prefetch=3) as loader:
+        loaded = {"buffer": again.state_dict(), "loader": loader.state_dict()}
+        dcp.load(loaded, checkpoint_id=saved)
+        again.load_state_dict(loaded["buffer"])
+        loader.load_state_dict(loaded["loader"])
+        for ((x, _), meta), (x_before, positions_before) in zip(loader, coming, strict=False):
+            assert torch.equal(x, x_before)
+            assert torch.equal(meta["position"], positions_before)
+            if loader._delivered == 10:
+                break
+
+
+def interleaved() -> InterleavedSampler:
+    callback = SamplerIntervalConfig(SequentialSampler(range(100, 104)), every_n_updates=3)
+    return InterleavedSampler(ShuffleSampler(range(20), seed=1), InterleavedSamplerConfig(4, max_epochs=3), callback_samplers=[callback])
+
+
+def test_interleaved_sampler(tmp_path: Path) -> None:
+    whole = [batch.tolist() for batch in interleaved().get_data_loader()]
+    sampler = interleaved()
+    fresh = sampler.state_dict()
+    before = [batch.tolist() for batch in itertools.islice(sampler.get_data_loader(), 7)]
+    state = sampler.state_dict()
+    assert keys(state) == keys(fresh)
+    dcp.save({"sampler": state}, checkpoint_id=tmp_path)
+    again = interleaved()
+    loaded = {"sampler": again.state_dict()}
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    again.load_state_dict(loaded["sampler"])
+    assert before + [batch.tolist() for batch in again.get_data_loader()] == whole
+
+
+class Stateful:
+    """Draws from a buffer, as an iterable dataset whose state a StatefulDataLoader keeps."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def __iter__(self) -> Any:
+        while True:
+            yield self.buffer.sample(5)[1]["position"]
+
+    def state_dict(self) -> Any:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.buffer.load_state_dict(state)
+
+
+def test_stateful_data_loader(tmp_path: Path) -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    class Draws(Stateful, torch.utils.data.IterableDataset[Any]):
+        pass
+
+    with ReservoirBuffer(60, tmp_path / "b.h5", seed=3) as buffer:
+        feed(buffer)
+        loader = stateful(Draws(buffer), batch_size=None)
+        iterator = iter(loader)
+        for _ in range(3):
+            next(iterator)
+        state = loader.state_dict()
+        torch.save(state, tmp_path / "state.pt")
+        coming = [next(iterator).tolist() for _ in range(3)]
+        again = stateful(Draws(buffer), batch_size=None)
+        again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        iterator = iter(again)
+        assert [next(iterator).tolist() for _ in range(3)] == coming
+        shown = stateful(BufferDataset(buffer), batch_size=8)
+        iterator = iter(shown)
+        next(iterator)
+        state, rest = shown.state_dict(), [x.tolist() for x, _ in iterator]
+        again = stateful(BufferDataset(buffer), batch_size=8)
+        again.load_state_dict(state)
+        assert [x.tolist() for x, _ in again] == rest
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    with ReservoirBuffer(60, tmp_path / "b.h5", seed=3) as buffer:
+        feed(buffer)
+        with ReplayLoader(buffer, 5) as loader:
+            accelerator.register_for_checkpointing(buffer, loader)
+            next(loader)
+            accelerator.save_state(str(tmp_path / "state"))
+            coming = [next(loader)[1]["position"].tolist() for _ in range(4)], positions(buffer)
+            feed(buffer)
+            accelerator.load_state(str(tmp_path / "state"))
+            assert buffer.seen == 100
+            assert ([next(loader)[1]["position"].tolist() for _ in range(4)], positions(buffer)) == coming
