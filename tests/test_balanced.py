@@ -26,6 +26,7 @@ from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped, keyed, quotas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nightly import times
 from test_uniform import assert_inclusion
 
 import leanreplay
@@ -518,7 +519,7 @@ FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=15)
+@settings(FIXED, max_examples=times(5, 15))
 @given(
     history=st.lists(OPS, min_size=2, max_size=14),
     seed=st.integers(0, 50),

@@ -25,6 +25,7 @@ import test_kill
 from children import child, killed, outcome
 from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped
+from nightly import times
 from test_kill import Interrupts, Scene, Steps, image, interrupted, place, stop_everywhere
 
 import leanreplay
@@ -244,11 +245,11 @@ def kill_after_lines(pid: int, read: int, lines: int) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_instants(kind: str, tmp_path: Any) -> None:
-    """25 kills of each kind while feeding; each time the model, and the end is that of an uninterrupted run."""
+    """Kills of each kind while feeding; each time the model, and the end is that of an uninterrupted run."""
     rng = random.Random(kind)
     path, done, kills = str(tmp_path / "b0.h5"), 0, 0
     batches = [stream(kind, here, here + BATCH) for here in range(0, END, BATCH)]
-    while kills < 25 or not done:
+    while kills < times(8, 25) or not done:
 
         def work(pipe: int, path: str = path) -> None:
             with KINDS[kind](path, mode="a") as buffer:
@@ -261,7 +262,7 @@ def test_killed_at_random_instants(kind: str, tmp_path: Any) -> None:
         kills += 1
         with KINDS[kind](path, mode="a") as buffer:
             assert_prefix(kind, buffer, f"kill {kills}")
-            if buffer.seen > END - 500 or kills > 80:
+            if buffer.seen > END - 500 or kills > times(30, 80):
                 finish(kind, buffer, f"kill {kills}", END)
                 done += 1
                 path = str(tmp_path / f"b{done}.h5")
@@ -288,7 +289,7 @@ def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any)
     with KINDS[kind](path) as buffer:
         protocol(buffer, 0, 3, lambda i, s: None)
         last = 3, buffer.state_dict()
-    for trial in range(30):
+    for trial in range(times(10, 30)):
         note = f"trial {trial}, back to batch {last[0]}"
 
         def work(pipe: int, last: Any = last) -> None:
@@ -310,7 +311,7 @@ def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any)
                     protocol(buffer, last[0], last[0] + 2, lambda i, s: None)
         if last[0] > len(batches) - 15:
             break
-    assert last[0] > 30
+    assert last[0] > times(9, 30)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,7 +323,7 @@ def test_killed_while_going_back(kind: str, tmp_path: Any) -> None:
         feed(kind, buffer, 0, 60)
         state = buffer.state_dict()
     batches = [stream(kind, here, here + BATCH) for here in range(60, 160, BATCH)]
-    for trial in range(20):
+    for trial in range(times(8, 20)):
 
         def work(pipe: int) -> None:
             with KINDS[kind](path, mode="r+") as buffer:
@@ -589,7 +590,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
         pytest.skip("no one place to compare its bytes in")
     rng = random.Random(f"{kind} {ram}")
     buffer, trials, made, twice = None, 0, 0, 0
-    while trials < 50:
+    while trials < times(20, 50):
         if buffer is None or buffer.seen > 400:
             if buffer is not None:
                 buffer.close()
@@ -611,7 +612,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
         if state is not None and trials % 10 == 0:
             buffer.load_state_dict(state)
             assert_prefix(kind, buffer, f"{note}, back", [60])
-    assert twice > 10
+    assert twice > times(4, 10)
     buffer.close()
 
 
@@ -647,7 +648,7 @@ def test_interrupted_in_state_dict_and_load_state_dict(kind: str, tmp_path: Any)
     """Ctrl-C while marking or going back: the next try is exact."""
     rng = random.Random(f"state {kind}")
     buffer = None
-    for trial in range(40):
+    for trial in range(times(14, 40)):
         if buffer is None or buffer.seen > 200:
             if buffer is not None:
                 buffer.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from interpreter import Script
+from nightly import times
 
 import leanreplay
 
@@ -200,18 +201,18 @@ def test_the_seed_decides_everything(run, wanted, tmp_path):
 
 
 def test_killed_at_random_instants(run, wanted, tmp_path):
-    """G3 in the main job: 15 SIGKILLs at random instants, from loading data to drawing the picture: the same results, bit for bit."""
-    seed, kills = 0, 0
+    """G3 in the main job: SIGKILLs at random instants, from loading data to drawing the picture: the same results, bit for bit."""
+    seed, kills, wanted_kills = 0, 0, times(5, 15)
     rng = random.Random(seed)
     for _ in range(200):
-        if kills == 15:
+        if kills == wanted_kills:
             break
         over = rng.random() < 0.1
         delay = rng.random() * wanted[2] * rng.choice([0.3, 1.0])
         kills += run(tmp_path, *OPTIONS, *([] if over else ["--resume"]), delay=delay, code=-signal.SIGKILL) != 0
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / "results.json").unlink()
-    assert kills == 15
+    assert kills == wanted_kills
     run(tmp_path, *OPTIONS, "--resume")
     assert (tmp_path / "results.json").read_text() == wanted[0], f"seed {seed}"
     assert held(tmp_path / "replay.h5") == wanted[1], f"seed {seed}"

@@ -20,6 +20,7 @@ import pytest
 from conftest import in_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nightly import times
 
 import leanreplay
 from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer, buffers, create, store
@@ -253,7 +254,7 @@ def run(kind: str, folder: str | None, history: list[tuple[Any, ...]], journal: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=50)
+@settings(FIXED, max_examples=times(16, 50))
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 in RAM: any history ends with the bytes of one add."""
@@ -261,7 +262,7 @@ def test_any_history_in_memory(kind: str, history: list[tuple[Any, ...]], journa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FIXED, max_examples=50)
+@settings(FIXED, max_examples=times(16, 50))
 @given(history=st.lists(OPS, max_size=14), journal=st.sampled_from([1, 4 << 20]), chunk=st.sampled_from([1, 5, 1 << 16]))
 def test_any_history_on_disk(kind: str, history: list[tuple[Any, ...]], journal: int, chunk: int) -> None:
     """G2 on disk: any history, with the file closed, forgotten or copied in between, ends with the bytes of one add in RAM."""
@@ -273,7 +274,7 @@ def test_any_history_on_disk(kind: str, history: list[tuple[Any, ...]], journal:
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupted_at_every_call(kind: str, step: str) -> None:
     """G2: the first 20 calls of each kernel of a commit, before and after; then again at once; the rest is fed as ever."""
-    for after in range(20):
+    for after in range(times(7, 20)):
         with tiny(1, 1 << 16), KINDS[kind]() as buffer:
             s = Samples(0, 20)
             buffer.add(s.batch, metadata=s.metadata)

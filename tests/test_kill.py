@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from children import child, killed, outcome, result
 from conftest import in_memory
+from nightly import times
 
 import leanreplay
 from leanreplay import (
@@ -155,7 +156,7 @@ def compiled() -> None:
 
 # -- killed at random instants -----------------------------------------------------------------------------------------
 
-KILLS = 30  # per buffer; 45 more each in the tests below, and 95 for each kind in test_balanced_kill.py
+KILLS = times(10, 30)  # per buffer; 45 more each in the tests below, and 95 for each kind in test_balanced_kill.py
 END = {"reservoir": 8_000, "window": 3_000, "greedy": 3_000, "infinite": 1_200}
 
 
@@ -209,7 +210,7 @@ def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any)
         protocol(buffer, 0, 3)
         last: tuple[int, Any] = (3, buffer.state_dict())
     ended = 0
-    for trial in range(30):
+    for trial in range(times(10, 30)):
         note = f"{kind}, trial {trial}, back to batch {last[0]}"
 
         def work(pipe: int, last: Any = last) -> None:
@@ -258,7 +259,7 @@ def test_killed_while_going_back(kind: str, tmp_path: Any) -> None:
     with KINDS[kind](path) as buffer:
         feed(buffer, 0, 90)
         state = buffer.state_dict()
-    for trial in range(15):
+    for trial in range(times(8, 15)):
 
         def work(pipe: int) -> None:
             with KINDS[kind](path, mode="r+") as buffer:
@@ -790,7 +791,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
         pytest.skip("no one place to compare its bytes in")
     rng = random.Random(f"{kind} {ram}")
     buffer, trials, twice, made = None, 0, 0, 0
-    while trials < 70:
+    while trials < times(24, 70):
         if buffer is None or buffer.seen > 400:
             if buffer is not None:
                 assert buffer.check() == []
@@ -811,7 +812,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
         assert_holds(kind, buffer, range(start, start + BATCH + 1), note)
         buffer.add(**stream(start, start + BATCH), at=start)
         assert_holds(kind, buffer, [start + BATCH], note)
-    assert twice > 20
+    assert twice > times(6, 20)
     assert buffer.check() == []
     buffer.close()
 
@@ -885,7 +886,7 @@ def test_interrupted_in_state_dict_and_load_state_dict(kind: str, tmp_path: Any)
     """G3: Ctrl-C while marking or going back: the next try is exact."""
     rng = random.Random(f"state {kind}")
     buffer = None
-    for trial in range(110 if kind == "window" else 50):
+    for trial in range(110 if kind == "window" else times(16, 50)):
         if buffer is None or buffer.seen > 200:
             if buffer is not None:
                 assert buffer.check() == []

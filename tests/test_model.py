@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import in_memory
+from nightly import times
 
 import leanreplay
 from leanreplay import (
@@ -468,7 +469,7 @@ OPS = {
     "add": 8, "update": 3, "sample": 3, "get": 1, "set_metadata": 3, "new_field": 0.3, "resize": 1, "state_dict": 3,
     "load_state_dict": 3, "save": 0.5, "load": 0.5, "reopen": 2, "kill": 1,
 }  # fmt: skip
-SEEDS = 10
+SEEDS = times(3, 10)
 STEPS = 30
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import in_memory
+from nightly import times
 
 import leanreplay
 from leanreplay import (
@@ -44,7 +45,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "balanced": lambda path, **o: ClassBalancedBuffer(ROWS, path, seed=5, **o),
     "cbrs": lambda path, **o: ClassBalancingReservoirBuffer(ROWS, path, seed=5, **o),
 }
-TRIALS = 170  # per buffer: 1,020 in all
+TRIALS = times(60, 170)  # per buffer: 1,020 in all
 
 
 def stream(start: int, stop: int) -> tuple[Any, Any]:

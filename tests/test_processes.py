@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from children import child, killed, result
 from interpreter import Script
+from nightly import times
 
 import leanreplay
 from leanreplay import (
@@ -39,8 +40,8 @@ from leanreplay.kernels import rows as kernel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-SECONDS = 30  # that a writer and two readers run: in every fifth of a second all at once for a while, then all rest
-FORKS = 30  # per place, while a thread is busy
+SECONDS = times(6, 30)  # that a writer and two readers run: in every fifth of a second all at once for a while, then all rest
+FORKS = times(10, 30)  # per place, while a thread is busy
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path, **o: ReservoirBuffer(60, path, seed=1, **o),
     "window": lambda path, **o: SlidingWindowBuffer(60, path, seed=1, **o),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nightly import times
 
 import leanreplay
 from leanreplay import CapacityWarning, GreedyClassBalancingBuffer, ReservoirBuffer, ReservoirPolicy, Schema, SlidingWindowBuffer
@@ -124,7 +125,7 @@ class Bare:
         return kept
 
 
-IN_BUFFERS = 200  # seeds for which buffers are shown to keep what their policy alone does, whose statistics are over 2,000
+IN_BUFFERS = times(70, 200)  # seeds for which buffers are shown to keep what their policy alone does, whose statistics are over 2,000
 
 
 def held(buffer: Any, n: int) -> Any:
