@@ -57,8 +57,9 @@ def bits(learner):
     """Everything that training makes: weights, statistics, momenta, the method's own state, the buffer's rows."""
     digest = hashlib.sha256()
     state = {k: v for k, v in learner.state_dict().items() if k != "buffer"}
-    (x, y), meta = learner.buffer.get(learner.buffer.get_metadata("idx"))
-    flat(digest, [learner.model.state_dict(), learner.optimizer.state_dict(), state, x, y, dict(meta), learner.buffer.seen])
+    buffer = learner.buffer
+    (x, y), meta = buffer.get(buffer.get_metadata("idx")) if len(buffer) else ((0, 0), {})
+    flat(digest, [learner.model.state_dict(), learner.optimizer.state_dict(), state, x, y, dict(meta), buffer.seen])
     return digest.hexdigest()
 
 
@@ -90,16 +91,20 @@ def recording(kind):
 # -- the loop ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("store", ["first epoch", "every epoch", False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loop_around_step(kind):
-    """What fit does to a learner is what the same batches do, given to `step` one by one."""
+def test_a_loop_around_step(kind, store):
+    """What fit does to a learner is what the same batches do, given to `step` one by one, and stored as it was asked for."""
     learner = make(recording(kind), replay_batch_size=7)
-    history = run(learner)
-    assert learner.replay_batch_size == 7 and learner.device is None
+    history = run(learner, **({} if store == "first epoch" else {"store": store}))
+    assert learner.replay_batch_size == 7 and learner.device is None and learner.store is True
+    assert learner.buffer.seen == {"first epoch": N, "every epoch": 3 * N, False: 0}[store]
 
-    by_hand = make(kind, replay_batch_size=10)
+    by_hand, steps = make(kind, replay_batch_size=10), []
     by_hand.on_task_start(0)
-    steps = [by_hand.step(x, y) for x, y in learner.batches]
+    for i, (x, y) in enumerate(learner.batches):
+        by_hand.store = store == "every epoch" or (store == "first epoch" and 3 * i < len(learner.batches))
+        steps.append(by_hand.step(x, y))
     by_hand.on_task_end()
     assert bits(by_hand) == bits(learner)
 
@@ -183,7 +188,8 @@ def test_datasets_and_collation():
 def by_hand(learner, batches, *, precision="32", clip=None):
     """A loop in pieces, as anyone would write it."""
     learner.on_task_start(0)
-    for x, y in batches:
+    for i, (x, y) in enumerate(batches):
+        learner.store = 3 * i < len(batches)
         learner.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = learner.loss(x, y)
@@ -361,7 +367,8 @@ def test_a_step_that_fails_leaves_the_learner_whole():
         learner.loss_fn = loss_fn
         with pytest.raises(LossError):
             run(learner, **options)
-        for x, y in learner.batches[: learner.steps]:
+        for i, (x, y) in enumerate(learner.batches[: learner.steps]):
+            plain.store = i < 11
             plain.optimizer.zero_grad()
             plain.loss(x, y).backward()
             if options:
@@ -377,7 +384,16 @@ def test_defaults():
     """Those that are documented."""
     given = {name: p.default for name, p in inspect.signature(fit).parameters.items() if p.default is not inspect.Parameter.empty}
     others = {"max_epochs": 50, "batch_size": 32, "batch_memory_frac": 0.5, "scheduler_interval": "epoch", "mode": "min", "precision": "32"}
-    others |= {"early_stopping": False, "progress": True, "seed": 0, "deterministic": False, "save_every": 500, "save_buffer": False}
+    others |= {
+        "store": "first epoch",
+        "restore_best": False,
+        "early_stopping": False,
+        "progress": True,
+        "seed": 0,
+        "deterministic": False,
+        "save_every": 500,
+        "save_buffer": False,
+    }
     nothing = (
         "val_dataset scheduler metric metrics gradient_clip_val gradient_clip_algorithm train_collate_fn val_collate_fn test_transform"
     )
@@ -406,7 +422,7 @@ def accuracy(outputs, targets):
 
 
 def job(kind, folder, tasks=1, after=lambda learner: None):
-    """Some tasks, with everything that has a state; started again, it goes on."""
+    """Some tasks, with everything that has a state; started again, it goes on. Of some kinds every epoch is stored."""
     learner = make(kind, folder / "buffer.h5", dropout=0.2)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(11)
@@ -415,6 +431,7 @@ def job(kind, folder, tasks=1, after=lambda learner: None):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=40)
         options = {"val_dataset": data(20, 9), "metrics": {"accuracy": accuracy}, "metric": "accuracy", "mode": "max", "early_stopping": 2}
         options |= {"scheduler": scheduler, "scheduler_interval": "step", "gradient_clip_val": 1.0, "save_every": 4, "progress": False}
+        options |= {"store": "every epoch" if kind is DERLearner else "first epoch", "restore_best": kind is not CLSLearner}
         options |= {"input_state_folder": state, "output_state_folder": state, "max_epochs": 3, "batch_size": 20, "task_id": task}
         histories.append(fit(learner, Augmented(task), **options))
         after(learner)
@@ -550,6 +567,7 @@ def test_a_finished_task_is_loaded_and_that_is_all(tmp_path, straight):
     learner = make(Counts, tmp_path / "buffer.h5", dropout=0.2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=40)
     options = {"scheduler": scheduler, "scheduler_interval": "step", "max_epochs": 9, "input_state_folder": tmp_path / "run"}
+    options |= {"val_dataset": data(5), "metrics": {"accuracy": accuracy}, "metric": "accuracy", "mode": "max", "restore_best": True}
     assert run(learner, **options).records == straight_history.records and not calls  # nor do more epochs begin it again
 
 
@@ -600,7 +618,7 @@ def test_a_task_starts_once(tmp_path):
     stopped(tmp_path, task_id=None)
     learner = make(Counts, tmp_path / "b.h5")
     run(learner, input_state_folder=tmp_path / "run", task_id=None)
-    assert learner.starts == 0 and learner.buffer.seen == 3 * N
+    assert learner.starts == 0 and learner.buffer.seen == N
     run(learner, task_id=None)
     assert learner.starts == 1
 
@@ -688,6 +706,8 @@ def test_a_task_that_this_learner_has_just_finished(tmp_path):
         ({"batch_size": 22}, r"new samples a step=11 \(state: 10\), replayed ones=11"),
         ({"precision": "bf16"}, "precision="),
         ({"scheduler": True}, "scheduler='StepLR'"),
+        ({"store": False}, "store=False"),
+        ({"val_dataset": data(5), "restore_best": True}, "restore_best='min val_loss'"),
     ],
 )
 def test_other_settings(tmp_path, options, message):
@@ -806,6 +826,10 @@ BAD = [
     ({"early_stopping": True}, "early_stopping: .* give a val_dataset"),
     ({"early_stopping": 0, "val_dataset": data(5)}, "early_stopping must be from 1"),
     ({"early_stopping": 1.5, "val_dataset": data(5)}, "early_stopping must be an integer"),
+    ({"restore_best": True}, "restore_best: .* give a val_dataset"),
+    ({"restore_best": 1}, "restore_best is one of"),
+    ({"store": True}, "store is one of"),
+    ({"store": "first"}, "store is one of"),
     ({"metrics": {"a": accuracy}}, "metrics: .* give a val_dataset"),
     ({"metrics": [accuracy], "val_dataset": data(5)}, "metrics must be a dict"),
     ({"metrics": {"a": 1}, "val_dataset": data(5)}, "metrics must be a dict"),
@@ -891,11 +915,14 @@ def worker(rank, folder, point=None):
     for task in range(saved_task(state) or 0, 2):
         options = {"val_dataset": data(21, 9), "metrics": {"accuracy": accuracy}, "metric": "accuracy", "mode": "max", "max_epochs": 2}
         options |= {"input_state_folder": state, "output_state_folder": state, "save_every": 2, "logger": logged.append}
+        options["restore_best"] = True
         histories.append(run(learner, task, **options))
         assert learner.model is model
     model.eval()
-    with torch.no_grad():
-        assert histories[-1]["val_loss"][-1] == pytest.approx(cross_entropy(model(data(21, 9)[0]), data(21, 9)[1]).item(), rel=1e-5)
+    with torch.no_grad():  # of the best epoch
+        assert histories[-1]["val_loss"][histories[-1].best_epoch] == pytest.approx(
+            cross_entropy(model(data(21, 9)[0]), data(21, 9)[1]).item(), rel=1e-5
+        )
     weights = [v.tolist() for v in [*model.state_dict().values(), *learner.stable_model.parameters()]]
     torch.save((weights, histories[-1].records, bits(learner), len(logged), batches), folder / f"result{rank}.pt")
 
@@ -959,7 +986,7 @@ def test_two_processes(tmp_path):
         assert torch.load(resumed / f"result{rank}.pt", weights_only=True)[:3] == expected[:3]
 
     with lr.merge([resumed / f"buffer{rank}.h5" for rank in (0, 1)], tmp_path / "all.h5") as merged:
-        assert merged.seen == 4 * N and len(merged) == 40 and not merged.check()
+        assert merged.seen == 2 * N and len(merged) == 40 and not merged.check()
 
 
 def test_torchrun_without_a_group(monkeypatch):

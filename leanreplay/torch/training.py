@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import math
 import os
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from ..batches import integer, required
+from ..buffers import DataBuffer
 from ..errors import ArgumentError, ExistsError, LossError, MissingError, StateError
 from ..keys import key_pair
 from . import distributed
@@ -82,11 +84,13 @@ def fit(
     max_epochs: int = 50,
     batch_size: int = 32,
     batch_memory_frac: float | None = 0.5,
+    store: str | bool = "first epoch",
     scheduler: Any = None,
     scheduler_interval: str = "epoch",
     metric: str | None = None,
     mode: str = "min",
     early_stopping: bool | int = False,
+    restore_best: bool = False,
     metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Any]] | None = None,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
@@ -115,7 +119,7 @@ def fit(
     >>> x = torch.randn(100, 4)
     >>> history = fit(learner, (x, (x[:, 0] > 0).long()), max_epochs=3, batch_size=20, progress=False)
     >>> len(history["loss"]), learner.buffer.seen, sorted(history.records[0])
-    (3, 300, ['epoch', 'loss', 'loss/replay', 'loss/stream', 'lr'])
+    (3, 100, ['epoch', 'loss', 'loss/replay', 'loss/stream', 'lr'])
 
     **Batches.** train_dataset: a map-style dataset of pairs, or a pair (x, y) of tensors; train_collate_fn makes (x, y) of a list of
     samples. batch_size: of the whole step. The share `batch_memory_frac` of it is replayed, rounded to the nearest number but at least one
@@ -123,6 +127,11 @@ def fit(
     batch_size new samples, and the learner's own `replay_batch_size` on top. An epoch is cut into as few batches of at most the new
     samples' share as will do, of sizes that differ by at most one: each sample once, no tiny last batch. Their order depends on (seed,
     task_id, epoch) alone.
+
+    **What is stored.** store: "first epoch": each sample is offered to the buffer once, as it came in the first epoch of this task; later
+    epochs only replay. "every epoch": once in each epoch, so after k epochs the buffer has seen each of them k times. False: nothing, so
+    the buffer may be one of exemplars, or open for reading: see the learner's `store`, which in False overrules this. Data that
+    are rows of the learner's own buffer already, in a BufferDataset say, need store=False, or would be offered to it again.
 
     **Optimisation.** scheduler: a torch scheduler of the learner's optimizer, stepped after each "epoch" or "step"; ReduceLROnPlateau
     gets the metric. gradient_clip_algorithm: "norm" (the default) or "value", with `gradient_clip_val`. precision: "bf16" makes each step
@@ -133,7 +142,9 @@ def fit(
     they and the learner's `loss_fn` get the whole set at once, never as bfloat16. test_transform, test_target_transform: of the x and of
     the y of each sample, as the learner's transforms are; val_collate_fn likewise. metric: what is watched, "loss" (of validation) or a
     name in `metrics`; mode: whether "min" or "max" is good. early_stopping: end after so many epochs in a row without a better metric
-    (True: 5). The weights are those of the last epoch; those of the best are in `best.pt` in the output folder.
+    (True: 5). The weights are those of the last epoch; those of the best are in `best.pt` in the output folder. restore_best=True puts
+    those back in the end, the model's buffers (batch norm's statistics) too; the optimizer, and copies that a learner has of the
+    model, stay as they are. Without `metric` it looks at the validation loss; each state then holds these weights too.
 
     **States.** output_state_folder: where to keep the newest state, written at the start, after every `save_every` steps of an epoch (None:
     not), after each epoch, and at the end. It holds model, optimizer, scheduler, learner, position, history, and the states of the
@@ -172,13 +183,20 @@ def fit(
     training = Reader("train_dataset", train_dataset, train_collate_fn)
     required("max_epochs", max_epochs, 1, 2**31)
     integer("save_every", save_every, 1, 2**62)
+    _choice("store", store, "first epoch", "every epoch", False)
+    store = learner.store and store
+    if store and _holds_rows(train_dataset, buffer):
+        raise ArgumentError(
+            "train_dataset has rows of the learner's own buffer, which would be offered to it once more; give store=False, and where "
+            "other samples are to be stored, train on these alone: the buffer is replayed anyway"
+        )
     new, replayed = _shares(batch_size, batch_memory_frac, learner.replay_batch_size)
     epochs = _Epochs(training, new, rank, ranks, seed, task_id)
     _check_scheduler(scheduler, scheduler_interval, optimizer)
     clip = _clipping(gradient_clip_val, gradient_clip_algorithm, optimizer)
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
     validation = None if val_dataset is None else Reader("val_dataset", val_dataset, val_collate_fn, test_transform, test_target_transform)
-    monitor, patience = _watched(metric, mode, early_stopping, metrics, validation, plateau)
+    monitor, patience = _watched(metric, mode, early_stopping, metrics, validation, plateau, restore_best)
     if plateau and (scheduler_interval != "epoch" or validation is None):
         raise ArgumentError("ReduceLROnPlateau needs a val_dataset and scheduler_interval='epoch'")
     if plateau and scheduler.mode != mode:
@@ -193,6 +211,8 @@ def fit(
         "new samples a step": new,
         "replayed ones": replayed,
         "processes": ranks,
+        "store": store,
+        "restore_best": f"{mode} {monitor}" if restore_best else False,
     }
     settings |= {"precision": precision, "optimizer": type(optimizer).__name__, "scheduler": type(scheduler).__name__}
 
@@ -200,6 +220,7 @@ def fit(
     history = History(task_id, [], monitor, mode)
     epoch = step = 0
     sums: dict[str, list[float]] = {}  # of each loss: its sum over samples, and how many those are
+    best: dict[str, Any] = {}  # the model of the best epoch, if it is to be put back
     output = None if output_state_folder is None else StateFolder(output_state_folder, "output_state_folder")
     if output is not None and buffer.path is None and not save_buffer:
         raise ArgumentError("output_state_folder: a buffer in memory ends with its process; give it a path, or save_buffer=True")
@@ -213,7 +234,7 @@ def fit(
         _AT[learner] = state["at"]
     if state is not None and begun:
         history.records, history.stopped_early = state["records"], state["stopped_early"]
-        epoch, step, sums = state["epoch"], state["step"], state["sums"]
+        epoch, step, sums, best = state["epoch"], state["step"], state["sums"], state["best"]
         if state["finished"]:
             return history
 
@@ -229,6 +250,7 @@ def fit(
             "epoch": epoch,
             "step": step,
             "sums": sums,
+            "best": best,
             "records": history.records,
             "learner": learner.state_dict(),
             "random": _random_states(device),
@@ -246,6 +268,7 @@ def fit(
                 output.remove("best.pt")
         save()  # a kill before the next one must not leave a buffer that is ahead of every state
         while epoch < max_epochs and not _waited(history, patience):
+            learner.store = store == "every epoch" or (store == "first epoch" and epoch == 0)
             with _bar(progress and rank == 0, f"epoch {epoch + 1}/{max_epochs}", step, epochs.steps) as bar:
                 for x, y in epochs.batches(epoch, step):
                     with cast():
@@ -270,9 +293,14 @@ def fit(
                 logger({"task_id": task_id, **record})
             if output is not None and rank == 0 and history.best_epoch == epoch:
                 output.write("best.pt", model.state_dict())
+            if restore_best and history.best_epoch == epoch:
+                best = copy.deepcopy(model.state_dict())
             epoch, step, sums = epoch + 1, 0, {}
             save()
         history.stopped_early = epoch < max_epochs
+        if best:
+            model.load_state_dict(best)
+            best = {}
         learner.on_task_end()
         save(finished=True)
     return history
@@ -300,8 +328,8 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _choice(name: str, value: Any, *choices: str | None) -> None:
-    if value not in choices:
+def _choice(name: str, value: Any, *choices: str | bool | None) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         raise ArgumentError(f"{name} is one of {choices}, got {value!r:.200}")
 
 
@@ -317,6 +345,25 @@ def _shares(batch_size: Any, fraction: Any, own: int) -> tuple[int, int]:
             f"batch_size={size} with batch_memory_frac={fraction} leaves no room for new samples; lower the fraction, or raise batch_size"
         )
     return size - replayed, replayed
+
+
+def _holds_rows(dataset: Any, buffer: DataBuffer) -> bool:
+    """Whether a dataset, or one within, reads this buffer, through this object or another one: as far as attributes tell."""
+    seen: dict[int, Any] = {}
+    several = [dataset]
+    while several:
+        found = several.pop()
+        if id(found) in seen or len(seen) > 10_000:
+            continue
+        seen[id(found)] = found
+        if isinstance(found, DataBuffer):
+            if found is buffer or found._uuid == buffer._uuid:
+                return True
+        elif isinstance(found, (list, tuple)):
+            several += found if len(found) < 1000 else ()
+        elif not isinstance(found, (torch.Tensor, np.ndarray, str, bytes, Mapping)):
+            several += [v for v in vars(found).values() if hasattr(v, "__getitem__")] if hasattr(found, "__dict__") else []
+    return False
 
 
 def _check_scheduler(scheduler: Any, interval: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -339,6 +386,8 @@ def _clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> C
             raise ArgumentError(f"gradient_clip_algorithm={algorithm!r} needs a gradient_clip_val")
         return None
     limit = _number("gradient_clip_val", value, 0, math.inf)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ArgumentError("gradient_clip_val: LBFGS computes gradients within its step, where nothing clips them; leave it out")
 
     def clip(*_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -354,7 +403,7 @@ def _clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> C
 
 
 def _watched(
-    metric: Any, mode: Any, early_stopping: Any, metrics: Any, validation: Reader | None, plateau: bool
+    metric: Any, mode: Any, early_stopping: Any, metrics: Any, validation: Reader | None, plateau: bool, restore_best: Any
 ) -> tuple[str | None, int | None]:
     """The watched quantity's name in records, and how many epochs without a better one end the training."""
     _choice("mode", mode, "min", "max")
@@ -368,10 +417,14 @@ def _watched(
     names = ["loss", *(metrics or {})]
     if metric is not None and metric not in names:
         raise ArgumentError(f"metric is one of {', '.join(names)}, got {metric!r:.200}")
-    if validation is None and (metric is not None or patience is not None or metrics):
-        what = "metrics" if metrics else "early_stopping" if patience is not None else f"metric={metric!r}"
+    _choice("restore_best", restore_best, True, False)
+    if validation is None and (metric is not None or patience is not None or metrics or restore_best):
+        what = (
+            "metrics" if metrics else "early_stopping" if patience is not None else "restore_best" if restore_best else f"metric={metric!r}"
+        )
         raise ArgumentError(f"{what}: there is nothing to measure it on; give a val_dataset")
-    return (None if metric is None and patience is None and not plateau else f"val_{metric or 'loss'}"), patience
+    watches = metric is not None or patience is not None or plateau or restore_best
+    return (f"val_{metric or 'loss'}" if watches else None), patience
 
 
 def _autocast(precision: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
@@ -417,7 +470,7 @@ def _piece(order: npt.NDArray[np.int64], i: int, pieces: int) -> npt.NDArray[np.
 def _prepared(learner: Any, replayed: int, device: torch.device, clip: Callable[..., None] | None, deterministic: bool) -> Iterator[None]:
     """The learner and torch as `fit` needs them; afterwards as they were."""
     cudnn, modes = torch.backends.cudnn, [(m, m.training) for m in learner.module.modules()]
-    before = learner.replay_batch_size, learner.device, cudnn.benchmark
+    before, store = (learner.replay_batch_size, learner.device, cudnn.benchmark), learner.store
     was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     handle = None if clip is None else learner.optimizer.register_step_pre_hook(clip)
     try:
@@ -431,6 +484,7 @@ def _prepared(learner: Any, replayed: int, device: torch.device, clip: Callable[
             yield
     finally:
         learner.replay_batch_size, learner.device, cudnn.benchmark = before
+        learner.store = store
         torch.use_deterministic_algorithms(was, warn_only=warn_only)
         for module, mode in modes:
             module.training = mode
@@ -539,6 +593,7 @@ def _checked(states: StateFolder, number: int) -> dict[str, Any]:
     """A state that looks like one of `fit`."""
     state = states.load(number)
     wanted = {"format": int, "finished": bool, "stopped_early": bool, "epoch": int, "step": int, "records": list, "sums": dict}
+    wanted["best"] = dict
     wanted |= dict.fromkeys(("settings", "learner", "model", "optimizer", "random"), dict)
     wrong = [k for k, kind in wanted.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
     if wrong or "task_id" not in state:
