@@ -244,9 +244,11 @@ class DataBuffer:
         slots = max(slots, self.policy_class.log_slots(size))
         return plan_file(self.kind, params, size, seed, stream, schema, identity, slots, size if self._whole else None)
 
-    def _new_store(self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool) -> Store:
+    def _new_store(
+        self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool, model: os.stat_result | None = None
+    ) -> Store:
         """A new file, with a restore point of its empty state if `state_dict` was called before: both or none."""
-        model = None if self._store is None else self._store.status
+        model = model if self._store is None else self._store.status
         store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points, model=model)
         try:
             if self._marked:
@@ -912,8 +914,8 @@ class DataBuffer:
         """Overwrite one metadata field of these rows, by default of all samples in row order. values: (n, ...).
 
         positions: skip rows that no longer hold the sample of that stream position. Rows are written in commits of as many as the
-        journal holds (8 MiB), each whole or not at all. A name that the buffer does not have yet adds a field, which needs
-        values for all samples, rewrites the file and ends all restore points.
+        journal holds (8 MiB), each whole or not at all; in an InfiniteBuffer each part is at least one commit of its own. A name that
+        the buffer does not have yet adds a field, which needs values for all samples, rewrites the file and ends all restore points.
         """
         with self._lock:
             store = self._require_writable()
@@ -1204,7 +1206,7 @@ class DataBuffer:
             self._compare(saved.table, path)
             if self._where is None:
                 fd = system.memory_file("leanreplay", saved.table.file_size)
-                system.copy_file(saved.descriptor, fd, saved.table.file_size)
+                saved.copy_to(fd)
                 created = Store(None, fd, saved.table, True, self._durable, self._points)
                 created.recover()
             else:
@@ -1413,7 +1415,7 @@ def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | No
         fd, temp = system.temporary(path, model)
         try:
             try:
-                system.copy_file(store.descriptor, fd, store.table.file_size)
+                store.copy_to(fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)

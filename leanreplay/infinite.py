@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
 import secrets
@@ -20,11 +19,12 @@ from . import system
 from .batches import integer
 from .buffers import DataBuffer, _copy_store, _is_left_over
 from .create import plan_file
-from .errors import ArgumentError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
+from .errors import ArgumentError, CorruptionError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
 from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state
+from .undo import undo_files
 
 Ints = npt.NDArray[np.int64]
 
@@ -108,8 +108,9 @@ class Parts:
         for store in self.stores:
             store.ready()
         if not self.writable and self.folder is not None and self.stores[-1].seen == self.rows:
-            while os.path.exists(path := part_path(self.folder, len(self.stores))):
+            while os.path.lexists(path := part_path(self.folder, len(self.stores))):
                 self.stores.append(open_part(path, len(self.stores), self.stores[0], writable=False))
+                self.stores[-1].release()
 
     def moved(self) -> bool:
         """For readers: whether a part is another file by now, or gone, after a rollback or `load`."""
@@ -132,13 +133,32 @@ class Parts:
         if rows.shape[0] and int(rows.max()) >= self.size:
             raise RowError(f"rows up to {int(rows.max())}, but the rows in use are 0 to {self.size - 1} now")
         pieces = self._split(rows)
-        if len(pieces) == 1:
-            return pieces[0][0].read(pieces[0][2], field, room)
+        try:
+            if len(pieces) == 1:
+                return pieces[0][0].read(pieces[0][2], field, room)
+            return self._read_pieces(pieces, rows.shape[0], field, room)
+        except RowError:
+            if (problem := self.gap()) is not None and not self.moved():
+                raise CorruptionError(f"{problem}; buffer.check() lists the rows; restore the folder from a copy") from None
+            raise
+
+    def gap(self) -> str | None:
+        """What is wrong if a part that is not full has another behind it, as after a power cut; None if nothing is."""
+        for i, store in enumerate(self.stores[:-1]):
+            if not store.writable:
+                store.refresh()
+            if store.seen != self.rows:
+                return f"part {i} of {self.folder or 'this buffer'} holds {store.seen} of {self.rows} rows, but there is a part after it"
+        return None
+
+    def _read_pieces(
+        self, pieces: list[tuple[Store, Ints, Ints]], n: int, field: int | None, room: int
+    ) -> tuple[list[np.ndarray[Any, Any]], Ints]:
         schema = self.table.schema
         fields = schema.fields if field is None else schema.fields[field : field + 1]
         before = [room if f in schema.data else 0 for f in fields]
-        arrays = [np.empty((k + rows.shape[0], *f.shape), f.dtype) for k, f in zip(before, fields, strict=True)]
-        index = np.empty((2, rows.shape[0]), np.int64)
+        arrays = [np.empty((k + n, *f.shape), f.dtype) for k, f in zip(before, fields, strict=True)]
+        index = np.empty((2, n), np.int64)
         for store, where, local in pieces:
             some, some_index = store.read(local, field)
             for k, array, values in zip(before, arrays, some, strict=True):
@@ -165,7 +185,9 @@ class Parts:
         if rows.shape[0] and rows[0] // self.rows == len(self.stores):
             make = self._make()
             assert make is not None
-            self.stores.append(make(len(self.stores), self.table))
+            store = make(len(self.stores), self.table)
+            self.stores[-1].release()
+            self.stores.append(store)
         last = self.stores[-1] if rows.shape[0] else None
         moving = None
         for store, where, local in self._split(moved.rows) if moved is not None else []:
@@ -238,7 +260,7 @@ class Parts:
         problems = []
         for i, store in enumerate(self.stores):
             problems += [Problem(f"part {i}: {p.what}", tuple(i * self.rows + r for r in p.rows)) for p in store.check()]
-            if i + 1 < len(self.stores) and store.seen != self.rows:
+            if i + 1 < len(self.stores) and store.seen != self.rows:  # as `gap` says, with the rows
                 missing = tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))
                 problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it", missing))
         return problems
@@ -253,22 +275,46 @@ def part_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.h5")
 
 
-def part_numbers(folder: str) -> list[int]:
-    """Numbers of the parts in a folder, the highest first."""
-    found = (re.fullmatch(r"part-(\d{6,})\.h5", name) for name in os.listdir(folder))
-    return sorted((int(m[1]) for m in found if m), reverse=True)
+def parts_there(folder: str) -> int:
+    """How many parts are in a folder. Raises FormatError unless they are regular files of numbers from 0 on; touches nothing."""
+    found = {}
+    for entry in os.scandir(folder):
+        match = re.fullmatch(r"part-(\d{6,})\.h5", entry.name)
+        if match and (entry.path != part_path(folder, int(match[1])) or not entry.is_file(follow_symlinks=False)):
+            raise FormatError(
+                f"{entry.path} is no part of a buffer (a link, a folder, or under another number than its own); move it away, nothing "
+                "was changed"
+            )
+        if match:
+            found[int(match[1])] = entry.path
+    for number, last in zip(range(len(found)), sorted(found), strict=True):
+        if number != last:
+            raise FormatError(
+                f"{part_path(folder, number)} is missing, and {found[last]} is there; restore the folder from a copy, or move that file "
+                "away if it belongs elsewhere"
+            )
+    return len(found)
 
 
-def remove_part(folder: str, number: int) -> None:
-    """Remove a part and its restore points."""
-    path = part_path(folder, number)
-    for name in [*glob.glob(glob.escape(path) + ".undo.*"), path]:
-        with contextlib.suppress(FileNotFoundError):
+def is_loading(folder: str) -> bool:
+    """Whether there is a copy on its way into a folder. Raises FormatError for anything else under its name."""
+    fresh = os.path.join(folder, _LOADING)
+    if os.path.lexists(fresh) and (os.path.islink(fresh) or not os.path.isdir(fresh)):
+        raise FormatError(f"{fresh} is no folder of ours; move it away, nothing was changed")
+    return os.path.isdir(fresh)
+
+
+def remove_points(path: str) -> None:
+    """Remove the restore points of a part."""
+    for _, name in undo_files(path):
+        with contextlib.suppress(OSError):  # one that stays is not believed: it is of another file
             os.unlink(name)
 
 
 def open_part(path: str, number: int, first: Store | None, **options: Any) -> Store:
     """Open a part. Raises FormatError for one that is not that part of the buffer that `first` belongs to."""
+    if os.path.islink(path):
+        raise FormatError(f"{path} is a link; a part is a file of its own: move it away, nothing was changed")
     store = Store.open(path, name=path, **options)
     t, wanted = store.table, (first or store).table
     same = (t.kind, t.uuid, t.schema, t.seed, t.stream, t.max_size) == (
@@ -283,7 +329,7 @@ def open_part(path: str, number: int, first: Store | None, **options: Any) -> St
 def finish_loading(folder: str) -> None:
     """Move the parts of a copy that `load` made complete into place. Cut off anywhere, it can simply run again."""
     fresh = os.path.join(folder, _LOADING)
-    if not os.path.isdir(fresh):
+    if not is_loading(folder):
         return
     try:
         with open(os.path.join(fresh, "count"), encoding="ascii") as file:
@@ -294,12 +340,11 @@ def finish_loading(folder: str) -> None:
     for number in range(count):
         path = part_path(fresh, number)
         if os.path.exists(path):
-            for name in glob.glob(glob.escape(part_path(folder, number)) + ".undo.*"):
-                os.unlink(name)
+            remove_points(part_path(folder, number))
             os.replace(path, part_path(folder, number))
-    for number in part_numbers(folder):
-        if number >= count:
-            remove_part(folder, number)
+    for number in reversed(range(count, parts_there(folder))):
+        remove_points(part_path(folder, number))
+        os.unlink(part_path(folder, number))
     system.sync_folder(part_path(folder, 0))
     os.unlink(os.path.join(fresh, "count"))
     shutil.rmtree(fresh, ignore_errors=True)
@@ -309,6 +354,12 @@ class InfiniteBuffer(DataBuffer):
     """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
 
     path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no `resize`.
+
+    All parts are mapped, while descriptors are kept of the last one only. (Before Python 3.13 each costs one where it is not Linux.)
+    Linux maps 65,530 pieces for a process unless vm.max_map_count says otherwise, and a part takes about four: beyond 10,000
+    parts choose larger ones. A folder whose parts are not all there is refused (FormatError), and for writing one with a part that is
+    not full before the last, as a power cut may leave it (CorruptionError); a reader says so for the rows that are missing.
+    With mode="w" the old parts stay until the first batch, or with `schema` go at once.
 
     >>> import numpy as np
     >>> from leanreplay import InfiniteBuffer
@@ -338,16 +389,12 @@ class InfiniteBuffer(DataBuffer):
                     self._lock_fd = system.lock(os.path.join(where, "parts"))
         if where is not None and os.path.lexists(where) and not os.path.isdir(where):
             raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
-        parts = where is not None and os.path.isdir(where) and bool(part_numbers(where) or os.path.isdir(os.path.join(where, _LOADING)))
+        parts = where is not None and os.path.isdir(where) and (is_loading(where) or parts_there(where) > 0)
         if mode == "x" and parts:
             raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")
         if mode in ("r", "r+") and not parts:
             raise MissingError(f"{self.path} holds no buffer; create one with mode='x' or 'a'")
-        if mode == "w" and where is not None:
-            shutil.rmtree(os.path.join(where, _LOADING), ignore_errors=True)
-            for number in part_numbers(where):
-                remove_part(where, number)
-        elif parts:
+        if parts and mode != "w":
             self._store = self._open_store()
             self._adopt(schema)
             return
@@ -382,39 +429,80 @@ class InfiniteBuffer(DataBuffer):
             finish_loading(where)
         else:
             deadline = time.monotonic() + 1.0
-            while os.path.exists(os.path.join(where, _LOADING, "count")):
+            while is_loading(where) and os.path.exists(os.path.join(where, _LOADING, "count")):
                 if time.monotonic() > deadline:
                     raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
                 time.sleep(0.005)
         stores: list[Store] = []
         try:
-            while os.path.exists(path := part_path(where, len(stores))):
-                first = stores[0] if stores else None
+            there = parts_there(where)
+            while len(stores) < there:
+                path, first = part_path(where, len(stores)), stores[0] if stores else None
                 stores.append(open_part(path, len(stores), first, writable=writable, durable=self._durable, points=self._points))
-            later = [n for n in part_numbers(where) if n > len(stores)]
-            if not stores or (later and not os.path.exists(path)):
-                raise FormatError(f"{path} is missing; restore the folder from a copy")
+                if not writable or len(stores) < there:
+                    stores[-1].release()
+            if not stores:
+                raise MissingError(f"{part_path(where, 0)} is missing; restore the folder from a copy")
+            found = Parts(where, stores, self._make_part)
+            if writable and (problem := found.gap()) is not None:
+                raise CorruptionError(
+                    f"{problem} (a power cut since the last flush?); buffer.check() lists the rows that are missing; restore the folder "
+                    "from a copy, or read it with mode='r'"
+                )
+            return found
         except BaseException:
             for store in stores:
                 store.close()
             raise
-        return Parts(where, stores, self._make_part)
 
     def _make_part(self, number: int, table: Table) -> Store:
         return self._new_part(number, table.schema)
 
-    def _new_part(self, number: int, schema: Schema) -> Store:
-        rows = self._rows_per_part
+    def _new_part(self, number: int, schema: Schema, folder: str | None = None, model: os.stat_result | None = None) -> Store:
+        rows, folder = self._rows_per_part, folder or self._where
         assert rows is not None
         params = {"rows_per_part": rows, "first": number * rows}
         table, pieces = plan_file(self.kind, params, rows, self.seed, self.stream, schema, self._uuid)
-        path = None if self._where is None else part_path(self._where, number)
-        if path is not None:
-            system.remove_temporaries(path)
-        return self._new_store(path, table, pieces, _is_left_over(path, self._uuid))
+        if folder is None:
+            store = self._new_store(None, table, pieces, False)
+            store.release()
+            return store
+        path = part_path(folder, number)
+        ours = not os.path.islink(path) and _is_left_over(path, self._uuid)
+        if os.path.lexists(path) and not ours:
+            raise FormatError(f"{path} is where the next part goes, and it is none of this buffer; move it away, nothing was changed")
+        system.remove_temporaries(path)
+        return self._new_store(path, table, pieces, ours, model)
 
     def _create(self, schema: Schema) -> None:
-        self._store = Parts(self._where, [self._new_part(0, schema)], self._make_part)
+        if self._mode != "w" or self._where is None or not (is_loading(self._where) or parts_there(self._where)):
+            self._store = Parts(self._where, [self._new_part(0, schema)], self._make_part)
+            return
+        marked, self._marked = self._marked, False  # a point would have the name of a file that moves
+        try:
+            model = system.status(part_path(self._where, 0))
+            self._replace_parts(1, lambda folder: self._new_part(0, schema, folder, model).close())
+        finally:
+            self._marked = marked
+        if marked:
+            self._store.mark()
+
+    def _replace_parts(self, count: int, make: Callable[[str], None]) -> None:
+        """Put others in place of all parts: made in a subfolder first, complete. From the moment that this gets its name they count."""
+        assert self._where is not None
+        fresh = os.path.join(self._where, _LOADING)
+        with system.storage_errors(f"replacing the parts in {self.path}"):
+            finish_loading(self._where)
+            shutil.rmtree(fresh + ".tmp", ignore_errors=True)
+            os.mkdir(fresh + ".tmp")
+            make(fresh + ".tmp")
+            with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
+                file.write(str(count))
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(fresh + ".tmp", fresh)
+            system.sync_folder(fresh)
+        self._store = self._open_store()
 
     @property
     def nbytes(self) -> int:
@@ -460,11 +548,13 @@ class InfiniteBuffer(DataBuffer):
             raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
         saved: list[Store] = []
         try:
-            while os.path.exists(path := part_path(source, len(saved))):
-                saved.append(open_part(path, len(saved), saved[0] if saved else None, writable=False))
+            for number in range(parts_there(source)):
+                path = part_path(source, number)
+                saved.append(open_part(path, number, saved[0] if saved else None, writable=False))
+                saved[-1].release()
                 self._compare(saved[-1].table, path)
-            if not saved or len(saved) != len(part_numbers(source)):
-                raise MissingError(f"{path} is missing: the copy in {folder} is not complete")
+            if not saved:
+                raise MissingError(f"{part_path(source, 0)} is missing: the copy in {folder} is not complete")
             self._copy_parts(store, saved)
         finally:
             for part in saved:
@@ -475,25 +565,20 @@ class InfiniteBuffer(DataBuffer):
             stores = []
             for part in saved:
                 fd = system.memory_file("leanreplay", part.table.file_size)
-                system.copy_file(part.descriptor, fd, part.table.file_size)
+                part.copy_to(fd)
                 stores.append(Store(None, fd, part.table, True, self._durable, self._points))
+                stores[-1].release()
                 stores[-1].recover()
             self._store, self._uuid = Parts(None, stores, self._make_part), saved[0].table.uuid
             if store is not None:
                 store.close()
             return
-        fresh = os.path.join(self._where, _LOADING)
-        shutil.rmtree(fresh + ".tmp", ignore_errors=True)
-        os.mkdir(fresh + ".tmp")
-        for i, part in enumerate(saved):
-            _copy_store(part, part_path(fresh + ".tmp", i), replace=True, model=None if store is None else store.status)
-        with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
-            file.write(str(len(saved)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(fresh + ".tmp", fresh)
-        system.sync_folder(fresh)
-        self._store = self._open_store()
+
+        def copy(folder: str) -> None:
+            for i, part in enumerate(saved):
+                _copy_store(part, part_path(folder, i), replace=True, model=None if store is None else store.status)
+
+        self._replace_parts(len(saved), copy)
         self._uuid = saved[0].table.uuid
         if store is not None:
             store.close()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import mmap
 import os
 import stat
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,8 +141,7 @@ class Store:
         self.path, self.table, self.writable, self.durable = path, table, writable, durable
         self._fd = fd
         self._inode = os.fstat(fd).st_ino
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        self._map: mmap.mmap | None = mmap.mmap(fd, table.file_size, access=access)
+        self._map: mmap.mmap | None = system.map_file(fd, table.file_size, writable)
         self._mem: Bytes = np.frombuffer(self._map, np.uint8)
         self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
         self._view.flags.writeable = False
@@ -305,8 +305,48 @@ class Store:
         self._positions = self._groups = NO_ROWS
         with contextlib.suppress(BufferError):  # a policy kept a view: the map lives until that is gone
             view.close()
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
         _STORES.discard(self)
+
+    def release(self) -> None:
+        """Keep no descriptor open from now on: the map needs none, and what does opens the file again for a moment."""
+        self._log.release()
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def file(self) -> Iterator[int]:
+        """A descriptor of the file, for the time of a block. Raises ModeError if that file no longer stands under its name."""
+        if self._fd >= 0:
+            yield self._fd
+            return
+        assert self.path is not None
+        fd = -1
+        try:
+            with system.storage_errors(f"opening {self.path} again"), contextlib.suppress(FileNotFoundError):
+                fd = os.open(self.path, system.OPEN_WRITE if self.writable else system.OPEN_READ)
+            if fd < 0 or os.fstat(fd).st_ino != self._inode:
+                raise ModeError(f"{self.path}: the file of this buffer is gone from under this name; put it back, or open the buffer again")
+            yield fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def copy_to(self, fd: int) -> None:
+        """Copy all bytes to another file."""
+        if self.path is None:
+            system.write_all(fd, self._view, 0)
+            return
+        with self.file() as source:
+            system.copy_file(source, fd, self.table.file_size)
+
+    def _sync(self) -> None:
+        """Make the file's bytes durable."""
+        if self.path is not None:
+            with self.file() as fd:
+                system.sync(fd, self._map)
 
     def become_reader(self) -> None:
         """In a forked child: never write, and do not keep the parent's descriptors of undo files."""
@@ -322,14 +362,9 @@ class Store:
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     @property
-    def descriptor(self) -> int:
-        """The open file, for copies."""
-        return self._fd
-
-    @property
     def status(self) -> os.stat_result | None:
         """Mode and owner for other files of the same buffer; None in memory."""
-        return None if self.path is None else os.fstat(self._fd)
+        return None if self.path is None else os.fstat(self._fd) if self._fd >= 0 else system.status(self.path)
 
     def _inode_there(self) -> int | None:
         """Inode of what stands under the name now; None if nothing does, or if there is no name."""
@@ -471,7 +506,7 @@ class Store:
             if self._seal[J_FREED]:
                 kernel.restore_freed(self._view, self._cols, t.freed_at, int(self._seal[J_FREED]), self._mem)
             if self.durable:
-                system.sync(self._fd, self._map)  # before the journal is void, or a power cut could keep only that
+                self._sync()  # before the journal is void, or a power cut could keep only that
         self._mem[self.table.journal : self.table.journal + 8 * SEAL_WORDS] = 0
         self._stamp += 1  # rows may have been stamped for a commit that never kept their records
         self._live_rows = None
@@ -877,7 +912,7 @@ class Store:
             seal[J_LIVE], seal[J_COUNT], seal[J_FREED], seal[J_HASH] = live, count, freeing, found
             kernel.seal_block(mem, table.journal, self._seal, 0)
             if self.durable:
-                system.sync(self._fd, self._map)
+                self._sync()
             high = max(high, top)
             if callable(sources):
                 self._write_pieces(sources, rows, positions, groups, digests)
@@ -898,13 +933,13 @@ class Store:
                 while high and self._positions[high - 1] < 0:
                     high -= 1
             if self.durable and not log.shape[0]:
-                system.sync(self._fd, self._map)
+                self._sync()
         elif self._logging():
             self._log.append(mem, head, sequence, 0, 0, 0, NO_ROWS)
         if log.shape[0]:
             self._append_log(log, work)
             if self.durable:
-                system.sync(self._fd, self._map)
+                self._sync()
         coming[H_SIZE], coming[H_HIGH] = size, high
         self._write_header(work)
         self._take_over()
@@ -1019,7 +1054,7 @@ class Store:
     def _write_header(self, words: Words) -> None:
         kernel.seal_block(self._mem, HEADERS[words.item(H_SEQ) % 2], words, H_STATE)
         if self.durable:
-            system.sync(self._fd, self._map)
+            self._sync()
 
     def _extend_journal(self, rows: int) -> None:
         """Get the pages for the journal of a commit that overwrites so many rows, all at once; what stands there is void."""
@@ -1055,8 +1090,8 @@ class Store:
 
     def _write_zeros(self, start: int, stop: int) -> None:
         # A file system that never overwrites in place can be full although the file has its blocks.
-        with system.storage_errors(f"writing to {self.path}"):
-            system.write_zeros(self._fd, start, stop)
+        with system.storage_errors(f"writing to {self.path}"), self.file() as fd:
+            system.write_zeros(fd, start, stop)
 
     def flush(self) -> None:
         """Make the present state durable."""
@@ -1065,7 +1100,7 @@ class Store:
             self._attach()
             with system.storage_errors(f"flushing {self.path or 'a buffer in memory'}"):
                 self._log.sync(everything=True)
-                system.sync(self._fd, self._map)
+                self._sync()
             self._synced = True
 
     # -- restore points ----------------------------------------------------------------------------------------------
@@ -1155,7 +1190,7 @@ class Store:
         for f in frames:
             kernel.restore_rows(f.source, self._cols, f.list_at, f.record_at, self.table.record, f.live, f.use, self._mem)
         if self.durable:
-            system.sync(self._fd, self._map)
+            self._sync()
         self._write_target(target, 0)
         self._stamp += 1
         self._live_rows = None
@@ -1249,16 +1284,35 @@ class Store:
         import h5py
 
         problems = []
-        name = self.path or self.link
         try:
-            with open(os.dup(self._fd), "rb") as raw, h5py.File(raw, "r") as file:
+            with h5py.File(_Raw(self._view), "r") as file:
                 for (at, _), column in zip(t.columns, t.dataset_names(), strict=True):
                     dataset = file[column]
                     if dataset.id.get_offset() != at or dataset.shape[0] != t.max_size:
                         problems.append(Problem(f"HDF5 sees {column} elsewhere than the table"))
         except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-            problems.append(Problem(f"HDF5 cannot read {name}: {error}"))
+            problems.append(Problem(f"HDF5 cannot read {self.path or 'this buffer'}: {error}"))
         return problems
+
+
+class _Raw(io.RawIOBase):
+    """Bytes as a file that is only read."""
+
+    def __init__(self, view: Bytes) -> None:
+        self._view, self._at = view, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._view.shape[0]}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, into: Any) -> int:
+        found = self._view[self._at : self._at + len(into)]
+        memoryview(into)[: found.shape[0]] = found.data
+        self._at += found.shape[0]
+        return found.shape[0]
 
 
 _CHANGES = {f.__code__ for f in (Store.commit, Store.commit_planned, Store.recover, Store.rollback)}  # which nothing may come within

@@ -6,7 +6,9 @@ Where a platform lacks one, the nearest that keeps the guarantees stands in for 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import glob
 import mmap
 import os
@@ -18,8 +20,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, StorageError
 
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; not named by Python's mmap module before 3.13
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
 _FICLONE = 0x40049409
 _CHUNK = 64 << 20
@@ -91,6 +96,35 @@ def memory_file(name: str, size: int) -> int:
             os.unlink(path)
     os.ftruncate(fd, size)
     return fd
+
+
+def map_file(fd: int, size: int, writable: bool) -> mmap.mmap:
+    """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python 3.13 on, it keeps none of its own."""
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    if sys.version_info >= (3, 13) and os.name == "posix":
+        return mmap.mmap(fd, size, access=access, trackfd=False)
+    if LINUX and os.uname().machine in ("x86_64", "aarch64", "riscv64", "s390x"):  # where the numbers below mean what they say
+        with contextlib.suppress(OSError):  # where memory is never overcommitted, a large file takes the other way
+            return _map_over(fd, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+    return mmap.mmap(fd, size, access=access)
+
+
+def _map_over(fd: int, size: int, protection: int) -> mmap.mmap:
+    """Python's mmap duplicates the descriptor of a file, but not of memory: so map the file over memory that nobody has touched."""
+    view = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, prot=protection)
+    place = np.frombuffer(view, np.uint8).ctypes.data
+    if _libc_mmap()(place, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != place:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return view
+
+
+@functools.cache
+def _libc_mmap() -> Any:
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    return function
 
 
 def allocate(fd: int, size: int) -> None:

@@ -14,6 +14,7 @@ import glob
 import mmap
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +33,7 @@ _TAILS = (2 * PAGE, 2 * PAGE + 512)
 _FRAMES = 3 * PAGE
 _FRAME_WORDS = 7  # magic, sequence, state before, live, rows, hash, seal
 
+_LEAST_CHUNK, _MOST_CHUNK = 1 << 16, 64 << 20  # bytes of memory that are got for frames at a time
 _FRAME_BYTES = 4 << 20  # of freed rows kept at a time
 
 Ints = npt.NDArray[np.int64]
@@ -39,25 +41,87 @@ Words = npt.NDArray[np.uint64]
 Bytes = npt.NDArray[np.uint8]
 
 
+def undo_files(path: str) -> list[tuple[int, str]]:
+    """Numbers and names of the undo files of a buffer's file, in order."""
+    found = []
+    for name in glob.glob(glob.escape(path) + ".undo.*"):
+        match = re.fullmatch(r"\d{1,15}", name[len(path) + 6 :])
+        if match:
+            found.append((int(match[0]), name))
+    return sorted(found)
+
+
 @dataclass
 class Segment:
     """One restore point. head: the header at that point. before, length, count: its tail."""
 
-    fd: int
+    fd: int  # -1: none is kept open
+    inode: int
     number: int
     path: str | None
     head: Words
     before: int = 0
     length: int = 0
     count: int = 0
+    chunks: list[tuple[int, Bytes]] = field(default_factory=list)  # of one in memory: where in its frames each begins, and the bytes
 
     @property
     def state(self) -> int:
         """Hash of the state at this point."""
         return int(self.head[H_STATE])
 
+    @contextlib.contextmanager
+    def file(self) -> Iterator[int]:
+        """A descriptor of the file, for the time of a block. Raises StateError if another stands under its name."""
+        if self.fd >= 0:
+            yield self.fd
+            return
+        assert self.path is not None
+        with system.storage_errors(f"opening {self.path} again"):
+            fd = os.open(self.path, system.OPEN_WRITE)
+        try:
+            if os.fstat(fd).st_ino != self.inode:
+                raise StateError(f"{self.path}: another file stands under this name now; put the buffer's own back")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def write(self, frame: Bytes, at: int) -> None:
+        """Write a frame behind `at` bytes of others. Memory needs no descriptor, and is not private."""
+        if self.path is not None:
+            with self.file() as fd:
+                system.write_all(fd, frame, _FRAMES + at)
+            return
+        n = frame.shape[0]
+        while self.chunks and self.chunks[-1][0] > at:  # of an `append` that was interrupted
+            self.chunks.pop()
+        if not self.chunks or at - self.chunks[-1][0] + n > self.chunks[-1][1].shape[0]:
+            size = max(n, min(max(at, _LEAST_CHUNK), _MOST_CHUNK))
+            self.chunks.append((at, np.frombuffer(mmap.mmap(-1, size), np.uint8)))
+        start, memory = self.chunks[-1]
+        memory[at - start : at - start + n] = frame
+
+    def sources(self) -> list[tuple[Bytes, int, int]]:
+        """Read-only bytes with frames, and from where to where there are some."""
+        if self.length == 0:
+            return []
+        if self.path is not None:
+            with self.file() as fd:
+                view = system.map_file(fd, _FRAMES + self.length, False)
+            return [(np.frombuffer(view, np.uint8), _FRAMES, _FRAMES + self.length)]
+        ends = [start for start, _ in self.chunks[1:]] + [self.length]
+        found = []
+        for (start, memory), end in zip(self.chunks, ends, strict=True):
+            frozen = memory.view()
+            frozen.flags.writeable = False
+            if start < self.length:
+                found.append((frozen, 0, min(end, self.length) - start))
+        return found
+
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
 
 @dataclass
@@ -82,20 +146,14 @@ class UndoLog:
     def __init__(self, path: str | None, table: Table, limit: int) -> None:
         self.path, self.table, self.limit = path, table, limit
         self.segments: list[Segment] = []
+        self._kept = True  # whether descriptors are
         self._cols = np.array(table.columns, np.uint64)
         self._words = np.zeros(_TAIL_WORDS, np.uint64)
 
     # -- opening -----------------------------------------------------------------------------------------------------
 
     def _paths(self) -> list[tuple[int, str]]:
-        if self.path is None:
-            return []
-        found = []
-        for name in glob.glob(glob.escape(self.path) + ".undo.*"):
-            match = re.fullmatch(r"\d{1,15}", name[len(self.path) + 6 :])
-            if match:
-                found.append((int(match[0]), name))
-        return sorted(found)
+        return [] if self.path is None else undo_files(self.path)
 
     def attach(self, head: Words) -> None:
         """Take over the segments of an earlier writer, as far as they lead up to this header; the others are removed."""
@@ -125,6 +183,8 @@ class UndoLog:
                 self._remove(segment)
         if self.segments and self.segments[-1].state == here[0]:
             self._write_tail(self.segments[-1], here[0], 0)
+        if not self._kept:
+            self.release()
 
     def attach_for_rollback(self, head: Words) -> None:
         """Take over the segments for finishing a rollback that was cut off. Changes nothing on disk."""
@@ -148,7 +208,7 @@ class UndoLog:
         control = np.zeros(_CONTROL_WORDS, np.uint64)
         segment = None
         if kernel.read_block(block, 0, control) and control[0] == _MAGIC and control[1] == self.table.tag:
-            segment = Segment(fd, number, name, control[2:-1].copy())
+            segment = Segment(fd, os.fstat(fd).st_ino, number, name, control[2:-1].copy())
             again = segment.head.copy()
             kernel.seal_block(np.zeros(8 * HEADER_WORDS, np.uint8), 0, again, H_STATE)
             best = -1
@@ -175,30 +235,34 @@ class UndoLog:
             self._write_tail(self.segments[-1], state, self.segments[-1].length)
         number = self.segments[-1].number + 1 if self.segments else 0
         name = None if self.path is None else f"{self.path}.undo.{number}"
-        with system.storage_errors(f"making a restore point of {self.path or 'a buffer in memory'}"):
-            if name is None:
-                fd = system.memory_file("leanreplay-undo", _FRAMES)
-            else:
-                self._unlink(name)
-                fd = system.create(name, system.status(str(self.path)))
-            segment = Segment(fd, number, name, head.copy())
-            try:
-                control = np.zeros(_CONTROL_WORDS, np.uint64)
-                control[0], control[1], control[2:-1] = _MAGIC, self.table.tag, head
-                block = np.zeros(_FRAMES, np.uint8)
-                kernel.seal_block(block, 0, control, 0)
-                self._tail_words(segment, state, 0)
-                kernel.seal_block(block, _TAILS[segment.count % 2], self._words, 0)
-                system.write_all(fd, block, 0)
-            except BaseException:
-                os.close(fd)
-                if name is not None:
-                    self._unlink(name)
-                raise
+        segment = Segment(-1, 0, number, name, head.copy(), state)
+        if name is not None:
+            with system.storage_errors(f"making a restore point of {self.path}"):
+                self._make(segment, name)
         self.segments.append(segment)
         while len(self.segments) > self.limit:
             self._remove(self.segments.pop(0))
+        if not self._kept:
+            self.release()
         return True
+
+    def _make(self, segment: Segment, name: str) -> None:
+        """The file of a new segment."""
+        self._unlink(name)
+        segment.fd = system.create(name, system.status(str(self.path)))
+        try:
+            segment.inode = os.fstat(segment.fd).st_ino
+            control = np.zeros(_CONTROL_WORDS, np.uint64)
+            control[0], control[1], control[2:-1] = _MAGIC, self.table.tag, segment.head
+            block = np.zeros(_FRAMES, np.uint8)
+            kernel.seal_block(block, 0, control, 0)
+            self._tail_words(segment, segment.before, 0)
+            kernel.seal_block(block, _TAILS[segment.count % 2], self._words, 0)
+            system.write_all(segment.fd, block, 0)
+        except BaseException:
+            segment.close()
+            self._unlink(name)
+            raise
 
     def append(self, mem: Bytes, head: Words, sequence: int, new: int, live: int, count: int, freed: Ints) -> None:
         """Keep the first `new` records of the journal in mem, its free rows, and the rows `freed`, before a commit on top of `head`."""
@@ -237,8 +301,9 @@ class UndoLog:
         listed = 8 * _FRAME_WORDS
         words[5] = kernel.hash_records(frozen, listed, listed + 8 * rows, self.table.record, live, rows)
         kernel.seal_block(frame, 0, words, 0)
+        segment = self.segments[-1]
         with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
-            system.write_all(self.segments[-1].fd, frame, _FRAMES + length)
+            segment.write(frame, length)
         return int(frame.shape[0])
 
     def _tail_words(self, segment: Segment, before: int, length: int) -> None:
@@ -246,18 +311,24 @@ class UndoLog:
         self._words[:5] = (_MAGIC, self.table.tag, segment.count, before, length)
 
     def _write_tail(self, segment: Segment, before: int, length: int) -> None:
-        self._tail_words(segment, before, length)
-        block = np.zeros(8 * _TAIL_WORDS, np.uint8)
-        kernel.seal_block(block, 0, self._words, 0)
-        with system.storage_errors(f"keeping a restore point of {self.path or 'a buffer in memory'}"):
-            system.write_all(segment.fd, block, _TAILS[segment.count % 2])
+        if segment.path is not None:  # what is in memory nobody opens again
+            self._tail_words(segment, before, length)
+            block = np.zeros(8 * _TAIL_WORDS, np.uint8)
+            kernel.seal_block(block, 0, self._words, 0)
+            with system.storage_errors(f"keeping a restore point of {self.path}"), segment.file() as fd:
+                system.write_all(fd, block, _TAILS[segment.count % 2])
         segment.before, segment.length = before, length
+        if not length:
+            segment.chunks.clear()
 
     def sync(self, everything: bool = False) -> None:
         """Make the newest segment durable, the only one that commits write to. everything: the others and all names too."""
+        if self.path is None or not self.segments:
+            return
         for segment in self.segments if everything else self.segments[-1:]:
-            system.sync(segment.fd, None)
-        if everything and self.path is not None and self.segments:
+            with segment.file() as fd:
+                system.sync(fd, None)
+        if everything:
             system.sync_folder(self.path, strict=True)
 
     # -- going back --------------------------------------------------------------------------------------------------
@@ -270,28 +341,8 @@ class UndoLog:
         """All frames since a point, oldest first, each using only rows that no older one has. Raises StateError if damaged."""
         frames: list[Frame] = []
         for segment in self.segments[self.segments.index(target) :]:
-            if segment.length == 0:
-                continue
-            view = mmap.mmap(segment.fd, _FRAMES + segment.length, access=mmap.ACCESS_READ)
-            source = np.frombuffer(view, np.uint8)
-            at = _FRAMES
-            words = np.zeros(_FRAME_WORDS, np.uint64)
-            while at < _FRAMES + segment.length:
-                ok = at + 8 * _FRAME_WORDS <= source.shape[0] and kernel.read_block(source, at, words) and words[0] == _FRAME
-                live, count = (int(words[3]), int(words[4])) if ok else (0, 0)
-                listed = at + 8 * _FRAME_WORDS
-                recorded = listed + 8 * count
-                end = recorded + live * self.table.record
-                frame = Frame(source, listed, recorded, live, count)
-                if not ok or live > count or count > self.table.max_size or end > source.shape[0]:
-                    raise StateError(f"{segment.path}: this undo file is damaged at byte {at}; load a saved copy instead")
-                if count and not (int(frame.rows.min()) >= 0 and int(frame.rows.max()) < self.table.max_size):
-                    raise StateError(f"{segment.path}: this undo file names rows outside the buffer; load a saved copy instead")
-                found = kernel.hash_records(source, listed, recorded, self.table.record, live, count)
-                if found != words[5]:
-                    raise StateError(f"{segment.path}: the undo record at byte {at} fails its checksum; load a saved copy instead")
-                frames.append(frame)
-                at = end
+            for source, at, stop in segment.sources():
+                frames += self._frames_of(segment, source, at, stop)
         if frames:
             rows = np.concatenate([f.rows for f in frames])
             first = np.zeros(rows.shape[0], np.uint8)
@@ -300,6 +351,28 @@ class UndoLog:
             for frame in frames:
                 frame.use = first[at : at + frame.count]
                 at += frame.count
+        return frames
+
+    def _frames_of(self, segment: Segment, source: Bytes, at: int, stop: int) -> list[Frame]:
+        """The frames in some bytes. Raises StateError if they are damaged."""
+        frames: list[Frame] = []
+        words = np.zeros(_FRAME_WORDS, np.uint64)
+        while at < stop:
+            ok = at + 8 * _FRAME_WORDS <= source.shape[0] and kernel.read_block(source, at, words) and words[0] == _FRAME
+            live, count = (int(words[3]), int(words[4])) if ok else (0, 0)
+            listed = at + 8 * _FRAME_WORDS
+            recorded = listed + 8 * count
+            end = recorded + live * self.table.record
+            frame = Frame(source, listed, recorded, live, count)
+            if not ok or live > count or count > self.table.max_size or end > source.shape[0]:
+                raise StateError(f"{segment.path}: this undo file is damaged at byte {at}; load a saved copy instead")
+            if count and not (int(frame.rows.min()) >= 0 and int(frame.rows.max()) < self.table.max_size):
+                raise StateError(f"{segment.path}: this undo file names rows outside the buffer; load a saved copy instead")
+            found = kernel.hash_records(source, listed, recorded, self.table.record, live, count)
+            if found != words[5]:
+                raise StateError(f"{segment.path}: the undo record at byte {at} fails its checksum; load a saved copy instead")
+            frames.append(frame)
+            at = end
         return frames
 
     def verify(self, target: Segment, frames: list[Frame], mem: Bytes, head: Words) -> None:
@@ -339,6 +412,13 @@ class UndoLog:
             self._remove(self.segments.pop())
         for _, name in self._paths():
             self._unlink(name)
+
+    def release(self) -> None:
+        """Keep no descriptor of a file open from now on."""
+        self._kept = False
+        for segment in self.segments:
+            if segment.path is not None:
+                segment.close()
 
     def forget(self) -> None:
         """Close all descriptors; the files stay."""

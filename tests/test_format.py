@@ -203,7 +203,7 @@ def test_no_handle_after_creation(tmp_path):
             made.save(tmp_path / "saved")
             assert handles() == before
         if os.path.isdir("/proc/self/fd"):
-            assert descriptors() == [path, path, path + ".lock"]  # the store's, the one that Python's mmap keeps, and the lock
+            assert descriptors() == [path, path + ".lock"]  # the map has none of its own
     if os.path.isdir("/proc/self/fd"):
         assert descriptors() == []
 
