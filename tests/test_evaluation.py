@@ -162,6 +162,51 @@ class Endless(IterableDataset):
 X, Y = torch.zeros(3, 2), torch.zeros(3).long()
 
 
+class Several(torch.nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.uint8])
+def test_one_output_a_sample(column, dtype):
+    """Logits and probabilities against targets 0 and 1, in one column or none, as any numbers."""
+    x = torch.linspace(-1, 1, 100)
+    y = (x > 0).to(dtype)
+    y[:10] = 1 - y[:10].to(torch.uint8)  # of which the model gets 10 wrong
+    x = x[:, None] if column else x
+    for targets in (y, y[:, None]) if column else (y,):
+        assert evaluate(torch.nn.Identity(), [(x, targets)], threshold=0, batch_size=7).matrix.tolist() == [[0.9]]
+        assert evaluate(torch.nn.Sigmoid(), [(x, targets)], threshold=0.5).matrix.tolist() == [[0.9]]
+        assert evaluate(torch.nn.Sigmoid(), [(x, targets)], threshold=0.0).average_accuracy < 0.9  # the wrong one for these
+
+
+def test_nan_is_no_answer():
+    """A model that diverged is right nowhere, not where the class is 0."""
+    x, y = torch.eye(4), torch.zeros(4).long()
+    x[1:] = math.nan
+    assert evaluate(torch.nn.Identity(), [(x, y)]).matrix.tolist() == [[0.25]]
+    assert evaluate(torch.nn.Identity(), [(x[:, 0], y)], threshold=2.0).matrix.tolist() == [[0.25]]
+
+
+def test_targets_that_do_not_count():
+    """Left out of both numbers; in segmentation too; without any that counts there is no accuracy."""
+    x, y = torch.eye(4), torch.tensor([0, 1, 3, -100])
+    assert evaluate(torch.nn.Identity(), [(x, y)], batch_size=3).matrix.tolist() == [[2 / 3]]
+    assert evaluate(torch.nn.Identity(), [(x, y.clamp(min=0))], ignore_index=0).matrix.tolist() == [[0.5]]
+    result = evaluate(torch.nn.Identity(), [(x, y * 0 - 100), (x, torch.arange(4))])
+    np.testing.assert_array_equal(result.matrix, [[np.nan, 1.0]])
+    assert math.isnan(evaluate(torch.nn.Identity(), [(x, y * 0 - 100)]).average_accuracy)
+    images = torch.rand(5, 3, 4, 6)
+    masks = images.argmax(1)
+    masks[0, 0], masks[1, 1] = 255, (masks[1, 1] + 1) % 3
+    assert evaluate(torch.nn.Identity(), [(images, masks)], ignore_index=255).matrix.tolist() == [[108 / 114]]
+    with pytest.raises(ArgumentError, match="a target is 255, but the model has classes 0 to 2; give ignore_index="):
+        evaluate(torch.nn.Identity(), [(images, masks)])
+    ones = (images[:, :1] > 0.5).float()
+    assert evaluate(torch.nn.Identity(), [(images[:, :1], ones)], threshold=0.5).matrix.tolist() == [[1.0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -177,6 +222,22 @@ X, Y = torch.zeros(3, 2), torch.zeros(3).long()
         ((torch.nn.Linear(2, 2), [list(X)]), {}, r"tasks\[0\]: expected pairs"),
         ((torch.nn.Linear(2, 2), [(X, Y.float())]), {}, "targets, got outputs of shape"),
         ((torch.nn.Linear(2, 2), [(X, X.long())]), {}, "n integers as targets"),
+        ((torch.nn.Linear(2, 1), [(X, Y)]), {}, "needs threshold=0.0 if it is a logit, 0.5"),
+        ((torch.nn.Linear(2, 1), [(X, Y[:, None])]), {}, "needs threshold=0.0"),
+        ((torch.nn.Flatten(0), [(X[:, 0], Y)]), {}, "needs threshold=0.0"),
+        ((torch.nn.Linear(2, 1), [(X, Y + 0.5)]), {"threshold": 0}, "not all of them 0 or 1"),
+        ((torch.nn.Linear(2, 1), [(X, Y + math.nan)]), {"threshold": 0}, "not all of them 0 or 1"),
+        ((torch.nn.Linear(2, 1), [(X, Y + 2)]), {"threshold": 0}, "a target is 2, but the model has classes 0 to 1"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"threshold": 0}, "one output a sample needs"),
+        ((torch.nn.Linear(2, 3), [(X, torch.zeros(3, 3).bool())]), {"threshold": 0}, "n integers as targets"),
+        ((torch.nn.Linear(2, 2), [(X, Y + 0j)]), {}, "n integers as targets, .*complex"),
+        ((torch.nn.Linear(2, 2), [(X, Y + 2)]), {}, "a target is 2, but the model has classes 0 to 1.* ignore_index="),
+        ((torch.nn.Linear(2, 2), [(X, Y - 1)]), {}, "a target is -1"),
+        ((torch.nn.Linear(2, 2), [(X, Y - 100)]), {"ignore_index": None}, "a target is -100"),
+        ((torch.nn.Linear(2, 2), [(X, Y - 100)]), {"ignore_index": 0.5}, "ignore_index must be an integer"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"threshold": "half"}, "threshold must be a number"),
+        ((Several(), [(X, Y)]), {}, "expected a tensor of outputs .* the model gave tuple"),
+        ((torch.nn.Flatten(0), [(X, Y)]), {}, r"for 3 targets, the model gave shape \(6,\)"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"collate_fn": lambda s: ("a", "b")}, "expected a tensor of inputs"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"collate_fn": lambda s: X}, "the collate function gave Tensor"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"collate_fn": 3}, "collate_fn must be a function"),

@@ -897,6 +897,15 @@ def test_a_metric_that_is_no_number():
         run(make(), val_dataset=data(5), metrics={"m": lambda outputs, targets: outputs})
 
 
+def test_validation_that_does_not_fit():
+    """Labels that are no class, and a model that gives no tensor, are errors of our own that name the data."""
+    x, y = data(5)
+    with pytest.raises(ArgumentError, match=r"val_dataset: the learner's loss_fn does not take outputs .* Target 9 is out of bounds"):
+        run(make(), val_dataset=(x, y * 0 + 9))
+    with pytest.raises(ArgumentError, match=r"val_dataset: the learner's loss_fn does not take outputs"):
+        run(make(), val_dataset=(x, y.float()))
+
+
 # -- several processes ---------------------------------------------------------------------------------------------------
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batches import required
+from ..batches import integer, required
 from ..errors import ArgumentError
 from .distributed import unwrapped
 from .reading import Reader, check_function
@@ -52,7 +54,8 @@ class Evaluation:
         With all T tasks learned this is ACC of Lopez-Paz and Ranzato 2017, 1/T * sum_j a[T, j]. For A_k of Chaudhry et al. 2018 in
         between (the mean over the k tasks learned so far), evaluate on those: `evaluate(model, tasks[:k], previous)`.
         """
-        return float(np.nanmean(self.matrix[-1]))
+        last = self.matrix[-1]
+        return math.nan if np.isnan(last).all() else float(np.nanmean(last))
 
     @property
     def forgetting(self) -> float:
@@ -101,17 +104,23 @@ def evaluate(
     transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[Any], Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    ignore_index: int | None = -100,
+    threshold: float | None = None,
     device: torch.device | str | None = None,
 ) -> Evaluation:
     """The accuracy of a model on each of a list of tasks, as a new row below the rows of `previous`.
 
     tasks: a list of map-style datasets of pairs, or of pairs (x, y) of tensors or arrays. The first k of all tasks will do, too: the row
-    has NaN for the rest. The model gives (n, classes); its answer is the largest of all classes.
+    has NaN for the rest. The model gives (n, classes), or (n, classes, ...) for targets (n, ...), segmentation say; its answer is the
+    largest of all classes, and each target counts as much as another.
+    ignore_index: targets of this value do not count, as in torch's cross_entropy; None: there is none. A task of such targets only has NaN.
+    threshold: for a model that gives one number a sample, (n,) or (n, 1), and targets 0 and 1: its answer is 1 where that is larger.
+    There is no default: it is 0.0 for logits, and 0.5 for probabilities.
     transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner. collate_fn: of a list of
     samples, gives (x, y). device: default: where the model's first parameter is.
 
     The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass over all samples.
-    Raises ArgumentError for tasks, outputs or targets of another kind.
+    Raises ArgumentError for tasks, outputs or targets of another kind, and for targets that are no class of the model's.
 
     >>> import torch
     >>> from leanreplay.torch import evaluate
@@ -131,12 +140,15 @@ def evaluate(
     for name, function in (("transform", transform), ("target_transform", target_transform), ("collate_fn", collate_fn)):
         check_function(name, function)
     required("batch_size", batch_size, 1, 2**40)
+    integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold)):
+        raise ArgumentError(f"threshold must be a number, 0.0 for logits and 0.5 for probabilities, got {threshold!r:.200}")
     try:
         device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device: {error}") from None
     readers = [Reader(f"tasks[{i}]", task, collate_fn, transform, target_transform) for i, task in enumerate(tasks)]
-    row = [_accuracy(model, reader, batch_size, device) for reader in readers]
+    row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]
     rows = [] if previous is None else previous.matrix.tolist()
     width = max(map(len, [*rows, row]))
     return Evaluation([r + [np.nan] * (width - len(r)) for r in [*rows, row]])
@@ -167,19 +179,53 @@ def predictions(
     """(outputs, targets) of each batch, on the device. To be used within `evaluating`."""
     for start in range(0, len(indices), batch_size):
         x, y = reader.batch(indices[start : start + batch_size])
-        yield model(x.to(device)), y.to(device)
+        outputs = model(x.to(device))
+        if not isinstance(outputs, torch.Tensor) or outputs.shape[:1] != y.shape[:1]:
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+            raise ArgumentError(f"{reader.name}: expected a tensor of outputs ({len(y)}, ...) for {len(y)} targets, the model gave {got}")
+        yield outputs, y.to(device)
 
 
-def _accuracy(model: torch.nn.Module, reader: Reader, batch_size: int, device: torch.device | str | None) -> float:
+def _accuracy(
+    model: torch.nn.Module,
+    reader: Reader,
+    batch_size: int,
+    device: torch.device | str | None,
+    ignored: int | None,
+    threshold: float | None,
+) -> float:
+    """The share of right answers among the targets that count; NaN if none does."""
     model = unwrapped(model)
     device = device or device_of(model)
-    right = torch.zeros((), dtype=torch.int64, device=device)
+    right, counted, low, high, classes = 0, 0, 0, 0, 2
     with evaluating(model):
         for outputs, targets in predictions(model, reader, np.arange(len(reader)), batch_size, device):
-            if outputs.ndim != 2 or targets.shape != outputs.shape[:1] or targets.is_floating_point():
-                raise ArgumentError(
-                    f"{reader.name}: expected outputs (n, classes) and n integers as targets, got outputs of shape {tuple(outputs.shape)} "
-                    f"and {targets.dtype} of shape {tuple(targets.shape)}"
-                )
-            right += (outputs.argmax(1) == targets).sum()
-    return right.item() / len(reader)
+            answers, classes = _answers(reader.name, outputs, targets, threshold)
+            labels = targets.reshape(answers.shape).long()
+            counts = torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
+            if targets.is_floating_point() and not bool((labels == targets.reshape(answers.shape)).all()):
+                raise ArgumentError(f"{reader.name}: targets are {targets.dtype}, but not all of them 0 or 1; give classes")
+            found = torch.stack([*torch.aminmax(labels * counts), ((answers == labels) & counts).sum(), counts.sum()]).tolist()
+            low, high, right, counted = min(low, found[0]), max(high, found[1]), right + found[2], counted + found[3]
+    if low < 0 or high >= classes:
+        raise ArgumentError(
+            f"{reader.name}: a target is {low if low < 0 else high}, but the model has classes 0 to {classes - 1}; give ignore_index= for "
+            "targets that do not count, map them with target_transform, or evaluate the tasks that it has learned: tasks[:k]"
+        )
+    return right / counted if counted else math.nan
+
+
+def _answers(name: str, outputs: torch.Tensor, targets: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, int]:
+    """The model's answer for each target, and how many there could be. NaN answers nothing (-1): it would be class 0 otherwise."""
+    shape, kinds = outputs.shape[:1] + outputs.shape[2:], f"outputs of shape {tuple(outputs.shape)} and {targets.dtype} targets of shape"
+    single = outputs.ndim == 1 or outputs.shape[1] == 1
+    if threshold is not None and single and not targets.is_complex() and targets.shape in (shape, outputs.shape):
+        value = outputs.reshape(shape)
+        return (value > threshold).long().masked_fill(value.isnan(), -1), 2
+    if single or threshold is not None or targets.shape != shape or targets.is_floating_point() or targets.is_complex():
+        raise ArgumentError(
+            f"{name}: expected outputs (n, classes) and n integers as targets, got {kinds} {tuple(targets.shape)}; one output a sample "
+            "needs threshold=0.0 if it is a logit, 0.5 if it is a probability, and several need none"
+        )
+    most, answers = outputs.max(1)
+    return answers.masked_fill(most.isnan(), -1), outputs.shape[1]

@@ -520,7 +520,13 @@ def _validate(
             parts = [(outputs.to(device), targets.to(device)) for part in everyone for outputs, targets in part]
         outputs, targets = (torch.cat(column) for column in zip(*parts, strict=True))
         outputs = outputs.float() if outputs.dtype is torch.bfloat16 else outputs
-        values = {"val_loss": float(loss_fn(outputs, targets))}
+        try:
+            values = {"val_loss": float(loss_fn(outputs, targets))}
+        except (IndexError, RuntimeError) as error:
+            raise ArgumentError(
+                f"{reader.name}: the learner's loss_fn does not take outputs of shape {tuple(outputs.shape)} and {targets.dtype} "
+                f"targets of shape {tuple(targets.shape)}: {str(error).splitlines()[0]:.200}; map them with test_target_transform"
+            ) from error
         for name, function in metrics.items():
             value = function(outputs, targets)
             try:
