@@ -16,6 +16,7 @@ from .format import PAGE, Table, round_up
 from .schema import Schema
 
 _JOURNAL_BYTES = 8 << 20
+_END, _CACHED = slice(40, 48), slice(72, 96)  # where in a superblock the end of the file stands, and what it caches of the root group
 
 
 class _Sparse(io.RawIOBase):
@@ -117,8 +118,9 @@ def plan_file(
     table.columns = [(at, size) for at, (_, size) in zip(offsets, table.columns, strict=False)]
     table.journal = offsets[len(table.columns)]
     table.log = (offsets[-1], slots) if slots else (0, 0)
-    table.file_size = round_up(memory.end, PAGE)
-    # HDF5 knows where its file ends; let it reach the end of our last page.
+    # A byte that HDF5 gives to nothing stands at the end: what HDF5 tools free before it never makes the file shorter.
+    table.file_size = round_up(memory.end + 1, PAGE)
+    _finish_superblock(memory, table)
     pieces: list[tuple[int, bytes]] = []
     for page in sorted(memory.pages):
         if page * PAGE >= table.user_block:
@@ -133,6 +135,23 @@ def plan_file(
     table.structure_hash = hash_structure(lambda at, n: dict(pieces)[at], table)
     # Positions start as -1: those are the only column bytes of a new file that are not zero, see store.create.
     return table, [*pieces, (0, table.encode())]
+
+
+def _finish_superblock(memory: _Sparse, table: Table) -> None:
+    """Make HDF5's superblock the one that HDF5 itself leaves when it opens the file for writing, changes nothing, and closes it.
+
+    HDF5 then cuts the file to where it thinks it ends, so that must be where the table says; and it forgets what the superblock
+    caches of the root group. The superblock of version 0 has no checksum; the end of the file in it is an absolute address.
+    """
+    memory.seek(table.user_block)
+    block = bytearray(_CACHED.stop)
+    memory.readinto(block)
+    if block[:9] != b"\x89HDF\r\n\x1a\n\0" or block[_END] != memory.end.to_bytes(8, "little"):
+        raise AssertionError("HDF5 wrote another superblock than one of version 0")
+    block[_END] = table.file_size.to_bytes(8, "little")
+    block[_CACHED] = bytes(24)
+    memory.seek(table.user_block)
+    memory.write(block)
 
 
 def hash_structure(read: Callable[[int, int], bytes], table: Table) -> str:

@@ -335,12 +335,12 @@ class Store:
                 os.close(fd)
 
     def copy_to(self, fd: int) -> None:
-        """Copy all bytes to another file."""
+        """Copy all bytes to another file, and what HDF5 tools have added behind them, which its superblock counts."""
         if self.path is None:
             system.write_all(fd, self._view, 0)
             return
         with self.file() as source:
-            system.copy_file(source, fd, self.table.file_size)
+            system.copy_file(source, fd, max(self.table.file_size, os.fstat(source).st_size))
 
     def _sync(self) -> None:
         """Make the file's bytes durable."""
