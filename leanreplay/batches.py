@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ArgumentError, LeanReplayError, SchemaError
-from .schema import Field, batch_length, check_leaf, is_tensor, leaf_type, to_numpy
+from .schema import Field, as_leaf, batch_leaf, batch_length, check_leaf, is_tensor, leaf_type, to_numpy
 
 Ints = npt.NDArray[np.int64]
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
@@ -30,7 +32,7 @@ def integer(name: str, value: Any, low: int, high: int) -> int | None:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ArgumentError(f"{name} must be an integer, got {value!r}") from None
+        raise ArgumentError(f"{name} must be an integer, got {value!r:.200}") from None
     if not low <= number <= high:
         raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
     return number
@@ -47,11 +49,35 @@ def required(name: str, value: Any, low: int, high: int) -> int:
 def length(value: Any) -> int:
     try:
         return len(value)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):  # none, or a negative or huge one
         return -1
 
 
+def check_call(cls: type, base: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise ArgumentError for arguments that a class of this package does not take; its `**options` are those of `base`."""
+    own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    kinds = {p.kind for p in own}
+    name, places = cls.__name__, [p.name for p in own if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+    takes = [p.name for p in own if p.name not in ("self", "options", *places)]
+    if not cls.__init__.__module__.startswith(f"{__package__}."):  # type: ignore[misc]
+        return  # a user's own says itself what it takes
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        takes += [p for p in inspect.signature(base.__init__).parameters if p not in ("self", *places, *takes)]  # type: ignore[misc]
+    if len(args) > len(places):
+        raise ArgumentError(
+            f"{name} takes only {' and '.join(places)} by position, got {len(args)} values: {args!r:.200}; "
+            f"give the others by name: {', '.join(takes)}"
+        )
+    for option in options:
+        if option not in (*places, *takes):
+            near = difflib.get_close_matches(option, [*places, *takes], 1)
+            raise ArgumentError(
+                f"{name} takes no {option!r}{f'; did you mean {near[0]!r}?' if near else ''}; it takes: {', '.join([*places, *takes])}"
+            )
+
+
 def as_batch(value: Any, name: str) -> Any:
+    value = as_leaf(value, f"metadata/{name}")
     shape = leaf_type(value, f"metadata/{name}")[1]
     if not shape or shape[0] == 0:
         raise SchemaError(f"metadata/{name}: one entry per sample is needed, got shape {shape}")
@@ -63,9 +89,14 @@ def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaErr
     if isinstance(values, np.ma.MaskedArray):
         raise wrong(f"{name}: a masked array has no values where it is masked; use .filled(value), or leave those samples out")
     try:
-        return values.detach().cpu().numpy() if is_tensor(values) else np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise wrong(f"{name}: {type(values).__name__} cannot become an array of integers: {error}") from None
+        if not is_tensor(values):
+            return np.asarray(values)
+        values = values.detach().cpu()
+        if values.is_floating_point() and str(values.dtype).startswith(("torch.bfloat", "torch.float8")):
+            values = values.float()  # NumPy has no such dtype; float32 holds all their values
+        return values.numpy()
+    except Exception as error:  # whatever an object's own __array__ raises
+        raise wrong(f"{name}: {type(values).__name__} cannot become an array: {error}") from error
 
 
 def integers(values: Any, n: int, name: str) -> Ints:
@@ -138,6 +169,7 @@ class Batch:
 
     def _look_closer(self) -> None:
         """Anything but arrays and tensors in memory of the right type: other devices and array types, errors."""
+        self.leaves = [batch_leaf(leaf, field.name) for leaf, field in zip(self.leaves, self.fields, strict=True)]
         self.n = batch_length(self.leaves, self.fields)
         self.plain, self.simple = [], False
         for leaf, field in zip(self.leaves, self.fields, strict=True):
@@ -147,6 +179,8 @@ class Batch:
             else:
                 simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
             self.plain.append(to_numpy(leaf, field) if simple else None)
+            if not simple and is_tensor(leaf) and leaf.device.type == "cpu":
+                to_numpy(leaf, field, _NO_GROUPS)  # raises now, before a file is made, for one that has no values
 
     def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
         """Sources of these samples, and their groups."""

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, flat, integer, integers, plain_array, required, stack
+from .batches import Batch, Fetch, check_call, flat, integer, integers, plain_array, required, stack
 from .create import plan_file
 from .datasets import Items
 from .errors import (
@@ -40,7 +40,7 @@ from .format import MAX_STREAM, STREAM_BITS, Table
 from .kernels import reservoir
 from .keys import key_pair
 from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
-from .schema import Field, Schema, check_leaf, leaf_type, metadata_field, to_numpy
+from .schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
 from .store import Moved, Problem, Store, empty_state, read_table
 
 Ints = npt.NDArray[np.int64]
@@ -50,6 +50,12 @@ MODES = ("x", "a", "r+", "r", "w")
 _CHUNK = 1 << 16
 _MOST_DRAWS = 2**62
 _REMEMBERED = 10_000  # unpickled copies
+# What other libraries take as the second argument, and what this one takes by name: nobody means a file by it.
+_NO_NAMES = re.compile(
+    r"(class|task|experience|label|group)(e?s)?|none|true|false|random|herding|reservoir|ring|auto|cpu|mps|cuda(:\d+)?"
+    r"|(in_)?memory|ram|file|disk|x|a|r\+?|w",
+    re.IGNORECASE,
+)
 _KINDS: dict[str, type[DataBuffer]] = {}
 _BUFFERS: weakref.WeakSet[DataBuffer]
 
@@ -105,6 +111,10 @@ class DataBuffer:
             cls.kind = cls.__name__
         _KINDS[cls.kind] = cls
 
+    def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
+        check_call(cls, DataBuffer, args, options)
+        return super().__new__(cls)
+
     def __init__(
         self,
         max_size: int | None = None,
@@ -137,7 +147,7 @@ class DataBuffer:
         self.transform, self.target_transform = transform, target_transform
         self._durable = bool(durable)
         self._points = integer("restore_points", restore_points, 2, 2**20) or 2
-        self.path = None if path is None else system.checked_path(path)
+        self.path = None if path is None else _file_name(path, mode)
         self._where = None if self.path is None else os.path.realpath(self.path)
         self._mode = mode
         self._uuid = uuid.uuid4().hex
@@ -504,6 +514,8 @@ class DataBuffer:
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, at: int | None = None) -> None:
         """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
 
+        A tuple of arrays or tensors of one length, `(x, y)`, is a dataset of pairs, as for `fit`. Items may hold whatever `np.asarray`
+        takes, images of PIL too. What `dataset[i]` raises comes through as it is.
         Only samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`, for the whole dataset.
         A buffer that balances takes labels from `group`, or from `dataset.targets`; without either, every item is read once more.
         Of a `torch.utils.data.Subset` it looks at the dataset within, and a `TensorDataset` is read as the batch that its tensors are.
@@ -667,8 +679,7 @@ class DataBuffer:
     def _metadata_source(self, store: Any, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
         """The bytes of values for these rows. Raises SchemaError where they do not fit."""
         schema: Schema = store.table.schema
-        check_leaf(values, schema.fields[field], rows.shape[0])
-        return flat(to_numpy(values, schema.fields[field]))
+        return flat(to_numpy(check_leaf(values, schema.fields[field], rows.shape[0]), schema.fields[field]))
 
     def _move(self, store: Any, moving: Moved) -> None:
         """Commit moved metadata, in commits of as many rows as the journal holds."""
@@ -979,9 +990,8 @@ class DataBuffer:
         return policy.keep(size, positions[live], groups[live])
 
     def _add_field(self, store: Any, name: str, values: Any, rows: Ints) -> None:
+        values = batch_leaf(values, f"metadata/{name}")
         dtype, shape, torch = leaf_type(values, f"metadata/{name}")
-        if not shape:
-            raise SchemaError(f"metadata/{name}: values need a leading dimension")
         field = metadata_field(name, Field(f"metadata/{name}", dtype, tuple(shape[1:]), torch))
         if field.nbytes == 0:
             raise SchemaError(f"metadata/{name}: entries of shape {field.shape} have no bytes")
@@ -1262,6 +1272,18 @@ class GreedyClassBalancingBuffer(DataBuffer):
     """
 
     policy_class = GreedyClassBalancingPolicy
+
+
+def _file_name(path: Any, mode: str) -> str:
+    """A path as str. What other libraries have in its place, given by position, is refused with the way out."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise ArgumentError(f"path must be a str or os.PathLike, got {path!r:.200}; give anything else by name: seed=0, adaptive_size=True")
+    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path):
+        raise ArgumentError(
+            f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', mode='a'), "
+            f"or write './{path}' for such a file"
+        )
+    return system.checked_path(path)
 
 
 def _held(store: Any, rows: Ints, positions: Any) -> tuple[Ints, Ints]:

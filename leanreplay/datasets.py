@@ -1,7 +1,7 @@
 """A map-style dataset on its way into a buffer: how many items, which labels, and only those loaded that stay.
 
 Of `torch.utils.data.Subset` the dataset within is looked at, and a `TensorDataset` is read as the batch of tensors that it is: no
-item is made for its label, nor for its bytes.
+item is made for its label, nor for its bytes. So is a tuple of arrays.
 """
 
 from __future__ import annotations
@@ -15,30 +15,72 @@ import numpy as np
 
 from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, length, plain_array
 from .errors import ArgumentError, SchemaError
-from .schema import Schema, check_leaf, entry, to_numpy
+from .schema import Schema, check_leaf, entry, is_tensor, to_numpy
+
+
+class Columns:
+    """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone."""
+
+    def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self.tensors = tensors
+        lengths = [len(column) for column in tensors]
+        if len(set(lengths)) > 1:
+            raise ArgumentError(f"update: a tuple of arrays is a dataset of tuples, but they differ in length: {lengths}")
+        if len(tensors) > 2 and len({(str(column.dtype), tuple(column.shape)) for column in tensors}) == 1:
+            raise ArgumentError(
+                f"update: {len(tensors)} arrays alike, of shape {tuple(tensors[0].shape)}, in a tuple: are they samples, or what samples "
+                "are made of? Give a list of samples, update(list(arrays)), or a batch, add(arrays)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        return tuple(column[i] for column in self.tensors)
+
+
+def as_dataset(dataset: Any) -> Any:
+    """What `update` takes, as a dataset with len() and [i]. Raises ArgumentError for anything else."""
+    if type(dataset) is tuple and len(dataset) > 1 and all((type(v) is np.ndarray or is_tensor(v)) and v.ndim for v in dataset):
+        return Columns(dataset)
+    torch = sys.modules.get("torch.utils.data")
+    if isinstance(dataset, Mapping):
+        hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one"
+    elif hasattr(dataset, "to_numpy"):  # what its [i] means depends on its labels
+        hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"
+    elif torch is not None and isinstance(dataset, torch.DataLoader):
+        hint = "loop over it, `for batch in loader: buffer.add(batch)`, or update(loader.dataset)"
+    elif length(dataset) < 0 or not hasattr(dataset, "__getitem__") or (torch is not None and isinstance(dataset, torch.IterableDataset)):
+        hint = "loop over it and call add for batches; of single samples make a list: update(list(samples))"
+    else:
+        return dataset
+    raise ArgumentError(f"update needs a map-style dataset with len() and [i], got {type(dataset).__name__}; {hint}")
 
 
 class Items:
     """The items of a map-style dataset with their metadata, `(n, ...)` each. n: how many. schema: of a buffer, or of the first item."""
 
     def __init__(self, dataset: Any, metadata: Any, schema: Schema | None) -> None:
-        n = length(dataset)
-        if n < 0:
-            raise ArgumentError(f"update needs a map-style dataset with len(), got {type(dataset).__name__}; use add for batches")
+        dataset = as_dataset(dataset)
+        n = len(dataset)
         self.n, self.dataset, self.schema, self.metadata = n, dataset, schema or Schema((), (), None), []
         if not n:
             return
         if schema is None:
             first = {k: as_batch(v, k)[0] for k, v in metadata.items()} if isinstance(metadata, Mapping) else metadata
-            self.schema = Schema.from_sample(dataset[0], first)
-        self.metadata = self.schema.flatten_metadata(metadata)
-        for leaf, field in zip(self.metadata, self.schema.metadata, strict=True):
-            check_leaf(leaf, field, n)
+            try:
+                self.schema = Schema.from_sample(self._item(0), first)
+            except SchemaError as error:
+                raise SchemaError(
+                    str(error) if str(error)[:8] == "metadata" else f"item 0 of the dataset: {error}{self._hint()}"
+                ) from error
+        both = zip(self.schema.flatten_metadata(metadata), self.schema.metadata, strict=True)
+        self.metadata = [check_leaf(leaf, field, n) for leaf, field in both]
         self._parts = list(_parts(dataset))  # from the outside in: (dataset, which of its items these are; None: all in order)
         inner, self._which = self._parts[-1]
         torch = sys.modules.get("torch.utils.data")
         self._tensors: Batch | None = None
-        if torch is not None and type(inner) is torch.TensorDataset:
+        if type(inner) is Columns or (torch is not None and type(inner) is torch.TensorDataset):
             self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
 
     def targets(self) -> Any:
@@ -92,10 +134,27 @@ class Items:
         return values
 
     def _entry(self, i: int, number: int) -> Any:
+        item = self._item(i)
         try:
-            return entry(self.schema.flatten(self.dataset[i])[number], self.schema.fields[number])
+            return entry(self.schema.flatten(item)[number], self.schema.fields[number])
         except SchemaError as error:
-            raise SchemaError(f"item {i} of the dataset: {error}") from None
+            raise SchemaError(f"item {i} of the dataset: {error}{self._hint()}") from error
+
+    def _item(self, i: int) -> Any:
+        try:
+            return self.dataset[i]
+        except StopIteration as error:  # which would end a loop of the caller's in silence
+            raise ArgumentError(f"item {i} of the dataset: {type(self.dataset).__name__}[{i}] raised StopIteration") from error
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"raised by item {i} of a dataset of {self.n} that was given to update()")
+            raise
+
+    def _hint(self) -> str:
+        if hasattr(self.dataset, "with_format"):  # of Hugging Face, which makes lists of arrays
+            return "; dataset.with_format('numpy') gives arrays"
+        pair = isinstance(self.dataset, (tuple, list)) and self.n == 2
+        return "; a dataset of pairs is a list of samples, or a tuple (x, y) of arrays" if pair else ""
 
     @property
     def data(self) -> list[Any] | None:
@@ -128,11 +187,12 @@ class Items:
         fields = self.schema.data
         arrays = [np.empty((picks.shape[0], *f.shape), f.dtype) for f in fields]
         for i, pick in enumerate(picks.tolist()):
+            item = self._item(pick)
             try:
-                for array, leaf, field in zip(arrays, self.schema.flatten(self.dataset[pick]), fields, strict=True):
+                for array, leaf, field in zip(arrays, self.schema.flatten(item), fields, strict=True):
                     array[i] = entry(leaf, field)
             except SchemaError as error:
-                raise SchemaError(f"item {pick} of the dataset: {error}") from None
+                raise SchemaError(f"item {pick} of the dataset: {error}{self._hint()}") from error
         return arrays
 
 

@@ -422,6 +422,11 @@ class ParametricBuffer(BalancedBuffer):
         super().set_metadata(name, values, rows, positions=positions)
 
 
+def _numbers(array: np.ndarray[Any, Any], field: Field) -> np.ndarray[Any, Any]:
+    """The values of a field: of bfloat16 as float32, whose upper half it is."""
+    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32) if field.torch else array
+
+
 class _Picks:
     """New samples that stay: their numbers in what is fed, ranks and groups."""
 
@@ -487,7 +492,8 @@ class _Source:
         function = self._given
         if function is None and "features" in names:
             at = split + names.index("features")
-            return np.concatenate([read(np.arange(i, min(i + _BATCH, n)))[at] for i in range(0, n, _BATCH)])
+            kept = [read(np.arange(i, min(i + _BATCH, n)))[at] for i in range(0, n, _BATCH)]
+            return _numbers(np.concatenate(kept), self.schema.fields[at])
         if function is not None and not callable(function):
             if not rows.shape[0]:
                 return function[fresh]
@@ -496,7 +502,8 @@ class _Source:
                     "this group is fed again, and the features of the samples that it holds are not known: give features as a function "
                     'of a batch, or keep them with the samples: metadata={"features": features}'
                 )
-            stored = self.read(rows, NO_ROWS)[split + names.index("features")]
+            at = split + names.index("features")
+            stored = _numbers(self.read(rows, NO_ROWS)[at], self.schema.fields[at])
             return np.concatenate([stored, function[fresh].astype(stored.dtype)])
         if function is None:
             if getattr(self._strategy, "model", None) is None:

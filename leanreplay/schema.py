@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from .errors import SchemaError
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
 _KINDS = "biufcS"
 _DEPTH = 16
+_MOST_ALIKE = 16  # fields of one shape in a list: who has more of them means an array
+_ENCODE = "np.char.encode({}, 'utf-8').astype('S32')"
 _RANK = 31  # dimensions of an entry: HDF5 has 32, one of them the rows
 
 
@@ -223,63 +225,108 @@ def is_tensor(leaf: Any) -> bool:
     return torch is not None and isinstance(leaf, torch.Tensor)
 
 
+def as_leaf(leaf: Any, path: str) -> Any:
+    """A leaf as an array or a tensor. What exports its numbers (an image of PIL, a data frame, a memoryview) is converted, which
+    happens once, as it may be slow. Raises SchemaError for what cannot be stored, with the way out."""
+    if type(leaf) is np.ndarray or is_tensor(leaf):
+        return leaf
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise SchemaError(f"{path}: a masked array cannot be stored, its mask would be lost; use .filled(value), or store the mask too")
+    if not isinstance(leaf, (bool, int, float, complex, np.generic)) and not _exports(leaf):
+        raise SchemaError(f"{path}: a leaf must be an array, a tensor or a number, not {type(leaf).__name__}{_leaf_hint(leaf)}")
+    try:
+        array = np.asarray(leaf)
+    except Exception as error:  # whatever the object's own method raises
+        raise SchemaError(f"{path}: {type(leaf).__name__} cannot become an array: {type(error).__name__}: {error}") from error
+    if array.dtype.kind == "O" and hasattr(leaf, "columns"):
+        columns = "{c: df[c].to_numpy() for c in df.columns}"
+        raise SchemaError(f"{path}: a {type(leaf).__name__} of columns of several types; give them one by one: {columns}")
+    return array
+
+
+def _exports(leaf: Any) -> bool:
+    """Whether an object says of itself that it can be an array. (NumPy would also try to iterate, over a whole dataset perhaps.)"""
+    if isinstance(leaf, (bytes, str)):
+        return False
+    if any(hasattr(leaf, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
+        return True
+    try:
+        memoryview(leaf)
+    except Exception:
+        return False
+    return True
+
+
+def _leaf_hint(leaf: Any) -> str:
+    """What to do with an object that is no leaf."""
+    if isinstance(leaf, str):
+        return f"; encode text as bytes of one width, long enough for all: {_ENCODE.format('text')}"
+    if isinstance(leaf, bytes):
+        return "; give bytes one width, long enough for all: np.array(value, 'S32')"
+    if leaf is None:
+        return "; leave it out, or give a number that stands for it"
+    if hasattr(leaf, "toordinal"):
+        return "; store a date as a number: .timestamp(), or .toordinal()"
+    if hasattr(leaf, "toarray"):
+        return "; make it dense: .toarray()"
+    if hasattr(leaf, "__len__") and not isinstance(leaf, (Mapping, Set)):
+        return "; make it one array: np.array(values) of numbers, np.stack(values) of arrays; a list of samples goes to update()"
+    return ""
+
+
+def _tensor_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str | None]:
+    name = str(leaf.dtype).removeprefix("torch.")
+    if leaf.is_nested:
+        raise SchemaError(f"{path}: the samples of a nested tensor differ in shape; pad them: torch.nested.to_padded_tensor(t, 0.0)")
+    if leaf.layout is not sys.modules["torch"].strided:
+        raise SchemaError(f"{path}: a {leaf.layout} tensor cannot be stored; make it dense with .to_dense()")
+    if leaf.device.type == "meta":
+        raise SchemaError(f"{path}: a tensor on the meta device has no values to store")
+    try:
+        shape = tuple(leaf.shape)
+    except RuntimeError as error:
+        raise SchemaError(f"{path}: {type(leaf).__name__} has no shape: {error}") from None
+    if name == "bfloat16":
+        return np.dtype(np.uint16), shape, name
+    try:
+        return np.dtype({"complex32": ""}.get(name, name)), shape, None
+    except TypeError:
+        hint = ".dequantize(), or .int_repr()" if leaf.is_quantized else ".float()" if leaf.is_floating_point() else ""
+        hint = ".to(torch.complex64)" if name == "complex32" else hint or ".to(torch.int64)"
+        raise SchemaError(f"{path}: torch dtype {name} cannot be stored, NumPy has none like it; convert it with {hint}") from None
+
+
 def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str | None]:
     """(dtype as stored, whole shape, torch name) of a leaf. Raises SchemaError for what cannot be stored."""
-    if type(leaf) is np.ndarray:
-        dtype, shape = leaf.dtype, leaf.shape
-    elif is_tensor(leaf):
-        name = str(leaf.dtype).removeprefix("torch.")
-        if leaf.layout is not sys.modules["torch"].strided:
-            raise SchemaError(f"{path}: a {leaf.layout} tensor cannot be stored; make it dense with .to_dense()")
-        if leaf.device.type == "meta":
-            raise SchemaError(f"{path}: a tensor on the meta device has no values to store")
-        if name == "bfloat16":
-            return np.dtype(np.uint16), tuple(leaf.shape), name
-        try:
-            dtype = np.dtype({"complex32": ""}.get(name, name))
-        except TypeError:
-            raise SchemaError(f"{path}: torch dtype {name} cannot be stored; convert it, for instance with .float()") from None
-        shape = tuple(leaf.shape)
-    elif isinstance(leaf, np.ma.MaskedArray):
-        raise SchemaError(f"{path}: a masked array cannot be stored, its mask would be lost; use .filled(value), or store the mask too")
-    elif isinstance(leaf, (bool, int, float, complex, np.generic)) or hasattr(leaf, "__array__"):
-        try:
-            array = np.asarray(leaf)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise SchemaError(f"{path}: {type(leaf).__name__} cannot become an array: {error}") from None
-        dtype, shape = array.dtype, array.shape
-    else:
-        hint = "; encode text as fixed-width bytes, for instance np.array(texts, 'S32')" if isinstance(leaf, (str, bytes)) else ""
-        raise SchemaError(f"{path}: a leaf must be an array, a tensor or a number, not {type(leaf).__name__}{hint}")
+    if is_tensor(leaf):
+        return _tensor_type(leaf, path)
+    array = as_leaf(leaf, path)
+    dtype = array.dtype
     if dtype.kind not in _KINDS or dtype.hasobject:
         hint = {
-            "U": "encode it as fixed-width bytes: np.char.encode(a, 'utf-8')",
+            "U": f"encode it as bytes of one width, long enough for all batches: {_ENCODE.format('a')}",
             "M": "store it as integers: a.astype('int64')",
             "m": "store it as integers: a.astype('int64')",
-            "V": "store its fields as separate arrays, for instance in a dict",
-            "O": "convert it to numbers or fixed-width bytes",
+            "V": "store its bytes: a[..., None].view('u1')",
+            "O": "np.array(a.tolist()) makes one array of entries that have one shape; pad them where they do not",
         }.get(dtype.kind, "convert it to numbers")
+        if dtype.names:
+            hint = "store its fields as separate arrays: {name: a[name] for name in a.dtype.names}"
         raise SchemaError(f"{path}: dtype {dtype} cannot be stored; {hint}")
     if dtype == np.longdouble and dtype.itemsize > 8:
-        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use float64")
+        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use a.astype('float64')")
     if dtype.kind == "c" and dtype.itemsize > 16:
-        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use complex128")
-    return dtype if dtype.isnative else dtype.newbyteorder("="), shape, None
+        raise SchemaError(f"{path}: dtype {dtype} differs between machines; use a.astype('complex128')")
+    return dtype if dtype.isnative else dtype.newbyteorder("="), array.shape, None
 
 
 def to_numpy(leaf: Any, field: Field, rows: Any = None) -> np.ndarray[Any, Any]:
     """A leaf (or the given rows of it) as a C-contiguous, native array; no copy where it is one already."""
     if is_tensor(leaf):
-        leaf = leaf.detach()
-        if rows is not None:
-            torch = sys.modules["torch"]
-            leaf = leaf.index_select(0, torch.as_tensor(rows, device=leaf.device))
-        leaf = leaf.cpu()
-        if field.torch:
-            leaf = leaf.view(sys.modules["torch"].int16)
-        array = leaf.resolve_conj().resolve_neg().numpy()
-        if field.torch:
-            array = array.view(np.uint16)
+        try:
+            array = _tensor_values(leaf, field, rows)
+        except Exception as error:  # of a subclass, or within a transformation of torch, that has no values
+            raise SchemaError(f"{field.name}: the values of this {type(leaf).__name__} cannot be read: {error}") from error
     else:
         array = np.asarray(leaf)
         if rows is not None:
@@ -288,15 +335,30 @@ def to_numpy(leaf: Any, field: Field, rows: Any = None) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(array.shape)
 
 
-def check_leaf(leaf: Any, field: Field, n: int | None) -> None:
-    """Raise SchemaError unless this is n entries of the field (n None: one entry)."""
+def _tensor_values(leaf: Any, field: Field, rows: Any) -> np.ndarray[Any, Any]:
+    leaf = leaf.detach()
+    torch = sys.modules["torch"]
+    if rows is not None:
+        leaf = leaf.index_select(0, torch.as_tensor(rows, device=leaf.device))
+    leaf = leaf.cpu()
+    if field.torch:
+        leaf = leaf.view(torch.int16)
+    array = leaf.resolve_conj().resolve_neg().numpy()
+    return array.view(np.uint16) if field.torch else array  # type: ignore[no-any-return]
+
+
+def check_leaf(leaf: Any, field: Field, n: int | None) -> Any:
+    """The leaf, as an array or tensor. Raises SchemaError unless it is n entries of the field (n None: one entry)."""
+    leaf = as_leaf(leaf, field.name)
     dtype, shape, torch = leaf_type(leaf, field.name)
     wanted = field.shape if n is None else (n, *field.shape)
     if shape != wanted or dtype != field.dtype or torch != field.torch:
+        bytes_of = f"; of bytes: .astype('{field.dtype.str[1:]}'), which cuts longer ones" if dtype.kind == field.dtype.kind == "S" else ""
         raise SchemaError(
             f"{field.name}: expected {field.torch or field.dtype} of shape {wanted}, got {torch or dtype} of shape {shape}; "
-            "every sample must have the shape and dtype of the first: convert, pad or crop it before storing"
+            f"every sample must have the shape and dtype of the first: convert, pad or crop it before storing{bytes_of}"
         )
+    return leaf
 
 
 def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
@@ -311,20 +373,32 @@ def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
                 return np.array(leaf, field.dtype)
             except OverflowError:
                 raise SchemaError(f"{field.name}: {leaf} does not fit into {field.dtype}") from None
-    check_leaf(leaf, field, None)
-    return to_numpy(leaf, field)
+    return to_numpy(check_leaf(leaf, field, None), field)
+
+
+def batch_leaf(leaf: Any, path: str) -> Any:
+    """A leaf of a batch, as an array or tensor. Raises SchemaError for one without a leading dimension."""
+    if hasattr(leaf, "getbands"):  # of PIL: its rows of pixels are no samples
+        raise SchemaError(
+            f"{path}: a single image is no batch; give np.stack([np.asarray(i) for i in images]), or call update(list of samples)"
+        )
+    found = as_leaf(leaf, path)
+    if not leaf_type(found, path)[1]:
+        raise SchemaError(
+            f"{path}: a batch needs a leading dimension, got a single {type(leaf).__name__}; "
+            "give a list of numbers as np.array(values), and a list of samples to update()"
+        )
+    return found
 
 
 def batch_length(leaves: Sequence[Any], fields: Sequence[Field]) -> int:
-    """The common leading dimension of a batch's leaves. Raises SchemaError where they differ or have none."""
-    lengths = {}
-    for leaf, field in zip(leaves, fields, strict=True):
-        shape = leaf_type(leaf, field.name)[1]
-        if not shape:
-            raise SchemaError(f"{field.name}: a batch needs a leading dimension, got a single {type(leaf).__name__}")
-        lengths[field.name] = shape[0]
+    """The common leading dimension of a batch's leaves, which `batch_leaf` made. Raises SchemaError where they differ."""
+    lengths = {field.name: leaf_type(leaf, field.name)[1][0] for leaf, field in zip(leaves, fields, strict=True)}
     if len(set(lengths.values())) > 1:
-        raise SchemaError(f"the leaves of a batch differ in length: {lengths}")
+        raise SchemaError(
+            f"the leaves of a batch differ in length: {lengths}; each holds the same samples, (n, ...): "
+            "stack lists of samples, np.stack(values), or give them to update()"
+        )
     return int(next(iter(lengths.values())))
 
 
@@ -339,11 +413,11 @@ def _check_name(name: Any, path: str) -> None:
 
 def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Schema:
     fields: list[Field] = []
+    shapes: list[tuple[int, ...]] = []  # of the leaves as they came
 
     def one(leaf: Any, path: str) -> Field:
-        dtype, shape, torch = leaf_type(leaf, path)
-        if batched and not shape:
-            raise SchemaError(f"{path}: a batch needs a leading dimension, got a single {type(leaf).__name__}")
+        dtype, shape, torch = leaf_type(batch_leaf(leaf, path) if batched else leaf, path)
+        shapes.append(shape)
         field = Field(path, dtype, tuple(shape[1:] if batched else shape), torch)
         if len(field.shape) > _RANK:
             raise SchemaError(f"{path}: entries of {len(field.shape)} dimensions, but HDF5 allows {_RANK}; reshape them")
@@ -360,8 +434,22 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
             children = [[key, walk(v, f"{path}/{key}", depth + 1)] for key, v in value.items()]
             kind = "dict"
         elif isinstance(value, (tuple, list)):
+            if batched and value and all(isinstance(v, (bool, int, float, complex, np.generic)) for v in value):
+                raise SchemaError(f"{path}: a {type(value).__name__} of {len(value)} numbers is no array; give np.array(values)")
+            before = len(fields)
             children = [walk(v, f"{path}/{i}", depth + 1) for i, v in enumerate(value)]
             kind = "tuple" if isinstance(value, tuple) else "list"
+            within = fields[before:]
+            if batched and depth == 0 and type(value) is list and _are_samples(fields, shapes, len(value)):
+                raise SchemaError(
+                    f"a list of {len(value)} alike in place of a batch: it would be {shapes[0][0]} samples, each a list of {len(value)}; "
+                    f"if these are {len(value)} samples, stack them, np.stack(batch), or call update(batch); if not, give tuple(batch)"
+                )
+            if len(within) > _MOST_ALIKE and all(f.shape == within[0].shape for f in within):
+                raise SchemaError(
+                    f"{path}: a {type(value).__name__} of {len(value)} would make {len(within)} fields of shape {within[0].shape}; if it "
+                    "is one array, make it one: np.array(values) of numbers, np.stack(values) of arrays; if not, name its parts in a dict"
+                )
         else:
             fields.append(one(value, path))
             return ["leaf", len(fields) - 1]
@@ -374,6 +462,17 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
         raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
     meta = [metadata_field(name, one(leaf, f"metadata/{name}")) for name, leaf in (metadata or {}).items()]
     return Schema(tuple(fields), tuple(sorted(meta, key=lambda f: f.name)), structure)
+
+
+def _are_samples(fields: list[Field], shapes: list[tuple[int, ...]], n: int) -> bool:
+    """Whether a list in place of a batch looks like n samples: three or more alike, or two images. (DataLoader makes lists of pairs.)"""
+    m = len(fields) // max(n, 1)
+    kinds = [(f.dtype, shape) for f, shape in zip(fields, shapes, strict=True)]
+    if n < 2 or not m or m * n != len(fields) or any(kinds[i : i + m] != kinds[:m] for i in range(0, len(fields), m)):
+        return False
+    first = shapes[0]
+    image = m == 1 and len(first) == 3 and (first[0] in (1, 3) or (first[2] in (1, 3) and fields[0].dtype == np.uint8))
+    return n > 2 or image
 
 
 def metadata_field(name: Any, field: Field) -> Field:
@@ -389,21 +488,27 @@ def _match(structure: Any, value: Any, path: str, leaves: list[Any]) -> None:
     if kind == "leaf":
         leaves.append(value)
         return
-    wanted: Any = {"tuple": tuple, "list": list, "dict": Mapping}[kind]
     n = len(structure) - 1
+    if kind == "dict":
+        if not isinstance(value, Mapping):
+            raise SchemaError(f"{path}: expected a dict of {n}, got {type(value).__name__}")
+        names = [key for key, _ in structure[1:]]
+        if len(value) != n or any(name not in value for name in names):
+            missing, extra = [name for name in names if name not in value], [key for key in value if key not in names]
+            raise SchemaError(f"{path}: expected a dict with the keys {names}: missing {missing}, unexpected {extra}")
+        for key, child in structure[1:]:
+            _match(child, value[key], f"{path}/{key}", leaves)
+        return
     # A tuple and a list of the same length mean the same here: torch's collate turns one into the other.
-    if not isinstance(value, wanted) and not (kind != "dict" and isinstance(value, (tuple, list))):
+    if not isinstance(value, (tuple, list)):
         raise SchemaError(f"{path}: expected a {kind} of {n}, got {type(value).__name__}")
     if len(value) != n:
-        raise SchemaError(f"{path}: expected a {kind} of {n}, got {len(value)} entries")
-    if kind == "dict":
-        for key, child in structure[1:]:
-            if key not in value:
-                raise SchemaError(f"{path}: expected the keys {[k for k, _ in structure[1:]]}, got {list(value)}")
-            _match(child, value[key], f"{path}/{key}", leaves)
-    else:
-        for i, child in enumerate(structure[1:]):
-            _match(child, value[i], f"{path}/{i}", leaves)
+        raise SchemaError(
+            f"{path}: expected a {kind} of {n}, got {len(value)} entries; give a list of samples to update(), "
+            "and lists that differ in length as arrays padded to one"
+        )
+    for i, child in enumerate(structure[1:]):
+        _match(child, value[i], f"{path}/{i}", leaves)
 
 
 def _build(structure: Any, leaves: Sequence[Any]) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .batches import Batch, length, plain_array
+from .batches import Batch, plain_array
 from .buffers import DataBuffer
+from .datasets import as_dataset
 from .errors import ArgumentError, CorruptionError, RowError, SchemaError
 from .format import Table
 from .kernels import weighted as kernel
@@ -154,8 +155,8 @@ class WeightedReservoirBuffer(DataBuffer):
         at: int | None = None,
     ) -> None:
         """As `DataBuffer.update`, with the weights of the whole dataset, as for `add`."""
-        n = length(dataset)
-        super().update(dataset, metadata=metadata, group=None if n < 0 else checked_weights(weights, n), at=at)
+        dataset = as_dataset(dataset)
+        super().update(dataset, metadata=metadata, group=checked_weights(weights, len(dataset)), at=at)
 
     def _groups(self, batch: Batch, schema: Schema, group: Any) -> Ints:
         return checked_weights(group, batch.n)

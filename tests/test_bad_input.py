@@ -109,7 +109,7 @@ BATCHES = {
     "lists": ((X.tolist(), Y.tolist()), META, ["data/0", "array", "list"]),
     "None": (None, META, ["data", "tuple of 2", "NoneType"]),
     "text": (("ab", "cd"), META, ["data/0", "str", "'S32'"]),
-    "object": ((X, Y.astype(object)), META, ["data/1", "object", "convert it"]),
+    "object": ((X, Y.astype(object)), META, ["data/1", "object", "np.array(a.tolist())"]),
     "unicode": ((X, Y.astype(str)), META, ["data/1", "np.char.encode"]),
     "datetime": ((X, Y.astype("M8[s]")), META, ["data/1", "datetime64", "astype('int64')"]),
     "timedelta": ((X, Y.astype("m8[s]")), META, ["data/1", "timedelta64", "astype('int64')"]),

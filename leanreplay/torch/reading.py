@@ -31,9 +31,12 @@ class Reader:
     ) -> None:
         if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim for v in dataset):
             try:
-                x, y = (torch.as_tensor(v) for v in dataset)
+                x, y = (torch.as_tensor(_native(v)) for v in dataset)
             except (TypeError, ValueError) as error:
-                raise ArgumentError(f"{name}: not an array that torch takes: {error}; convert it, with np.ascontiguousarray say") from None
+                raise ArgumentError(
+                    f"{name}: not an array that torch takes: {error}; make it one of numbers, a.astype('float32'), "
+                    "or of labels that are texts np.unique(y, return_inverse=True)[1]"
+                ) from None
             if len(x) != len(y):
                 raise ArgumentError(f"{name}: x has {len(x)} samples, y has {len(y)}; they must be as many")
             dataset = TensorDataset(x, y)
@@ -88,6 +91,11 @@ class Reader:
             raise ArgumentError(
                 f"{self.name}: what its transform returns cannot be stacked: {error}; it must return a tensor of one shape and dtype"
             ) from error
+
+
+def _native(values: Any) -> Any:
+    """An array in the machine's byte order and without negative strides, which are all that torch takes."""
+    return values if isinstance(values, torch.Tensor) else np.ascontiguousarray(values, values.dtype.newbyteorder("="))
 
 
 def check_function(name: str, function: Any) -> None:

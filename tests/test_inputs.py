@@ -1,0 +1,650 @@
+"""What people who come from elsewhere give to `add`, `update` and constructors: taken as meant, or refused with a way out that works."""
+
+from __future__ import annotations
+
+import array
+import datetime
+import os
+from collections import deque
+
+import numpy as np
+import pytest
+
+import leanreplay as lr
+
+torch = pytest.importorskip("torch")
+
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: E402
+
+N = 12
+X, Y = np.arange(N * 4, dtype=np.float32).reshape(N, 4), np.arange(N) % 3
+IMAGES = [np.full((3, 8, 8), i, np.uint8) for i in range(6)]
+
+
+def added(batch, **options):
+    """What a window holds after this batch: (samples, schema)."""
+    with lr.SlidingWindowBuffer(100) as buffer:
+        buffer.add(batch, **options)
+        return buffer.get(range(len(buffer)))[0], str(buffer.schema)
+
+
+def updated(dataset, cls=lr.SlidingWindowBuffer, **options):
+    with cls(100) as buffer:
+        buffer.update(dataset, **options)
+        return buffer.get(range(len(buffer)))[0], str(buffer.schema)
+
+
+def refused(action, error=lr.SchemaError):
+    """The message of an error, after which nothing is held and the buffer can be fed."""
+    with lr.ReservoirBuffer(5) as buffer:
+        with pytest.raises(error) as caught:
+            action(buffer)
+        assert isinstance(caught.value, lr.LeanReplayError)
+        assert buffer.schema is None and buffer.seen == 0
+        buffer.add((X, Y))
+        assert buffer.seen == N
+    return str(caught.value)
+
+
+# -- constructors ---------------------------------------------------------------------------------------------------------
+
+SIZED = [
+    lr.ReservoirBuffer, lr.SlidingWindowBuffer, lr.GreedyClassBalancingBuffer, lr.ClassBalancedBuffer, lr.ExperienceBalancedBuffer,
+    lr.ClassBalancingReservoirBuffer, lr.WeightedReservoirBuffer, lr.ParametricBuffer,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [*SIZED, lr.InfiniteBuffer])
+def test_what_others_take_in_the_place_of_the_path(cls, tmp_path, monkeypatch):
+    """Grouping words, seeds, flags, devices, storage modes, schemas, datasets: refused, and no file is made, nor a descriptor taken."""
+    monkeypatch.chdir(tmp_path)
+    size = () if cls is lr.InfiniteBuffer else (6,)
+    words = ["class", "Experience", "task", "labels", "cuda:0", "cpu", "reservoir", "in_memory", "file", "w", "r+", "None"]
+    for path in words:
+        for mode in ("x", "a", "w"):
+            with pytest.raises(lr.ArgumentError, match=r"by name .*or write '\./"):
+                cls(*size, path, mode=mode)
+    for path in (True, False, 0, 1, 7, np.int64(1), 1.5, torch.device("cpu"), lr.Schema.from_sample(X), {"obs": {}}, [(X, 0)], lambda x: x):
+        with pytest.raises(lr.ArgumentError, match=r"(?s)path must be a str or os.PathLike, got .*by name"):
+            cls(*size, path)
+    assert os.listdir() == []
+    with cls(*size, "./class", mode="w") as buffer:  # the way out
+        assert buffer.path == "./class"
+    with cls(*size, tmp_path / "task") as buffer:
+        assert buffer.path == str(tmp_path / "task")
+
+
+def test_a_file_of_such_a_name_opens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with lr.ReservoirBuffer(5, "./class") as buffer:
+        buffer.add((X, Y))
+    with lr.open("class") as buffer, lr.ReservoirBuffer(5, "class", mode="r") as other:
+        assert buffer.seen == other.seen == N
+
+
+@pytest.mark.parametrize(
+    ("cls", "args", "names"),
+    [
+        (lr.ClassBalancedBuffer, (100, True, 10), ["max_size and path", "adaptive_size", "total_num_classes", "(100, True, 10)"]),
+        (lr.ExperienceBalancedBuffer, (100, True, 5), ["adaptive_size", "num_experiences"]),
+        (lr.ParametricBuffer, (6, "class", None), ["groupby", "selection_strategy"]),
+        (lr.ParametricBuffer, (6, None, lr.HerdingSelection()), ["groupby", "selection_strategy"]),
+        (lr.ReservoirBuffer, (100, None, 0), ["seed", "transform"]),
+        (lr.GreedyClassBalancingBuffer, (100, 0, None, None), ["seed", "transform"]),
+        (lr.InfiniteBuffer, (100, 0), ["only path", "rows_per_part"]),
+    ],
+)
+def test_more_positional_arguments(cls, args, names):
+    with pytest.raises(lr.ArgumentError) as caught:
+        cls(*args)
+    assert all(name in str(caught.value) for name in (cls.__name__, "by name", *names)), caught.value
+
+
+@pytest.mark.parametrize("cls", [*SIZED, lr.InfiniteBuffer])
+def test_options_that_do_not_exist(cls):
+    """Named with the class that was asked, and with what was meant."""
+    for option, meant in (("restore_point", "restore_points"), ("target_transforms", "target_transform"), ("storage_mode", "mode")):
+        with pytest.raises(lr.ArgumentError) as caught:
+            cls(**{option: None})
+        assert str(caught.value).startswith(f"{cls.__name__} takes no '{option}'") and meant in str(caught.value)
+
+
+def test_a_class_of_ones_own_takes_what_it_says(tmp_path):
+    class Mine(lr.ReservoirBuffer):
+        def __init__(self, a, b, c, **rest):
+            self.a, self.own = (a, b, c), rest.pop("own")
+            super().__init__(5, tmp_path / "mine", **rest)
+
+    with Mine(1, 2, 3, own=4, seed=7) as buffer:
+        assert (buffer.a, buffer.own, buffer.seed) == ((1, 2, 3), 4, 7)
+
+
+# -- lists ----------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_samples_in_place_of_a_batch():
+    """Refused with both ways out, which work: stacked, or given to `update`; a tuple says that it is no list of samples."""
+    for batch in (IMAGES, IMAGES[:3], IMAGES[:2], [i.transpose(1, 2, 0) for i in IMAGES[:2]], list(X), [torch.tensor(i) for i in IMAGES]):
+        message = refused(lambda b, batch=batch: b.add(batch))
+        assert "np.stack(batch)" in message and "update(batch)" in message and "tuple(batch)" in message
+        one, two = added(np.stack(batch)), updated(batch)
+        assert one[1] == two[1] and np.array_equal(one[0], two[0])
+        assert len(added(tuple(batch))[0]) == len(batch)
+    pairs = [(x, np.eye(4, dtype=np.float32)[i % 4]) for i, x in enumerate(X)]
+    assert "update(batch)" in refused(lambda b: b.add(pairs))
+    assert np.array_equal(updated(pairs)[0][0], X)
+    assert "update()" in refused(lambda b: b.add([(i, 0) for i in IMAGES]))
+    assert "stack" in refused(lambda b: b.add((tuple(IMAGES), Y[:6])))
+    for batch in ([], (), [()] * 3, [[]] * 20, {}):
+        assert "at least one array" in refused(lambda b, batch=batch: b.add(batch))
+    with lr.ReservoirBuffer(5) as buffer:
+        buffer.add((X, Y))
+        with pytest.raises(lr.SchemaError, match=r"list of samples to update\(\)"):
+            buffer.add([(X[0], 0)] * 6)
+
+
+def test_samples_that_are_lists():
+    """What a DataLoader makes of pairs and of several views, and samples of a few arrays in lists, are what they were."""
+    views = DataLoader(TensorDataset(torch.tensor(X), torch.tensor(X)), batch_size=N)
+    (one, two), schema = added(next(iter(views)))
+    assert "data/0: f4[4], data/1: f4[4]" in schema and np.array_equal(one, X) and np.array_equal(two, X)
+    assert len(added([X, Y])[0]) == 2
+    assert len(added([X, X, Y])[0]) == 3
+    assert len(added([[X, X, X], Y])[0][0]) == 3
+    boxes, schema = updated([([1, 2, 3, 4], 0)] * 5)
+    assert schema.count("i8[]") == 5 and boxes[0][2].tolist() == [3] * 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5] * 17,
+        (0.5,) * 17,
+        [0, 0.5, True] * 6,
+        [np.float32(1)] * 20,
+        [[1] * 28] * 28,
+        [[1] * 8] * 8,
+        [[[0] * 2] * 3] * 3,
+        [np.zeros(3)] * 17,
+        [torch.zeros(2, 2)] * 17,
+        [{"x": 1, "y": 2}] * 9,
+    ],
+)
+def test_long_lists_are_arrays(values):
+    """A list of more than 16 of a kind, in rows of a dataset and in schemas: an error instead of hundreds of fields, and arrays work."""
+    for item in ((values, 3), {"image": values, "label": 3}, values):
+        message = refused(lambda b, item=item: b.update([item] * 9))
+        assert "item 0" in message and "np.array(values)" in message and "np.stack(values)" in message
+        with pytest.raises(lr.SchemaError, match=r"np\.array\(values\)"):
+            lr.Schema.from_sample(item)
+    make = np.stack if isinstance(values[0], (np.ndarray, torch.Tensor)) else np.array
+    if not isinstance(values[0], dict):
+        right = make(values)
+        assert np.array_equal(updated([(right, 3)] * 9)[0][0], np.stack([right] * 9))
+    with pytest.raises(lr.SchemaError, match=r"np\.array\(values\)"):
+        lr.ReservoirBuffer(5).add(([X[:, 0]] * 17, Y))
+
+
+def test_names_say_that_they_are_different_things():
+    row = {f"c{i}": float(i) for i in range(40)}
+    found, _ = updated([row] * 3)
+    assert len(found) == 40 and found["c39"].tolist() == [39.0] * 3
+
+
+def test_rows_of_a_hugging_face_dataset():
+    class Rows:
+        """Rows of lists, as `datasets` gives them without a format."""
+
+        def __init__(self, format=None):
+            self.format = format
+
+        def with_format(self, format):
+            return Rows(format)
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            image = [[i] * 28] * 28
+            return {"image": np.array(image) if self.format == "numpy" else image, "label": i}
+
+    assert "dataset.with_format('numpy')" in refused(lambda b: b.update(Rows()))
+    found, schema = updated(Rows().with_format("numpy"))
+    assert "data/image: i8[28, 28], data/label: i8[]" in schema and found["image"][3, 5, 5] == 3
+
+
+def test_lists_of_two_lengths():
+    with lr.ReservoirBuffer(5) as buffer:
+        with pytest.raises(lr.SchemaError, match=r"item 1 .*padded to one"):
+            buffer.update([([1, 2, 3], 0), ([1, 2, 3, 4, 5], 1)])
+        assert buffer.check() == []
+
+
+# -- update ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [np.asarray, torch.tensor, lambda v: torch.tensor(v)[::2].repeat_interleave(2, 0), np.asfortranarray])
+@pytest.mark.parametrize("cls", [lr.ReservoirBuffer, lr.ClassBalancedBuffer, lr.ExperienceBalancedBuffer, lr.ParametricBuffer])
+def test_a_pair_of_arrays_is_a_dataset_of_pairs(cls, make):
+    x, y = make(X), make(Y)
+    want = TensorDataset(torch.as_tensor(np.asarray(x)), torch.as_tensor(np.asarray(y)))
+    options = {"groupby": "class"} if cls is lr.ParametricBuffer else {}
+    with cls(7, seed=1, **options) as one, cls(7, seed=1, **options) as two:
+        for buffer, dataset in ((one, (x, y)), (two, want), (one, (x[:5], y[:5])), (two, [want[i] for i in range(5)])):
+            buffer.update(dataset, metadata={"z": np.arange(len(dataset[0]) if type(dataset) is tuple else len(dataset))})
+        assert one.seen == N + 5 and str(one.schema) == str(two.schema)
+        for a, b in zip(one.get(range(7))[0], two.get(range(7))[0], strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_pairs_with_weights_and_features():
+    with lr.WeightedReservoirBuffer(4) as buffer:
+        buffer.update((X, Y), weights=np.arange(N))
+        assert buffer.seen == N and len(buffer) == 4
+        with pytest.raises(lr.ArgumentError, match="map-style"):
+            buffer.update({"x": X}, weights=np.arange(N))
+    with lr.ParametricBuffer(6, groupby="class", selection_strategy=lr.HerdingSelection()) as buffer:
+        buffer.update((X, Y), features=X)
+        assert buffer.seen == N
+
+
+def test_tuples_of_arrays_that_are_not_clear():
+    assert "differ in length: [12, 11]" in refused(lambda b: b.update((X, Y[:11])), lr.ArgumentError)
+    message = refused(lambda b: b.update(tuple(IMAGES)), lr.ArgumentError)
+    assert "update(list(arrays))" in message and "add(arrays)" in message
+    assert len(updated(list(IMAGES))[0]) == 6 and len(added(tuple(IMAGES))[0]) == 6
+    (x, y, t), _ = updated((X, Y, np.arange(N)))
+    assert np.array_equal(x, X) and np.array_equal(y, Y) and t.tolist() == list(range(N))
+    assert updated(((X[0], 0), (X[1], 1)))[0][1].tolist() == [0, 1]  # a tuple of samples
+    assert "tuple (x, y) of arrays" in refused_later([X, Y])
+
+
+def refused_later(dataset):
+    with lr.ReservoirBuffer(5) as buffer, pytest.raises(lr.SchemaError) as caught:
+        buffer.update(dataset)
+    return str(caught.value)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([(x, 0) for x in X])
+
+
+class Counted(Endless):
+    def __len__(self):
+        return N
+
+
+class Frame:
+    """As a data frame behaves: labels in [], columns, an array of all."""
+
+    columns = ("a", "b")
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+    def to_numpy(self):
+        return np.asarray(self.values)
+
+
+class NoLength:
+    def __len__(self):
+        return -1  # noqa: PLE0303
+
+    def __getitem__(self, i):
+        return X[i]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "hint"),
+    [
+        (DataLoader(TensorDataset(torch.tensor(X), torch.tensor(Y)), batch_size=4), "update(loader.dataset)"),
+        (DataLoader(Endless(), batch_size=4), "for batch in loader: buffer.add(batch)"),
+        ({"x": X, "y": Y}, "add(batch)"),
+        ({0: X}, "add(batch)"),
+        (Frame(X), "update(df.to_numpy())"),
+        (((x, 0) for x in X), "update(list(samples))"),
+        (iter(X), "update(list(samples))"),
+        (zip(X, Y, strict=True), "update(list(samples))"),
+        (Endless(), "add for batches"),
+        (Counted(), "add for batches"),
+        ({1, 2}, "update(list(samples))"),
+        (NoLength(), "len() and [i]"),
+        (7, "len() and [i]"),
+        (None, "len() and [i]"),
+        (torch.tensor(1.0), "len() and [i]"),
+    ],
+)
+@pytest.mark.parametrize("fed", [False, True])
+def test_what_update_does_not_take(dataset, hint, fed):
+    with lr.ReservoirBuffer(5) as buffer:
+        if fed:
+            buffer.add((X, Y))
+        with pytest.raises(lr.ArgumentError, match=r"map-style dataset") as caught:
+            buffer.update(dataset)
+        assert hint in str(caught.value) and type(dataset).__name__ in str(caught.value)
+        assert buffer.seen == (N if fed else 0)
+
+
+def test_the_ways_out_of_update():
+    loader = DataLoader(TensorDataset(torch.tensor(X), torch.tensor(Y)), batch_size=5)
+    with lr.SlidingWindowBuffer(100) as one, lr.SlidingWindowBuffer(100) as two, lr.SlidingWindowBuffer(100) as three:
+        for batch in loader:
+            one.add(batch)
+        two.update(loader.dataset)
+        three.update(list(zip(X, Y, strict=True)))
+        for buffer in (one, two, three):
+            assert np.array_equal(buffer.get(range(N))[0][0], X) and buffer.seen == N
+    assert np.array_equal(updated(Frame(X).to_numpy())[0], X)
+    assert added({"x": X, "y": Y})[0].keys() == {"x", "y"}
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), IndexError("x"), OSError(5, "x"), RuntimeError("x"), ValueError("x")])
+@pytest.mark.parametrize("at", [0, 4])
+def test_what_a_dataset_raises_comes_through(error, at):
+    """It is the user's own, and handlers of the user's are for it; the item is in a note. What was committed before stays whole."""
+    with lr.ReservoirBuffer(5) as buffer:
+        with pytest.raises(type(error)) as caught:
+            buffer.update(Failing(error, at))
+        assert caught.value is error
+        assert not hasattr(error, "__notes__") or f"item {at} of a dataset of 9" in error.__notes__[-1]
+        assert buffer.seen == 0 and buffer.check() == []
+        buffer.add((X, Y))
+
+
+class Failing:
+    def __init__(self, error, at):
+        self.error, self.at = error, at
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, i):
+        if i == self.at:
+            raise self.error
+        return X[i], 0
+
+
+def test_stop_iteration_does_not_leak():
+    """It would end a loop of the caller's in silence."""
+    for at in (0, 4):
+        with lr.ReservoirBuffer(5) as buffer, pytest.raises(lr.ArgumentError, match=f"item {at} .*StopIteration"):
+            buffer.update(Failing(StopIteration(), at))
+
+
+# -- leaves ---------------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_pil():
+    Image = pytest.importorskip("PIL.Image")
+    images = [Image.fromarray(np.full((8, 6, 3), i, np.uint8)) for i in range(9)]
+    (x, y), schema = updated([(image, i) for i, image in enumerate(images)])
+    assert "data/0: u1[8, 6, 3]" in schema and np.array_equal(x, np.stack([np.asarray(i) for i in images])) and y.tolist() == list(range(9))
+    assert updated(images)[0].shape == (9, 8, 6, 3)
+    assert updated([{"image": i.convert("L")} for i in images])[0]["image"].shape == (9, 8, 6)
+    with lr.ClassBalancedBuffer(6) as buffer:
+        buffer.update([(image, i % 3) for i, image in enumerate(images)])
+        assert buffer.group_sizes() == {0: 2, 1: 2, 2: 2}
+        with pytest.raises(lr.SchemaError, match=r"item 0 .*expected uint8"):
+            buffer.update([(images[0].convert("L"), 0)])
+    assert lr.Schema.from_sample((images[0], 0)).data[0].shape == (8, 6, 3)
+    for batch in (images[0], images, (images[0], Y[:8])):
+        message = refused(lambda b, batch=batch: b.add(batch))
+        assert "np.stack([np.asarray(i) for i in images])" in message and "update" in message
+    assert added(np.stack([np.asarray(i) for i in images]))[0].shape == (9, 8, 6, 3)
+
+
+class Exports:
+    """An object that says how it becomes an array, once."""
+
+    def __init__(self, values):
+        self.values, self.times = values, 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.times += 1
+        return np.array(self.values, dtype)
+
+
+def test_what_numpy_takes_is_taken():
+    for values in (Exports(Y), array.array("q", Y.tolist()), memoryview(Y), np.arange(N).view(np.recarray) * 0 + Y):
+        (x, y), _ = added((X, values))
+        assert np.array_equal(y, Y) and np.array_equal(x, X)
+    assert added(bytearray(b"abc"))[0].tolist() == [97, 98, 99]
+    items = [(Exports(x), array.array("f", x.tolist())) for x in X]
+    (a, b), schema = updated(items)
+    assert np.array_equal(a, X) and np.array_equal(b, X) and "data/0: f4[4], data/1: f4[4]" in schema
+    with lr.ReservoirBuffer(5) as buffer:
+        buffer.add((X, Y), metadata={"z": Exports(Y)})
+        z = Exports(np.arange(5.0))
+        buffer.set_metadata("w", z)
+        buffer.set_metadata("w", Exports(np.ones(5)))
+        assert buffer.get_metadata("w").tolist() == [1] * 5
+    with lr.ReservoirBuffer(5, schema=lr.Schema.from_batch(X)) as buffer:
+        leaf = Exports(X)
+        buffer.add(leaf)
+        assert leaf.times == 1  # it may be slow, and give something else the next time
+
+
+class Raises:
+    def __array__(self, dtype=None, copy=None):
+        raise OSError("cannot read the image")
+
+
+@pytest.mark.parametrize("values", [Raises(), Frame(np.array([["a", 1]] * N, object)), Frame([[1, 2], [3]] * 6)])
+def test_what_cannot_become_an_array(values):
+    for action in (lambda b: b.add((X, values)), lambda b: b.update([(X[0], values)] * 3), lambda b: b.add((X, Y), metadata={"z": values})):
+        message = refused(action)
+        assert "cannot become an array" in message or "df[c].to_numpy()" in message or "expected" in message, message
+
+
+TENSORS = {
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3), torch.rand(1)]),
+        lambda t: torch.nested.to_padded_tensor(t, 0.0),
+    ),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.rand(2), torch.rand(3), torch.rand(1)], layout=torch.jagged),
+        lambda t: torch.nested.to_padded_tensor(t, 0.0),
+    ),
+    "sparse": (lambda: torch.eye(3).to_sparse(), lambda t: t.to_dense()),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), lambda t: t.to_dense()),
+    "csc": (lambda: torch.eye(3).to_sparse_csc(), lambda t: t.to_dense()),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.rand(3, 4), 0.1, 0, torch.quint8), lambda t: t.dequantize()),
+    "quantized, as it is": (lambda: torch.quantize_per_tensor(torch.rand(3, 4), 0.1, 0, torch.qint8), lambda t: t.int_repr()),
+    "complex32": (lambda: torch.zeros(3, 2, dtype=torch.complex32), lambda t: t.to(torch.complex64)),
+    "float8": (lambda: torch.zeros(3, 2).to(torch.float8_e5m2), lambda t: t.float()),
+}
+HINTS = {
+    "nested": "torch.nested.to_padded_tensor(t, 0.0)", "jagged": "torch.nested.to_padded_tensor(t, 0.0)", "quantized": ".dequantize()",
+    "quantized, as it is": ".int_repr()", "complex32": ".to(torch.complex64)", "float8": ".float()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_other_kinds(kind):
+    """Each is refused with a conversion, which works."""
+    make, convert = TENSORS[kind]
+    try:
+        tensor = make()
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"torch {torch.__version__} has none: {error}")
+    hint = HINTS.get(kind, ".to_dense()")
+    for action in (lambda b: b.add((tensor, Y[:3])), lambda b: b.add(tensor), lambda b: b.add((X[:3], Y[:3]), metadata={"z": tensor})):
+        assert hint in refused(action)
+    with lr.ReservoirBuffer(5) as buffer:
+        buffer.add((X, Y))
+        with pytest.raises(lr.SchemaError):
+            buffer.add((tensor, Y[:3]))
+        assert buffer.seen == N
+    assert len(added((convert(tensor), Y[:3]))[0][1]) == 3
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_tensors_without_values(strided):
+    """Those of a tracing mode or within a transformation of torch, and parameters that wait for their shape: no file is made for them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.rand(3, 4, 2)[:, :, 0] if strided else torch.rand(3, 4)
+    assert "cannot be read" in refused(lambda b: b.add((fake, Y[:3])))
+
+    def within(action):
+        def seen(x):
+            action(x[:, :, 0] if strided else x)
+            return x
+
+        return lambda b: torch.vmap(seen)(torch.rand(2, 3, 4, 2) if strided else torch.rand(2, 3, 4))
+
+    with lr.ReservoirBuffer(5) as buffer:
+        message = refused(within(lambda x: buffer.add((x, Y[:3]))))
+        assert "cannot be read" in message and buffer.schema is None
+    assert "has no shape" in refused(lambda b: b.add((torch.nn.UninitializedParameter(), Y[:3])))
+
+
+def test_bfloat16_beside_the_samples():
+    """Features and weights: as float32, which holds all values; stored features of bfloat16 rank as their values, not as their bits."""
+    features = torch.randn(N, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    kept = []
+    for given in (
+        {"features": features},
+        {"features": features.float()},
+        {"features": lambda batch: features[: len(batch[0])] if len(batch[0]) == N else features[batch[1]]},
+        {"metadata": {"features": features}},
+        {"metadata": {"features": features.float()}},
+    ):
+        with lr.ParametricBuffer(4, selection_strategy=lr.HerdingSelection()) as buffer:
+            buffer.update([(x, i) for i, x in enumerate(X)], **given)
+            kept.append(buffer.get_metadata("position").tolist())
+    assert all(k == kept[0] for k in kept), kept
+    again = []
+    for both in (features, features.float()):  # a group that is fed again: of those held, and of new ones
+        with lr.ParametricBuffer(4, selection_strategy=lr.HerdingSelection()) as buffer:
+            buffer.update((X[:6], Y[:6]), metadata={"features": both[:6]})
+            buffer.update((X[6:], Y[6:]), metadata={"features": both[6:]}, features=both[6:])
+            again.append(sorted(buffer.get_metadata("position").tolist()))
+    assert again[0] == again[1]
+    weights = torch.rand(N).bfloat16()
+    with lr.WeightedReservoirBuffer(N) as buffer:
+        buffer.add(X, weights=weights)
+        assert np.array_equal(buffer.get_metadata("weight"), weights.double().numpy())
+
+
+# -- messages -------------------------------------------------------------------------------------------------------------
+
+TEXTS = np.array(["a", "bé", "ccc"])
+TABLE = np.zeros(3, "i4,f4")
+FOLLOWED = {  # what is refused -> (words of the message, what they say to do)
+    "numbers": ([0, 1, 2], "np.array(values)", lambda v: np.array(v)),
+    "a range": (range(3), "np.array(values)", lambda v: np.array(v)),
+    "a deque": (deque([0, 1, 2]), "np.array(values)", lambda v: np.array(v)),
+    "rows of numbers": ([[0.5, 1], [2, 3], [4, 5]], "np.array(values)", lambda v: np.array(v)),
+    "unicode": (TEXTS, "np.char.encode(a, 'utf-8').astype('S32')", lambda a: np.char.encode(a, "utf-8").astype("S32")),
+    "datetime64": (np.arange(3).astype("M8[s]"), "a.astype('int64')", lambda a: a.astype("int64")),
+    "timedelta64": (np.arange(3).astype("m8[s]"), "a.astype('int64')", lambda a: a.astype("int64")),
+    "objects": (np.array([1, 2, 3], object), "np.array(a.tolist())", lambda a: np.array(a.tolist())),
+    "bytes of a type": (np.zeros(3, "V8"), "a[..., None].view('u1')", lambda a: a[..., None].view("u1")),
+    "fields": (TABLE, "{name: a[name] for name in a.dtype.names}", lambda a: {name: a[name] for name in a.dtype.names}),
+    "longdouble": (np.zeros(3, np.longdouble), "a.astype('float64')", lambda a: a.astype("float64")),
+    "masked": (np.ma.masked_array([1, 2, 3], [0, 1, 0]), ".filled(value)", lambda a: a.filled(0)),
+}
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_hints_work_in_batches(kind):
+    values, hint, follow = FOLLOWED[kind]
+    if kind == "longdouble" and np.dtype(np.longdouble).itemsize == 8:
+        pytest.skip("longdouble is float64 here")
+    message = refused(lambda b: b.add((X[:3], values)))
+    assert hint in message and "data/1" in message
+    with lr.SlidingWindowBuffer(9) as buffer:
+        buffer.add((X[:3], follow(values)))
+        buffer.add((X[:3], follow(values)))
+        assert len(buffer) == 6 and buffer.check() == []
+
+
+def test_text_of_another_length_fits():
+    """The hint names a width: of one that NumPy chooses the next batch would be refused."""
+    with lr.SlidingWindowBuffer(9) as buffer:
+        for texts in (["a", "b"], ["long", "é" * 10]):
+            buffer.add((X[:2], np.char.encode(texts, "utf-8").astype("S32")))
+        assert [t.decode() for t in buffer.get(range(4))[0][1].tolist()] == ["a", "b", "long", "é" * 10]
+        with pytest.raises(lr.SchemaError, match=r"\.astype\('S32'\)") as caught:
+            buffer.add((X[:2], np.array([b"x", b"y"])))
+        assert "cuts" in str(caught.value)
+        buffer.add((X[:2], np.array([b"x", b"y"]).astype("S32")))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "hint", "follow"),
+    [
+        ("text é", "np.char.encode(text, 'utf-8').astype('S32')", lambda v: np.char.encode(v, "utf-8").astype("S32")),
+        (b"bytes", "np.array(value, 'S32')", lambda v: np.array(v, "S32")),
+        (None, "leave it out, or give a number", lambda v: -1),
+        (datetime.datetime(2020, 1, 1), ".timestamp()", lambda v: v.timestamp()),
+        (datetime.date(2020, 1, 1), ".toordinal()", lambda v: v.toordinal()),
+        (np.datetime64("2020-01-01"), ".astype('int64')", lambda v: v.astype("int64")),
+        (np.str_("x"), "np.char.encode(a, 'utf-8').astype('S32')", lambda v: np.char.encode(v, "utf-8").astype("S32")),
+        (range(3), "np.array(values)", lambda v: np.array(v)),
+        (np.array([[1], [2, 3]], object), "pad them", lambda v: np.array([[1, 0], [2, 3]])),
+    ],
+)
+def test_hints_work_in_samples(leaf, hint, follow):
+    message = refused(lambda b: b.update([(X[0], leaf)] * 3))
+    assert hint in message and "item 0" in message and "data/1" in message
+    found, _ = updated([(X[0], follow(leaf))] * 3)
+    assert len(found[1]) == 3
+
+
+def test_sparse_matrices():
+    scipy = pytest.importorskip("scipy.sparse")
+    matrix = scipy.csr_matrix(X)
+    assert ".toarray()" in refused(lambda b: b.add((matrix, Y)))
+    assert np.array_equal(added((matrix.toarray(), Y))[0][0], X)
+
+
+def test_a_missing_key_is_named():
+    with lr.ReservoirBuffer(5) as buffer:
+        buffer.add({"x": X, "y": Y})
+        for batch, missing, extra in (
+            ({"x": X}, ["y"], []), ({"x": X, "z": Y}, ["y"], ["z"]), ({"x": X, "y": Y, "z": Y}, [], ["z"]), ({"x": X, 5: Y}, ["y"], [5]),
+        ):  # fmt: skip
+            with pytest.raises(lr.SchemaError) as caught:
+                buffer.add(batch)
+            assert f"missing {missing}, unexpected {extra}" in str(caught.value)
+        assert buffer.seen == N
+
+
+def test_byte_order():
+    """Big-endian arrays are converted wherever arrays go in."""
+    big = X.astype(">f4"), Y.astype(">i8")
+    for (x, y), _ in (
+        added(big),
+        updated(big),
+        updated(list(zip(*big, strict=True))),
+        updated([(big[0][i], np.int64(Y[i])) for i in range(N)]),
+    ):
+        assert np.array_equal(x, X) and np.array_equal(y, Y) and x.dtype.isnative and y.dtype.isnative
+    with lr.ReservoirBuffer(N) as buffer:
+        buffer.add(big, metadata={"z": big[0]})
+        buffer.set_metadata("z", -big[0])
+        buffer.set_metadata("w", big[1])
+        assert np.array_equal(buffer.get_metadata("z"), -X) and np.array_equal(buffer.get_metadata("w"), Y)
+    from leanreplay.torch import evaluate
+
+    whole = evaluate(torch.nn.Identity(), [(np.eye(4, dtype=">f4"), np.arange(4).astype(">i8"))])
+    assert whole.average_accuracy == 1.0
+    assert evaluate(torch.nn.Identity(), [(np.eye(4)[::-1], np.arange(4)[::-1])]).average_accuracy == 1.0
+    with pytest.raises(lr.ArgumentError, match=r"np\.unique\(y, return_inverse=True\)\[1\]"):
+        evaluate(torch.nn.Identity(), [(np.eye(4), np.array(list("abca")))])
+    labels = np.unique(np.array(list("abca")), return_inverse=True)[1]
+    assert evaluate(torch.nn.Identity(), [(np.eye(4), labels)]).average_accuracy == 0.75
