@@ -81,7 +81,8 @@ class DataBuffer:
     Parameters
     ----------
     max_size: rows of the buffer, at least 1.
-    path: the file; None keeps the buffer in shared memory, with everything else the same.
+    path: the file; None keeps the buffer in shared memory, with everything else the same. A word that other libraries take here by
+        position, such as "class" or "cpu", is refused: write "./class" for such a file.
     seed: of all random choices, any integer of 128 bits; a new buffer takes 0.
     stream: number of the stream that is fed, 0 to 32767, for several buffers that will be merged; a new buffer takes 0.
     mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open for reading; "w" replace (the old
@@ -451,7 +452,8 @@ class DataBuffer:
     ) -> None:
         """Offer a batch to the buffer, in order.
 
-        batch: the nested structure of a sample, each leaf an array or tensor (any device) of shape (n, ...).
+        batch: the nested structure of a sample, each leaf of shape (n, ...): an array, a tensor (any device), or what np.asarray takes.
+        A list of samples is no batch: stack them, or call `update`. (For samples that are lists of several alike give a tuple.)
         metadata: name -> (n, ...) array, the same names with every batch. group: (n,) integers that class-balancing
         buffers balance over, and that `index/group` holds; by default the second element of a pair, if that is an integer.
         at: stream position of the first sample; samples that the buffer has already seen are skipped.
