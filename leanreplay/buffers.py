@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import operator
 import os
@@ -856,28 +857,38 @@ class DataBuffer:
             raise RowError(f"rows from {array.min()} to {array.max()}, but the rows in use are 0 to {high - 1}")
         return array
 
-    def _rows_of(self, store: Any, indices: Sequence[int]) -> Ints:
-        """The rows of the i-th live samples, negative i counting from the end."""
-        rows = places(indices, 0 if store is None else store.size)
-        live = None if store is None else store.live_rows()
-        return rows if live is None else live[rows]
-
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         """The index-th sample and its metadata, without a batch dimension; the order is that of the rows."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
         """Several samples in one read: what torch's DataLoader calls."""
-        with self._lock:
-            store = self._require()
-            return self._items(store, self._rows_of(store, indices))
+        return self._items_at(indices)
 
-    def _items(self, store: Any, rows: Ints) -> list[tuple[Any, dict[str, Any]]]:
-        """The samples of these rows one by one."""
-        if not rows.shape[0]:
-            return []
-        arrays, index = store.read(rows)
-        return self._items_of(store.table.schema, arrays, index, rows)
+    def _items_at(self, indices: Sequence[int], reach: int = 0) -> list[tuple[Any, dict[str, Any]]]:
+        """The i-th live samples. reach: as of `places`."""
+        with self._lock:
+            for _ in range(100):
+                store = self._require()
+                size, before = (0, -1) if store is None else (store.size, store.sequence)
+                rows = places(indices, size, reach, functools.partial(self._stand_in, store, size))
+                if not rows.shape[0]:
+                    return []
+                try:
+                    live = store.live_rows()
+                    rows = rows if live is None else live[rows]
+                    arrays, index = store.read(rows)
+                    return self._items_of(store.table.schema, arrays, index, rows)
+                except RowError:  # a reader may have met a commit that freed rows
+                    if store.writable or store.sequence == before:
+                        raise
+            raise RowError(f"{self.path}: rows keep being freed while they are read")
+
+    def _stand_in(self, store: Any, size: int, index: int) -> int:
+        """Which of `size` samples a dataset shows instead of one that is there no more: a uniform draw of its own for each index."""
+        out = np.empty(1, np.int64)
+        reservoir.draw(size, *key_pair(f"draw {self.stream} dataset", self.seed), store.seen, index, False, out)
+        return int(out[0])
 
     def _items_of(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> list[tuple[Any, dict[str, Any]]]:
         """What was read, sample by sample."""
@@ -1319,16 +1330,45 @@ def _check_freed(store: Any, policy: Policy, freed: Any) -> None:
         )
 
 
-def places(indices: Sequence[int], size: int) -> Ints:
-    """Indices into `size` samples, negative ones counting from the end, as (n,) int64. Raises RowError outside."""
+def places(indices: Sequence[int], size: int, reach: int = 0, stand_in: Callable[[int], int] | None = None) -> Ints:
+    """Indices into `size` samples, negative ones counting from the end, as (n,) int64. Raises RowError outside.
+
+    reach: those from `size` to below this were within when they were chosen: each gets the place that `stand_in` gives for it.
+    """
     try:
         found = [operator.index(i) for i in indices]
     except TypeError:
         raise ArgumentError(f"buffer[i] takes an integer, got {indices!r}; use buffer.get(rows) for several") from None
-    wrong = [i for i in found if not -size <= i < size]
+    wrong = [i for i in found if not -size <= i < max(size, reach if size else 0)]
     if wrong:
         raise RowError(f"index {wrong[0]} of a buffer of {size}")
-    return np.array([i % size for i in found], np.int64) if found else np.zeros(0, np.int64)
+    return np.array([i % size if i < size or stand_in is None else stand_in(i) for i in found], np.int64)
+
+
+class Reach:
+    """Up to which index a dataset answers: below the largest length that it has told, because rows go while a sampler goes on.
+
+    In a DataLoader's worker every index: they were chosen in another process, from the length that was told there.
+    """
+
+    def __init__(self) -> None:
+        self._most = 0
+
+    def told(self, length: int) -> int:
+        """Note the length that `__len__` is to tell, which calls this.
+
+        torch's RandomSampler asks for it once more when its pass is over, and takes one that has changed for the wish for some more
+        samples: within a pass it is told the length that this began with, its variable n.
+        """
+        asks = sys._getframe(2)
+        if asks.f_code.co_name == "num_samples" and asks.f_globals.get("__name__") == "torch.utils.data.sampler" and asks.f_back:
+            length = asks.f_back.f_locals.get("n", length)
+        self._most = max(self._most, length)
+        return length
+
+    def now(self) -> int:
+        """One past the last index."""
+        return 2**62 if _worker() else self._most
 
 
 def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:

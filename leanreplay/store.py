@@ -751,8 +751,9 @@ class Store:
                     bad[i] = not self._reread_one(rows, int(i), first, last, out, places, index, bool(rows[i] in old))
             if not bad.any():
                 return
-            if np.isin(rows[bad == 1], free_before).all():
-                break
+            left = bad == 1
+            if np.isin(rows[left], free_before).all() or ((index[0, left] < 0).all() and not self.pending()):
+                break  # they are free, and not just being changed
             time.sleep(wait)
             wait = min(2 * wait, 0.01)
         wrong = np.flatnonzero(bad)

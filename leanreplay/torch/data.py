@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..buffers import DataBuffer
+from ..buffers import DataBuffer, Reach
 from ..errors import ArgumentError
 from ..schema import Schema
 
@@ -21,6 +21,14 @@ class BufferDataset(Dataset[Any]):
     see what was committed in the meantime. Fixed-width bytes stay NumPy's; arrays of them need a `collate_fn` of your own.
     With workers, a buffer in memory needs its first batch, or a schema, before they start; an InfiniteBuffer in memory can only be
     forked, and its workers see the parts that were there then.
+
+    The buffer may change while a DataLoader goes through it. An epoch has as many items as the buffer had when it began, and each is
+    what the buffer holds when it is read: item i of the live samples in the order of rows. Where there are fewer by then (a new class
+    takes rows of a balanced buffer, a rollback, a smaller `resize`), indices up to the largest length that this dataset told are
+    answered by other live samples, each a uniform draw that follows from (seed, stream, seen, index). So with shuffle=True every item
+    is uniform over what is there, while some samples come twice in such an epoch and others not. A buffer without any sample left is a
+    RowError, and so is an index beyond. With workers, which read ahead, the moment of reading depends on their speed. `buffer[i]`
+    itself knows the present samples only.
 
     >>> import numpy as np
     >>> from torch.utils.data import DataLoader
@@ -37,16 +45,22 @@ class BufferDataset(Dataset[Any]):
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"BufferDataset takes a buffer of leanreplay, got {type(buffer).__name__}")
         self.buffer, self.metadata = buffer, metadata
+        self._reach = Reach()
+        len(self)
 
     def __len__(self) -> int:
-        return len(self.buffer)
+        return self._reach.told(len(self.buffer))
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(len(self)):
+            yield self[i]
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several items in one read: what DataLoader calls."""
-        items = self.buffer.__getitems__(indices)
+        items = self.buffer._items_at(indices, self._reach.now())
         bits = _bfloat16(self.buffer)
         if not self.metadata:
             return [to_torch(sample, bits) for sample, _ in items]
