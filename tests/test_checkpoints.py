@@ -20,11 +20,15 @@ import leanreplay
 from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
 from leanreplay.torch import (
     BufferDataset,
+    CLSLearner,
+    DERLearner,
+    ERLearner,
     InterleavedSampler,
     InterleavedSamplerConfig,
     ReplayLoader,
     SamplerIntervalConfig,
     ShuffleSampler,
+    SuperERLearner,
 )
 
 KINDS = {
@@ -169,3 +173,75 @@ def test_accelerate(tmp_path: Path) -> None:
             accelerator.load_state(str(tmp_path / "state"))
             assert buffer.seen == 100
             assert ([next(loader)[1]["position"].tolist() for _ in range(4)], positions(buffer)) == coming
+
+
+def learner(kind: Any, path: Path, mode: str = "a", **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    options |= {"pod_alpha": 0.0} if kind is SuperERLearner else {}
+    with_mode = leanreplay.open(path) if mode == "r" else ReservoirBuffer(20, path, mode=mode)
+    return kind(model, torch.optim.SGD(model.parameters(), 0.1), with_mode, mask_unused_classes=True, seed=1, **options)
+
+
+def trained(of: Any, steps: int, first: int = 0) -> list[Any]:
+    """The losses and the draws of some steps, and the weights after them."""
+    found: list[Any] = []
+    for i in range(first, first + steps):
+        generator = torch.Generator().manual_seed(i)
+        found.append(of.step(torch.randn(6, 4, generator=generator), torch.arange(6) % 3).losses)
+    return [*found, of.model.weight.tolist(), of.buffer.get_metadata("position").tolist(), [keys(of.state_dict())]]
+
+
+@pytest.mark.parametrize("kind", [ERLearner, DERLearner, CLSLearner, SuperERLearner])
+def test_learner(kind: Any, tmp_path: Path) -> None:
+    """Tasks, classes, copies of the model, draws: a fresh learner, in a new process say, goes on as this one does."""
+    made = learner(kind, tmp_path / "b.h5")
+    fresh = keys(made.state_dict())
+    made.on_task_start("cats")
+    trained(made, 4)
+    state = made.state_dict()
+    assert keys(state) == fresh
+    parts = {"model": made.model.state_dict(), "learner": state}
+    dcp.save(parts, checkpoint_id=tmp_path / "checkpoint")
+    coming = trained(made, 3, 4)
+    made.buffer.close()
+    again = learner(kind, tmp_path / "b.h5")
+    loaded = {"model": again.model.state_dict(), "learner": again.state_dict()}
+    dcp.load(loaded, checkpoint_id=tmp_path / "checkpoint")
+    again.model.load_state_dict(loaded["model"])
+    again.load_state_dict(loaded["learner"])
+    assert again.steps == 4 and again.task == "cats" and trained(again, 3, 4) == coming
+
+
+def test_learner_of_a_reader(tmp_path: Path) -> None:
+    """What only reads its buffer has a state too: its draws go on; another content is refused."""
+    with ReservoirBuffer(20, tmp_path / "b.h5") as buffer:
+        buffer.add((np.random.rand(30, 4).astype("f4"), np.arange(30) % 3))
+    made = learner(ERLearner, tmp_path / "b.h5", "r", store=False)
+    trained(made, 3)
+    state, weights = made.state_dict(), made.model.state_dict()
+    weights = {name: value.clone() for name, value in weights.items()}
+    coming = trained(made, 3)
+    again = learner(ERLearner, tmp_path / "b.h5", "r", store=False)
+    assert keys(again.state_dict()) == keys(state)
+    again.load_state_dict(state)
+    again.model.load_state_dict(weights)
+    assert trained(again, 3) == coming
+    for wrong in (None, {}, {**state["buffer"], "seen": 29}, {**state["buffer"], "draws": {"sample": -1}}, {**state["buffer"], "draws": 3}):
+        with pytest.raises(leanreplay.StateError, match="only reads what"):
+            again.load_state_dict({**state, "buffer": wrong})
+
+
+def test_accelerate_and_a_learner(tmp_path: Path) -> None:
+    """register_for_checkpointing(learner)."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    made = learner(DERLearner, tmp_path / "b.h5")
+    accelerator.register_for_checkpointing(made)
+    trained(made, 4)
+    accelerator.save_state(str(tmp_path / "state"))
+    weights = {name: value.clone() for name, value in made.model.state_dict().items()}
+    coming = trained(made, 3, 4)
+    accelerator.load_state(str(tmp_path / "state"))
+    made.model.load_state_dict(weights)
+    assert made.steps == 4 and trained(made, 3, 4) == coming

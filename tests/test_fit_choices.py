@@ -104,6 +104,31 @@ def test_a_buffer_that_is_only_read(tmp_path):
         assert len(history["loss/replay"]) == 3 and rows(buffer) == before
 
 
+def test_a_reader_is_resumed(tmp_path):
+    """A run that only reads its buffer goes on after an interrupt like one that was never stopped."""
+    with ReservoirBuffer(30, tmp_path / "b.h5") as buffer:
+        buffer.add(data(30))
+    both = {"input_state_folder": tmp_path / "run", "output_state_folder": tmp_path / "run", "save_every": 1, "progress": False}
+    weights = []
+    for stops in (None, 5, None):
+        learner = make(open_buffer(tmp_path / "b.h5"), store=False)
+
+        class Stops(ERLearner):
+            def step(self, x, y, stops=stops):
+                if self.steps == stops:
+                    raise KeyboardInterrupt
+                return super().step(x, y)
+
+        learner.__class__ = Stops
+        options = both if weights else {"progress": False}
+        try:
+            fit(learner, data(seed=5), max_epochs=3, **options)
+        except KeyboardInterrupt:
+            continue
+        weights.append(learner.model.state_dict())
+    assert len(weights) == 2 and all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 # -- the best weights --------------------------------------------------------------------------------------------------------------
 
 

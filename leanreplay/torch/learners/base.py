@@ -595,7 +595,8 @@ class ReplayLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, beside the model's and the optimizer's: plain values and tensors, that
-        `torch.load(weights_only=True)` takes. Marks a restore point of the buffer."""
+        `torch.load(weights_only=True)` takes. Its keys are always the same, as torch.distributed.checkpoint needs them. Marks a restore
+        point of the buffer; of one that is open for reading only the draws are kept, and it must hold the same when it is loaded."""
         if self._queue:
             raise StateError(f"{len(self._queue)} batches wait for after_step; call that first, or the state would lack them")
         return {
@@ -604,7 +605,7 @@ class ReplayLearner:
             "task": self.task,
             "classes": [] if self._seen is None else self._seen.nonzero().flatten().tolist(),
             "terms": {term.name: term.state_dict() for term in self.terms},
-            "buffer": self.buffer.state_dict(),
+            "buffer": _reading(self.buffer) if self.buffer.mode == "r" else self.buffer.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -623,7 +624,10 @@ class ReplayLearner:
             raise StateError(f"the state of a learner with the terms {sorted(state['terms'])}, but this one has {sorted(mine)}")
         for term in self.terms:
             term.check_state(state["terms"][term.name])
-        self.buffer.load_state_dict(state.get("buffer"))  # type: ignore[arg-type]
+        if self.buffer.mode == "r":
+            _read_on(self.buffer, state.get("buffer"))
+        else:
+            self.buffer.load_state_dict(state.get("buffer"))  # type: ignore[arg-type]
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])
         self.steps, self.task, self._queue, self._seen = state["steps"], state["task"], [], None
@@ -631,6 +635,22 @@ class ReplayLearner:
         if classes:
             self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
             self._seen[classes] = True
+
+
+def _reading(buffer: DataBuffer) -> dict[str, Any]:
+    """The state of a buffer that is open for reading: what it holds, by name, and the count of draws."""
+    return {"uuid": buffer._uuid, "seen": buffer.seen, "draws": {"sample": buffer._drawn}}
+
+
+def _read_on(buffer: DataBuffer, state: Any) -> None:
+    """Go back to a state that `_reading` gave. Raises StateError where the buffer holds something else."""
+    drawn = state["draws"].get("sample") if isinstance(state, Mapping) and isinstance(state.get("draws"), Mapping) else None
+    if type(drawn) is not int or not 0 <= drawn < 2**62 or {**_reading(buffer), "draws": {"sample": drawn}} != state:
+        raise StateError(
+            f"not the state of a learner that only reads what {buffer!r} holds now: {state!r:.200}; a buffer that was written to "
+            "in the meantime goes back only if it is open with mode='r+'"
+        )
+    buffer._set_counts(drawn, 0)
 
 
 def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
