@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import operator
 import os
@@ -30,6 +31,7 @@ from .errors import (
     ExistsError,
     FormatError,
     LeanReplayError,
+    LockedError,
     MismatchError,
     MissingError,
     ModeError,
@@ -92,6 +94,8 @@ class DataBuffer:
     schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
     transform, target_transform: called with the first and the second element of each sample (without a pair: with the whole
         sample) whenever it is read, never when it is stored.
+    lock: False goes on where the file system has no locks (the error of such a one names this option); then nothing keeps a second writer
+        out, and seeing to it is yours. Stored nowhere.
     durable: make every commit survive a power cut, for about 4 ms a commit, and every state that `state_dict` returns with the
         way back to it. Without it `flush` does both when called;
         a killed process loses nothing either way.
@@ -130,6 +134,7 @@ class DataBuffer:
         target_transform: Callable[[Any], Any] | None = None,
         durable: bool = False,
         restore_points: int = 2,
+        lock: bool = True,
     ) -> None:
         if not hasattr(type(self), "policy_class"):
             raise ArgumentError(f"{type(self).__name__} has no policy; set policy_class, or use one of its subclasses")
@@ -147,7 +152,7 @@ class DataBuffer:
         self._stream = integer("stream", stream, 0, MAX_STREAM)
         self._max_size = integer("max_size", max_size, 1, 2**40)
         self.transform, self.target_transform = transform, target_transform
-        self._durable = bool(durable)
+        self._durable, self._locking = bool(durable), bool(lock)
         self._points = integer("restore_points", restore_points, 2, 2**20) or 2
         self.path = None if path is None else _file_name(path, mode)
         self._where = None if self.path is None else os.path.realpath(self.path)
@@ -166,7 +171,17 @@ class DataBuffer:
         self._policy: Policy | None = None
         self._policy_at = -1
         try:
-            self._open(schema)
+            try:
+                self._open(schema)
+            except LockedError:
+                if self._writer_here() is None:
+                    raise
+                gc.collect()  # a buffer that nobody refers to any more, but for itself, closes
+                self._unlock()
+                self._open(schema)
+        except LockedError as error:
+            self.close()
+            raise self._locked(error) from None
         except BaseException:
             self.close()
             raise
@@ -184,9 +199,9 @@ class DataBuffer:
         where, mode = self._where, self._mode
         if mode in ("r", "r+") and not self._exists():
             raise MissingError(f"{self.path} does not exist; create it with mode='x' or 'a'")
-        if where is not None and mode != "r":
+        if where is not None and mode != "r" and self._locking:
             with system.storage_errors(f"opening {self.path} for writing"):
-                self._lock_fd = system.lock(where)
+                self._lock_fd = system.lock(where, system.status(where))
         exists = self._exists()
         if mode == "x" and exists:
             raise ExistsError(f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'")
@@ -194,6 +209,9 @@ class DataBuffer:
             self._store = self._open_store()
             self._adopt(schema)
             return
+        if exists:
+            with self._replacing_file():
+                pass
         if self._max_size is None:
             raise ArgumentError("a new buffer needs max_size")
         self.max_size = self._max_size
@@ -202,9 +220,45 @@ class DataBuffer:
         if schema is not None:
             self._create(schema)
 
+    def _replacing_file(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, what stands under the name may be replaced: it has no writer. Raises LockedError, or FormatError for no file."""
+        file = self._file()
+        return contextlib.nullcontext() if file is None or not self._locking else system.replacing(file, None)
+
+    def _file(self) -> str | None:
+        """The file whose lock stands for the whole buffer."""
+        return self._where
+
+    def _writer_here(self, path: str | None = None) -> DataBuffer | None:
+        """The buffer of this process that writes to the file of this one, or to the one under a path."""
+        path = path or self._file()
+        found = None if path is None else system.status(path)
+        for other in list(_BUFFERS):
+            if (other is self and path == self._file()) or other._closed or other._mode == "r" or other._where is None:
+                continue
+            theirs = None if other._store is None else other._store.status
+            if other._file() == path or (found is not None and theirs is not None and os.path.samestat(found, theirs)):
+                return other
+        return None
+
+    def _locked(self, error: LockedError, path: str | None = None) -> LockedError:
+        """The error for a file that is locked: "elsewhere" would mislead where the writer is an object of this very process."""
+        other = self._writer_here(path)
+        if other is None:
+            return error
+        return LockedError(
+            f"{path or self.path} is open for writing in this very process, by the {type(other).__name__} at {id(other):#x} (mode "
+            f"{other._mode!r}); close() that object first, or `del` its name if a cell of a notebook is run again; or read with mode='r'"
+        )
+
     def _open_store(self) -> Any:
         assert self._where is not None
-        return Store.open(self._where, writable=self._mode != "r", durable=self._durable, points=self._points, name=self._where)
+        return Store.open(self._where, writable=self._mode != "r", name=self._where, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of every store of this buffer."""
+        return {"durable": self._durable, "points": self._points, "guard": self._locking}
 
     def _adopt(self, schema: Schema | None) -> None:
         """Take parameters from the file, after comparing those that were given."""
@@ -244,10 +298,11 @@ class DataBuffer:
         seed, stream = self._seed, self._stream
         assert seed is not None and stream is not None
         table, pieces = self._plan_file(self._params_given(), self.max_size, seed, stream, schema, self._uuid)
-        if self._where is not None:
-            system.remove_temporaries(self._where)
+        if self._lock_fd is not None:
+            system.remove_temporaries(str(self._where))
         replace = self._mode == "w" or _is_left_over(self._where, self._uuid)
-        self._store = self._new_store(self._where, table, pieces, replace)
+        with self._replacing_file() if replace else contextlib.nullcontext():
+            self._store = self._new_store(self._where, table, pieces, replace)
 
     def _plan_file(
         self, params: dict[str, Any], size: int, seed: int, stream: int, schema: Schema, identity: str, slots: int = 0
@@ -260,8 +315,9 @@ class DataBuffer:
         self, path: str | None, table: Table, pieces: Sequence[tuple[int, bytes]], replace: bool, model: os.stat_result | None = None
     ) -> Store:
         """A new file, with a restore point of its empty state if `state_dict` was called before: both or none."""
+        options = self._options if self._store is None else self._options | {"guard": False}  # the first part's lock is that of all
         model = model if self._store is None else self._store.status
-        store = Store.create(path, table, pieces, replace=replace, durable=self._durable, points=self._points, model=model)
+        store = Store.create(path, table, pieces, replace=replace, model=model, **options)
         try:
             if self._marked:
                 store.mark()
@@ -276,9 +332,12 @@ class DataBuffer:
             if self._store is not None:
                 self._store.close()  # refuses in the middle of a change
             self._closed = True
-            if self._lock_fd is not None:
-                os.close(self._lock_fd)
-                self._lock_fd = None
+            self._unlock()
+
+    def _unlock(self) -> None:
+        held, self._lock_fd = self._lock_fd, None
+        if held is not None:
+            os.close(held)
 
     def __enter__(self: Self) -> Self:
         return self
@@ -301,9 +360,7 @@ class DataBuffer:
             self._awaits = self._uuid
         if self._where is not None or self._store is not None:
             self._mode = "r"
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        self._unlock()
 
     def __reduce__(self) -> Any:
         if self._closed:
@@ -354,16 +411,37 @@ class DataBuffer:
         if not store.writable and store.moved():
             if self._where is None:
                 raise ModeError("the buffer in memory was resized; send it to this process again")
-            self._store = self._open_store()
-            store.close()
-            store = self._store
-            self.max_size = self._file_size(store.table)
+            store = self._follow(store)
         return store
+
+    def _follow(self, store: Any) -> Any:
+        """A reader whose file was replaced goes on with the new one: the same buffer, or another one of the class, with its parameters.
+
+        Raises MismatchError for one of another class.
+        """
+        fresh = self._open_store()
+        table: Table = fresh.table
+        if table.kind != self.kind:
+            fresh.close()
+            raise MismatchError(
+                f"{self.path} was replaced by a {table.kind}, but this reader is a {self.kind}; open it again with leanreplay.open(path)"
+            )
+        self._store, self.max_size = fresh, self._file_size(table)
+        if table.uuid != self._uuid:
+            self._draw_keys, self._policy_at = {}, -1
+            self._set_counts(0, self._copies)
+            self._take_from_file()
+            self._adopt(None)
+        store.close()
+        return fresh
 
     def _end_replacing(self) -> None:
         """After an exception within `resize` and the like: what stands under the name counts, old or new."""
         if self._where is not None and self._exists():
-            old, self._store = self._store, self._open_store()
+            old = self._store
+            if old is not None:
+                old.unguard()  # the file may be the same
+            self._store = self._open_store()
             if old is not None:
                 old.close()
             table: Table = self._store.table
@@ -1050,13 +1128,12 @@ class DataBuffer:
             if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
                 new.commit(store.seen, state, log=log)
 
-        if self._where is not None:
-            system.remove_temporaries(self._where)
+        store.stay()
+        if self._lock_fd is not None:
+            system.remove_temporaries(str(self._where))
         self._replacing = True
-        heir = store if keep_points else None
-        created = Store.create(
-            self._where, table, pieces, replace=True, durable=self._durable, points=self._points, fill=fill, heir_of=heir
-        )
+        heir_of = store if keep_points else None
+        created = Store.create(self._where, table, pieces, replace=True, fill=fill, heir_of=heir_of, **self._options)
         self._store, self.max_size, self._max_size = created, size, size
         if keep_points:
             store.give_away_points()
@@ -1143,15 +1220,22 @@ class DataBuffer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Copy the whole buffer into a folder, made if missing; shares disk blocks where the file system can.
 
-        A copy that stood there is replaced at once, when the new one is complete.
+        A copy that stood there is replaced at once, when the new one is complete. Raises LockedError if somebody writes to that.
         """
         with self._lock:
             store = self._require()
             if store is None:
                 raise ModeError("the buffer is empty: there is nothing to save before its first batch")
             folder = system.checked_path(folder, "folder")
-            with system.storage_errors(f"saving to {folder}"):
+            with system.storage_errors(f"saving to {folder}"), contextlib.ExitStack() as held:
                 system.make_folders(folder)
+                for copy, name in self._saved_in(folder):
+                    if os.path.realpath(copy) == self._where:
+                        raise ArgumentError(f"save to another folder: {copy} is this buffer itself")
+                    try:
+                        held.enter_context(system.replacing(copy, name))
+                    except LockedError as error:
+                        raise self._locked(error, copy) from None
                 state = {
                     "format": 1,
                     "kind": self.kind,
@@ -1167,15 +1251,18 @@ class DataBuffer:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-                os.replace(temp, os.path.join(folder, "state.json"))
+                system.publish(temp, os.path.join(folder, "state.json"), replace=True)
                 system.sync_folder(os.path.join(folder, "state.json"))
                 self._remove_older(folder, state)
+
+    def _saved_in(self, folder: str) -> list[tuple[str, str]]:
+        """Of each copy that a save into a folder replaces: the file that its writer locks, and the name of his other lock."""
+        path = os.path.join(folder, "buffer.h5")
+        return [(path, path)]
 
     def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
         """Make the copy; what state.json, written afterwards, needs to say of it."""
         path = os.path.join(folder, "buffer.h5")
-        if os.path.realpath(path) == self._where:
-            raise ArgumentError(f"save to another folder: {path} is this buffer itself")
         _copy_store(store, path, replace=True, model=store.status)
         return {}
 
@@ -1189,9 +1276,11 @@ class DataBuffer:
         """
         with self._lock:
             store = self._require_writable()
+            if store is not None:
+                store.stay()
             folder = system.checked_path(folder, "folder")
             try:
-                with open(os.path.join(folder, "state.json"), encoding="utf-8") as file:
+                with open(system.open_own(os.path.join(folder, "state.json"), system.OPEN_READ), encoding="utf-8") as file:
                     state = json.load(file)
                 counts = _counts(state)
             except FileNotFoundError:
@@ -1233,8 +1322,8 @@ class DataBuffer:
                 created = Store(None, fd, saved.table, True, self._durable, self._points)
                 created.recover()
             else:
-                _copy_store(saved, self._where, replace=True)
-                created = Store.open(self._where, writable=True, durable=self._durable, points=self._points, name=self._where)
+                guard = _copy_store(saved, self._where, replace=True, guard=self._locking)
+                created = Store.open(self._where, writable=True, name=self._where, **self._options | {"guard": guard or False})
                 created.drop_points()
         finally:
             saved.close()
@@ -1372,7 +1461,7 @@ class Reach:
 
 
 def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:
-    """Open an existing buffer with the class that its file names. options: as for `DataBuffer`.
+    """Open an existing buffer with the class that its file names. options: as for `DataBuffer`. mode "a" is "r+": it creates nothing.
 
     A class of your own must have been imported before.
 
@@ -1389,7 +1478,12 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
         raise ArgumentError(
             f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})"
         )
-    where = system.checked_path(path)
+    where = os.path.realpath(system.checked_path(path))
+    if mode == "a" and not os.path.lexists(where):
+        raise MissingError(
+            f"{path} does not exist, and leanreplay.open cannot tell what to create; "
+            f"create it with its class, for instance ReservoirBuffer(n, path, mode='a')"
+        )
     kind = "InfiniteBuffer" if os.path.isdir(where) else read_table(where).kind
     if kind not in _KINDS:
         raise MismatchError(f"{where} is a {kind}; import the module that defines this class first. Known here: {sorted(_KINDS)}")
@@ -1471,7 +1565,7 @@ def _is_left_over(path: str | None, identity: str) -> bool:
     return same
 
 
-def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | None = None) -> None:
+def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | None = None, guard: bool = False) -> system.Guard | None:
     """Copy a store's file so that it appears whole under another name, with the mode of `model`, what stands there, or the store."""
     model = model or system.status(path) or store.status
     for _ in range(100):
@@ -1485,9 +1579,10 @@ def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | No
                 os.close(fd)
             store.ready()
             if store.writable or (store.sequence == before and not store.pending()):
+                held = system.Guard(temp) if guard else None  # before it appears
                 system.publish(temp, path, replace)
                 system.sync_folder(path)
-                return
+                return held
             os.unlink(temp)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -50,6 +50,13 @@ class Parts:
     def writable(self) -> bool:
         return self.stores[0].writable
 
+    def stay(self) -> None:
+        for store in self.stores:
+            store.stay()
+
+    def unguard(self) -> None:
+        self.stores[0].unguard()
+
     @property
     def status(self) -> os.stat_result | None:
         return self.stores[0].status
@@ -185,11 +192,14 @@ class Parts:
         if rows.shape[0] and rows[0] // self.rows == len(self.stores):
             make = self._make()
             assert make is not None
+            self.stores[-1].stay()  # else the new part could come into another buffer's folder
             store = make(len(self.stores), self.table)
             self.stores[-1].release()
             self.stores.append(store)
         last = self.stores[-1] if rows.shape[0] else None
         moving = None
+        if moved is not None:
+            self.stay()
         for store, where, local in self._split(moved.rows) if moved is not None else []:
             there = Moved(local, {f: (flat, samples[where]) for f, (flat, samples) in moved.sources.items()})  # type: ignore[union-attr]
             if store is last:
@@ -218,10 +228,12 @@ class Parts:
         return ",".join(s.mark_name() for s in self.stores)
 
     def mark(self) -> str:
+        self.stay()
         return ",".join(s.mark() for s in self.stores)
 
     def rollback(self, state: str, seen: int) -> None:
         """Later parts go, the last first, then the others go back: cut off anywhere, it holds the first `seen` samples all the same."""
+        self.stay()
         names = state.split(",") if state != empty_state() else [state]
         if len(names) > len(self.stores):
             raise StateError(f"the buffer has seen {self.seen} samples, the state {seen}: it is {seen - self.seen} behind it")
@@ -326,28 +338,34 @@ def open_part(path: str, number: int, first: Store | None, **options: Any) -> St
     return store
 
 
-def finish_loading(folder: str) -> None:
-    """Move the parts of a copy that `load` made complete into place. Cut off anywhere, it can simply run again."""
-    fresh = os.path.join(folder, _LOADING)
+def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
+    """Move the parts of a copy that `load` made complete into place. Cut off anywhere, it can simply run again.
+
+    guard: lock the first part itself, before it appears. Returns that lock.
+    """
+    fresh, held = os.path.join(folder, _LOADING), None
     if not is_loading(folder):
-        return
+        return None
     try:
         with open(os.path.join(fresh, "count"), encoding="ascii") as file:
             count = int(file.read())
     except (OSError, ValueError):
         shutil.rmtree(fresh, ignore_errors=True)  # emptied already
-        return
+        return None
     for number in range(count):
         path = part_path(fresh, number)
         if os.path.exists(path):
             remove_points(part_path(folder, number))
-            os.replace(path, part_path(folder, number))
+            if guard and number == 0:
+                held = system.Guard(path)
+            system.publish(path, part_path(folder, number), replace=True)
     for number in reversed(range(count, parts_there(folder))):
         remove_points(part_path(folder, number))
         os.unlink(part_path(folder, number))
     system.sync_folder(part_path(folder, 0))
     os.unlink(os.path.join(fresh, "count"))
     shutil.rmtree(fresh, ignore_errors=True)
+    return held
 
 
 class InfiniteBuffer(DataBuffer):
@@ -385,8 +403,8 @@ class InfiniteBuffer(DataBuffer):
             with system.storage_errors(f"opening {self.path} for writing"):
                 if mode != "r+":
                     system.make_folders(where)
-                if os.path.isdir(where):
-                    self._lock_fd = system.lock(os.path.join(where, "parts"))
+                if os.path.isdir(where) and self._locking:
+                    self._lock_fd = system.lock(os.path.join(where, "parts"), system.status(part_path(where, 0)))
         if where is not None and os.path.lexists(where) and not os.path.isdir(where):
             raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
         parts = where is not None and os.path.isdir(where) and (is_loading(where) or parts_there(where) > 0)
@@ -394,7 +412,10 @@ class InfiniteBuffer(DataBuffer):
             raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")
         if mode in ("r", "r+") and not parts:
             raise MissingError(f"{self.path} holds no buffer; create one with mode='x' or 'a'")
-        if parts and mode != "w":
+        if parts and mode == "w":
+            with self._replacing_file():
+                pass
+        elif parts:
             self._store = self._open_store()
             self._adopt(schema)
             return
@@ -403,6 +424,9 @@ class InfiniteBuffer(DataBuffer):
         self.max_size = None  # type: ignore[assignment]
         if schema is not None:
             self._create(schema)
+
+    def _file(self) -> str | None:
+        return None if self._where is None else part_path(self._where, 0)
 
     def _exists(self) -> bool:
         return self._where is not None and os.path.exists(part_path(self._where, 0))
@@ -425,8 +449,9 @@ class InfiniteBuffer(DataBuffer):
         where = self._where
         assert where is not None
         writable = self._mode != "r"
+        guard: system.Guard | bool = writable and self._locking
         if writable:
-            finish_loading(where)
+            guard = finish_loading(where, bool(guard)) or guard
         else:
             deadline = time.monotonic() + 1.0
             while is_loading(where) and os.path.exists(os.path.join(where, _LOADING, "count")):
@@ -438,7 +463,8 @@ class InfiniteBuffer(DataBuffer):
             there = parts_there(where)
             while len(stores) < there:
                 path, first = part_path(where, len(stores)), stores[0] if stores else None
-                stores.append(open_part(path, len(stores), first, writable=writable, durable=self._durable, points=self._points))
+                options = self._options | {"guard": first is None and guard}
+                stores.append(open_part(path, len(stores), first, writable=writable, **options))
                 if not writable or len(stores) < there:
                     stores[-1].release()
             if not stores:
@@ -471,7 +497,8 @@ class InfiniteBuffer(DataBuffer):
         ours = not os.path.islink(path) and _is_left_over(path, self._uuid)
         if os.path.lexists(path) and not ours:
             raise FormatError(f"{path} is where the next part goes, and it is none of this buffer; move it away, nothing was changed")
-        system.remove_temporaries(path)
+        if self._lock_fd is not None:
+            system.remove_temporaries(path)
         return self._new_store(path, table, pieces, ours, model)
 
     def _create(self, schema: Schema) -> None:
@@ -481,7 +508,8 @@ class InfiniteBuffer(DataBuffer):
         marked, self._marked = self._marked, False  # a point would have the name of a file that moves
         try:
             model = system.status(part_path(self._where, 0))
-            self._replace_parts(1, lambda folder: self._new_part(0, schema, folder, model).close())
+            with self._replacing_file():
+                self._replace_parts(1, lambda folder: self._new_part(0, schema, folder, model).close())
         finally:
             self._marked = marked
         if marked:
@@ -525,6 +553,10 @@ class InfiniteBuffer(DataBuffer):
 
     def _rewrite(self, *_: Any) -> None:
         raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
+
+    def _saved_in(self, folder: str) -> list[tuple[str, str]]:
+        found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
+        return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found]
 
     def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
         """Into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""

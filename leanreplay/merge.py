@@ -120,6 +120,7 @@ def merge(
     mode: str = "x",
     max_size: int | None = None,
     stream: int | None = None,
+    lock: bool = True,
 ) -> DataBuffer:
     """One buffer that holds exactly the samples that one buffer over all the inputs' streams would hold; open, of the inputs' class.
 
@@ -134,6 +135,7 @@ def merge(
     max_size: rows of the result; None: those of the smallest input. More than an input had that dropped samples cannot be filled
         (the capacity rule), which a CapacityWarning says: the result is then a sample of fewer rows.
     stream: number of the stream that the result is fed with afterwards; None: the smallest that is not among the inputs'.
+    lock: as for a buffer, of the result.
 
     `seen` of the result is the sum. Which streams went in is kept in the file, so that it can be merged again.
 
@@ -169,7 +171,8 @@ def merge(
         size = integer("max_size", max_size, 1, 2**40) or min(i.table.max_size for i in inputs)
         number = _free_stream(inputs, stream)
         table = inputs[0].table
-        made = kind(size, path, seed=table.seed, stream=number, mode=mode, **{k: v for k, v in inputs[0].params.items() if v is not None})
+        params = {k: v for k, v in inputs[0].params.items() if v is not None}
+        made = kind(size, path, seed=table.seed, stream=number, mode=mode, lock=lock, **params)
         try:
             _fill(made, inputs, size, number)
         except BaseException:
@@ -191,7 +194,7 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
         name = system.checked_path(given, f"input {number}")
         if os.path.isdir(name):
             raise _refused([name], "InfiniteBuffer", AppendPolicy)
-        store = Store.open(name, writable=False, name=os.path.abspath(name))
+        store = Store.open(os.path.realpath(name), writable=False, name=os.path.abspath(name))
         stack.callback(store.close)
     deadline = time.monotonic() + _PATIENCE
     while not store.writable and store.pending():
@@ -322,9 +325,10 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
             if not places.shape[0] or union.log.shape[0]:
                 new.commit(seen, union.state, log=union.log)
 
-    if made._where is not None:
-        system.remove_temporaries(made._where)
-    made._store = Store.create(made._where, table, pieces, replace=made.mode == "w", fill=fill)
+    if made._lock_fd is not None:
+        system.remove_temporaries(str(made._where))
+    with made._replacing_file() if made.mode == "w" else contextlib.nullcontext():
+        made._store = Store.create(made._where, table, pieces, replace=made.mode == "w", fill=fill, guard=made._locking)
     made._take_from_file()
     made._adopt(None)
 

@@ -26,7 +26,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from . import system
 from .create import hash_structure
-from .errors import CorruptionError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
+from .errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError
 from .format import (
     BUCKETS,
     H_DIGESTS,
@@ -71,6 +71,8 @@ NO_ROWS: Ints = np.zeros(0, np.int64)
 NO_LOG: Ints = np.zeros((0, 2), np.int64)
 _AHEAD = 4 << 20  # bytes to fault in ahead of the rows being filled
 _PATIENCE = 1.0  # seconds that a reader waits for a commit to end
+_LOOK = 2e-4  # seconds from one look at the name of the file that is written to until the next one, unless the file itself says more
+_NEVER = float("inf")
 _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
 _NO_LIMIT = 2**40
 _CHUNK = 4096
@@ -106,22 +108,21 @@ class Problem:
         return f"{self.what}: rows {shown}" if self.rows else self.what
 
 
-def _open_file(path: str, writable: bool) -> tuple[int, Table]:
-    """A descriptor of a buffer's file, and its table."""
+def _open_file(path: str, writable: bool, follow: bool = False) -> tuple[int, Table]:
+    """A descriptor of a buffer's file, and its table. follow: it is a link, to shared memory."""
+    flags = system.OPEN_WRITE if writable else system.OPEN_READ
     try:
-        fd = os.open(path, system.OPEN_WRITE if writable else system.OPEN_READ)
+        fd = os.open(path, flags & ~system.NOFOLLOW) if follow else system.open_own(path, flags)
     except FileNotFoundError:
         raise MissingError(f"{path} does not exist; create it with mode='x' or 'a'") from None
-    except IsADirectoryError:
-        raise FormatError(f"{path}: a folder; InfiniteBuffer keeps its parts in one") from None
     except OSError as error:
         with system.storage_errors(f"opening {path}"):
             raise error
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{path}: no regular file (a folder, a pipe or a device); leanreplay opens only files that it created")
-        return fd, decode(lambda at, n: system.read_at(fd, n, at), status.st_size, path)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{path}: no regular file")
+        return fd, decode(lambda at, n: system.read_at(fd, n, at), found.st_size, path)
     except BaseException:
         os.close(fd)
         raise
@@ -140,7 +141,10 @@ class Store:
     def __init__(self, path: str | None, fd: int, table: Table, writable: bool, durable: bool, points: int) -> None:
         self.path, self.table, self.writable, self.durable = path, table, writable, durable
         self._fd = fd
-        self._inode = os.fstat(fd).st_ino
+        self._guard: system.Guard | None = None
+        self._stood = os.fstat(fd)  # when the file was last seen under its name
+        self._look = _NEVER  # when to look again, at the latest; only a writer's file that has its name must stay under it
+        self._inode = self._stood.st_ino
         self._map: mmap.mmap | None = system.map_file(fd, table.file_size, writable)
         self._mem: Bytes = np.frombuffer(self._map, np.uint8)
         self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
@@ -206,12 +210,14 @@ class Store:
         fill: Any = None,
         heir_of: Store | None = None,
         model: os.stat_result | None = None,
+        guard: bool = False,
     ) -> Store:
         """Make a file, complete before it appears under its name, and open it for writing.
 
         fill: called with the store before it appears; the rows that it commits are there from the beginning.
         heir_of: a store of the same state, whose restore points go on with the new file.
         model: whose mode and owner it gets; by default those of the file that it replaces.
+        guard: lock the file itself, before it appears.
         """
         with system.storage_errors(f"creating {path or 'a buffer in memory'} of {table.file_size} bytes"):
             fd, temp = (system.memory_file("leanreplay", table.file_size), "") if path is None else system.temporary(path, model)
@@ -243,7 +249,9 @@ class Store:
                         heir_of._log.close_tail(int(heir_of.head[H_STATE]))
                 if path is not None:
                     os.fsync(fd)
+                    store._guard = system.Guard(temp) if guard else None
                     system.publish(temp, path, replace)
+                    store._look = 0.0
                     system.sync_folder(path)
                     if heir_of is None:
                         store._log.clear()
@@ -269,19 +277,28 @@ class Store:
         self._settled = self._checked = True
 
     @staticmethod
-    def open(path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None) -> Store:
+    def open(
+        path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, guard: system.Guard | bool = False
+    ) -> Store:
         """Map an existing file. For writing, what a killed writer left is undone.
 
         name: the path that the store goes by; None where `path` is a descriptor of shared memory.
+        guard: lock the file itself; or the lock that this process has already.
         """
-        fd, table = _open_file(path, writable)
+        fd, table = _open_file(path, writable, follow=name is None)
         store = None
         try:
+            with system.storage_errors(f"opening {path} for writing"):
+                held = guard if isinstance(guard, system.Guard) else system.Guard(path) if guard and writable else None
+            if held is not None and held.fd >= 0 and not os.path.samestat(os.fstat(held.fd), os.fstat(fd)):
+                raise LockedError(f"{path} was replaced while it was being opened; open it again")
             if writable:
                 with system.storage_errors(f"opening {path} for writing"):
                     system.allocate(fd, table.file_size)  # a copy may have left holes
             store = Store(name, fd, table, writable, durable, points)
+            store._guard = held
             if writable:
+                store._look = 0.0
                 store.recover()
             else:
                 store.refresh()
@@ -292,6 +309,11 @@ class Store:
             else:
                 os.close(fd)
             raise
+
+    def unguard(self) -> None:
+        """End the lock of the file itself."""
+        if self._guard is not None:
+            self._guard.close()
 
     def close(self) -> None:
         """Unmap and close. Restore points in memory are lost."""
@@ -307,6 +329,7 @@ class Store:
             view.close()
         if self._fd >= 0:
             os.close(self._fd)
+        self.unguard()
         _STORES.discard(self)
 
     def release(self) -> None:
@@ -336,7 +359,7 @@ class Store:
 
     def copy_to(self, fd: int) -> None:
         """Copy all bytes to another file, and what HDF5 tools have added behind them, which its superblock counts."""
-        if self.path is None:
+        if self.path is None or (self._fd < 0 and not self.stands()):
             system.write_all(fd, self._view, 0)
             return
         with self.file() as source:
@@ -353,6 +376,7 @@ class Store:
         self.writable = False
         self._now = self.head.data  # another thread may have been within `_take_over`
         self._log.forget()
+        self.unguard()
 
     @property
     def link(self) -> str:
@@ -364,7 +388,10 @@ class Store:
     @property
     def status(self) -> os.stat_result | None:
         """Mode and owner for other files of the same buffer; None in memory."""
-        return None if self.path is None else os.fstat(self._fd) if self._fd >= 0 else system.status(self.path)
+        if self.path is None:
+            return None
+        found = os.fstat(self._fd) if self._fd >= 0 else system.status(self.path)
+        return found if found is not None and found.st_ino == self._inode else self._stood
 
     def _inode_there(self) -> int | None:
         """Inode of what stands under the name now; None if nothing does, or if there is no name."""
@@ -380,6 +407,33 @@ class Store:
         if self.path is None:
             return int(self.head[H_TARGET]) == _GONE
         return self._inode_there() not in (None, self._inode)
+
+    def stay(self) -> None:
+        """For a writer: raise MissingError if its file stands under its name no more.
+
+        The descriptor says most of it, at a third of the cost: a name that comes or goes changes the time of the file's last change. The
+        name itself is looked up when that happened, and some time after the last look, for then a folder above may have another name.
+        """
+        if self._look is _NEVER:
+            return
+        now, found = time.perf_counter(), self._stood
+        if now < self._look and self._fd >= 0:
+            found = os.fstat(self._fd)
+            if found.st_ctime_ns == self._stood.st_ctime_ns and found.st_nlink == self._stood.st_nlink:
+                return
+        assert self.path is not None
+        try:
+            there = os.stat(self.path)
+            stands = there.st_ino == self._inode or (self._fd >= 0 and os.path.samestat(there, os.fstat(self._fd)))
+        except OSError:
+            stands = False
+        if not stands:
+            raise MissingError(
+                f"{self.path}: the file that this buffer writes to stands there no more: it was removed or renamed, or another one took "
+                f"its place; nothing was written. All that was added before (seen={self.seen}) is still in this buffer while it is open: "
+                "save(folder) keeps it; or give the file its name back"
+            )
+        self._stood, self._look = found, now + _LOOK
 
     def stands(self) -> bool:
         """Whether this very file still stands under its name."""
@@ -951,6 +1005,7 @@ class Store:
 
         after: samples seen when the commit was planned. From here on a signal handler can change nothing; until here it could.
         """
+        self.stay()
         self._settled = False
         now, coming = self._now, self._next
         if self._map is None or (after is not None and now[H_SEEN] != after):
@@ -1108,6 +1163,7 @@ class Store:
 
     def _attach(self) -> None:
         if not self._attached:
+            self.stay()  # undo files that stand there are not this file's otherwise
             self._log.attach(self.head)
             self._attached = True
 
@@ -1123,6 +1179,7 @@ class Store:
 
     def mark(self) -> str:
         """Make a restore point of the present state; its name."""
+        self.stay()
         self._attach()
         self._stamp += 1  # before the mark: an exception in between must not leave rows that count as kept
         if self._log.mark(self.head):
@@ -1150,6 +1207,12 @@ class Store:
                 f"{where} has seen {self.seen} samples, the state {seen}: the buffer is {seen - self.seen} behind it; "
                 "load a copy of that age, or an older state"
             )
+        if target is None and self.path is not None and not self._log.segments:
+            raise StateError(
+                f"{where} has seen {self.seen} samples, the state {seen}, and no file {where}.undo.* stands beside it, which would lead "
+                "back: the buffer was copied or moved without them, or they ended with resize, load or a new field; bring them here from "
+                "where it stood, load a copy made with save(), or go on from here: add(batch, at=position) skips what the buffer holds"
+            )
         if target is None:
             ahead = self.seen - seen
             raise StateError(
@@ -1164,6 +1227,7 @@ class Store:
 
     def rollback(self, state: str, seen: int) -> None:
         """Go back to a state that `mark` named. Raises StateError, the buffer unchanged, where that is impossible."""
+        self.stay()
         found = self.find_point(state, seen)
         if found is None:
             return

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import stat
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArgumentError, ExistsError, LeanReplayError, LockedError, StorageError
+from .errors import ArgumentError, ExistsError, FormatError, LeanReplayError, LockedError, StorageError
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; not named by Python's mmap module before 3.13
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
@@ -32,7 +33,9 @@ LINUX = sys.platform == "linux"
 HUGE_PAGE = 2 << 20
 _ZEROS = bytes(2 * HUGE_PAGE)
 # O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
-_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+# O_NOFOLLOW: paths that users give are resolved before; a link under a name of ours is not ours.
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | NOFOLLOW
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 OPEN_WRITE = os.O_RDWR | _COMMON
 OPEN_READ = os.O_RDONLY | _COMMON
@@ -266,6 +269,27 @@ def status(path: str) -> os.stat_result | None:
         return None
 
 
+def refuse_alien(path: str) -> None:
+    """Raise FormatError for anything but a regular file under a name of ours: it is not followed, changed or removed."""
+    found = status(path)
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        what = next((name for is_it, name in _ALIENS if is_it(found.st_mode)), "a device")
+        raise FormatError(f"{path}: no regular file but {what}, which leanreplay did not make; move it away, or use another path")
+
+
+_ALIENS = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def open_own(path: str, flags: int) -> int:
+    """Open a file that stands under a name of ours. Raises FormatError for anything but a regular file, and does not touch that."""
+    refuse_alien(path)
+    fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # it has just come
+        os.close(fd)
+        refuse_alien(path)
+    return fd
+
+
 def create(path: str, model: os.stat_result | None) -> int:
     """Make a file, with mode and owner of another one, if given: who may not read that one cannot read this one at any moment."""
     fd = os.open(path, OPEN_NEW, 0o666 if model is None else 0o600)
@@ -303,6 +327,7 @@ def remove_temporaries(path: str) -> None:
 def publish(temp: str, path: str, replace: bool) -> None:
     """Give a complete file its name. Without `replace` an existing one is refused, atomically: of two creators one wins."""
     if replace:
+        refuse_alien(path)
         os.replace(temp, path)
     else:
         try:
@@ -322,10 +347,35 @@ def publish(temp: str, path: str, replace: bool) -> None:
         os.unlink(temp)
 
 
-def lock(path: str) -> int:
-    """Take the writer's lock: a descriptor of `path`.lock, a file that is never removed. Raises LockedError if taken."""
+def lock(path: str, model: os.stat_result | None = None) -> int:
+    """Take the writer's lock of a name: a descriptor of `path`.lock, a file that is never removed. Raises LockedError if taken.
+
+    model: mode and owner of the lock file, if it has to be made.
+    """
     name = path + ".lock"
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | _COMMON, 0o666)
+    try:
+        fd = open_own(name, OPEN_WRITE)
+    except FileNotFoundError:
+        try:
+            fd = create(name, model)
+        except FileExistsError:  # another writer was faster
+            fd = open_own(name, OPEN_WRITE)
+    try:
+        if os.fstat(fd).st_size:
+            raise FormatError(f"{name} is no lock file of leanreplay: it holds something; move it away, or use another path")
+        if not _flock(fd, path, f"lock file {name}"):
+            raise StorageError(
+                errno.ENOLCK,
+                f"{path}: this file system has no locks; give lock=False to go on without, and see to it that there is one writer",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _flock(fd: int, path: str, what: str, shared: bool = False) -> bool:
+    """Lock a descriptor; False where there are no locks. Raises LockedError if it is taken. shared: only keep writers away."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -334,15 +384,84 @@ def lock(path: str) -> int:
         else:
             import fcntl
 
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        return True
     except OSError as error:
-        os.close(fd)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise LockedError(
-                f"{path} is open for writing elsewhere (lock file {name}); close that writer, or read with mode='r'"
-            ) from None
-        raise
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        return _no_lock(error, path, what)
+
+
+def _no_lock(error: OSError, path: str, what: str) -> bool:
+    """False for an error that says that there are no locks here; LockedError for one that says that it is taken."""
+    if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+        raise LockedError(f"{path} is open for writing elsewhere ({what}); close that writer, or read with mode='r'") from None
+    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+        return False
+    raise error
+
+
+class Guard:
+    """The writer's lock of a file itself, whatever names it has; it ends when this is closed or forgotten.
+
+    It belongs to an open file description of its own (Linux), so a forked child ends its share by closing that, and no other close in
+    this process does. It lies on a byte far beyond the end, where HDF5's flock does not see it. Where there are no such locks it keeps
+    nobody out.
+    """
+
+    def __init__(self, path: str, shared: bool = False) -> None:
+        """Raises LockedError if the file has a writer. shared: only keep writers away."""
+        self.fd = -1
+        self.fd = open_own(path, OPEN_READ if shared else OPEN_WRITE)
+        try:
+            if not self._lock(path, shared):
+                self.close()
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self, path: str, shared: bool) -> bool:
+        if not LINUX or sys.maxsize < 2**32:
+            return False
+        import fcntl
+
+        kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 2**62, 1, 0))
+        except OSError as error:
+            return _no_lock(error, path, "by another name, or its lock file was removed")
+        if not shared:  # a network file system may take both kinds of locks for one, and HDF5's readers come first
+            other = os.open(path, OPEN_READ)
+            try:
+                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            finally:
+                os.close(other)
+        return True
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        try:  # noqa: SIM105 - when the interpreter ends, contextlib may be empty already, and os too
+            self.close()
+        except Exception:
+            pass
+
+
+@contextlib.contextmanager
+def replacing(path: str, name: str | None) -> Iterator[None]:
+    """While a file is replaced that may be another buffer's: keep writers away from it. Raises LockedError if it has one.
+
+    name: look at this name's lock too, if there is one.
+    """
+    refuse_alien(path)
+    with contextlib.ExitStack() as held:
+        if name is not None and os.path.lexists(name + ".lock"):
+            fd = open_own(name + ".lock", OPEN_READ)
+            held.callback(os.close, fd)
+            _flock(fd, path, f"lock file {name}.lock", shared=True)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            held.callback(Guard(path, shared=True).close)
+        yield

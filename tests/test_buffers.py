@@ -420,7 +420,7 @@ def test_modes(kind: str, tmp_path: Path) -> None:
             feed(buffer, 30, 31)
     with make(path, mode="a") as buffer:
         assert buffer.seen == 30
-        with pytest.raises(LockedError, match="open for writing elsewhere"):
+        with pytest.raises(LockedError, match="in this very process"):
             make(path, mode="a")
         with make(path, mode="r") as reader:
             feed(buffer, 30, 33)

@@ -227,8 +227,8 @@ def test_a_load_cut_off_anywhere_is_old_or_new(tmp_path: Path, monkeypatch: pyte
     with contextlib.suppress(Cut):
         buffer.load(tmp_path / "copy")
     monkeypatch.undo()
-    os.close(buffer._lock_fd)  # as a kill would
-    buffer._lock_fd = None
+    buffer._unlock()  # as a kill would
+    buffer._store.unguard()
     try:
         with leanreplay.open(tmp_path / "b") as reader:
             assert values(reader) in (list(range(18)), loaded)

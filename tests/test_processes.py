@@ -122,7 +122,7 @@ def test_second_writer_is_refused(kind: str, mode: str, path: str) -> None:
 
     with KINDS[kind](path) as buffer:
         feed(buffer, 30)
-        assert "open for writing elsewhere" in second()
+        assert f"in this very process, by the {type(buffer).__name__} at {id(buffer):#x}" in second()
         assert "open for writing elsewhere" in result(*child(second))
         with leanreplay.open(path) as reader:
             assert_whole(reader.sample(5))
