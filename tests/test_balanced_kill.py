@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import mmap
 import os
 import random
 import signal
@@ -785,17 +786,19 @@ def test_readers_of_a_busy_writer(tmp_path: Any) -> None:
     with KINDS["class"](path) as buffer:
         feed("class", buffer, 0, 40)
     wanted("class", 2000)
+    found = mmap.mmap(-1, 1)  # how many states the reader has met
 
     def work(pipe: int) -> None:
         batches = [stream("class", p, p + 7) for p in range(40, 2000, 7)]
         with KINDS["class"](path, mode="r+") as buffer:
             os.write(pipe, b".")
-            for batch in batches:
+            for i, batch in enumerate(batches):
                 buffer.add(**batch)
-                time.sleep(0.0005)
+                while i % 40 == 0 and found[0] <= i // 40:  # it meets one in each of seven stretches, however slow it is
+                    time.sleep(0.0005)
         os.write(pipe, b"end")
 
-    pid, read = child(work)
+    pid, read = child(work, 300)
     assert os.read(read, 1) == b"."
     states = set()
     try:
@@ -807,7 +810,9 @@ def test_readers_of_a_busy_writer(tmp_path: Any) -> None:
                 fitting = [n for n in range(before, after + 1) if {g: len(r) for g, r in wanted("class", n)[1].items()} == sizes]
                 assert fitting, (before, after)
                 states.add(before)
+                found[0] = min(len(states), 255)
     finally:
+        found[0] = 255
         outcome(pid, read)
     assert len(states) > 5
 

@@ -53,7 +53,7 @@ from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernels")
-PATIENCE = 30  # seconds: no test waits so long unless it is wrong
+PATIENCE = 120  # seconds: no test waits so long unless it is wrong
 SIZE = 6  # samples in a batch
 
 KINDS = {
@@ -1144,7 +1144,7 @@ def test_fork_at_any_moment(tmp_path):
         for _ in range(25):
             take(loader, rng.randrange(4))
             time.sleep(rng.random() * 0.001)
-            assert result(*child(draw, 20)) == 3 * SIZE
+            assert result(*child(draw)) == 3 * SIZE
 
 
 @needs_fork
@@ -1162,8 +1162,9 @@ def test_beside_data_loader_workers():
 
 
 @pytest.mark.parametrize("kind", ["window", "infinite"])
-def test_reader_beside_a_writer(kind, tmp_path):
+def test_reader_beside_a_writer(kind, tmp_path, monkeypatch):
     """A loader of a reader: samples are whole and distinct while another process adds, rolls back and resizes, and new ones come."""
+    monkeypatch.setattr(leanreplay.store, "_PATIENCE", PATIENCE / 2)  # on a busy machine a writer may stand still for long
     writer = script(
         """
         kind, path = sys.argv[1:]
@@ -1173,9 +1174,8 @@ def test_reader_beside_a_writer(kind, tmp_path):
             buffer = leanreplay.InfiniteBuffer(path, rows_per_part=200)
         feed(buffer, 60)
         print("there", flush=True)
-        end = time.monotonic() + 120
-        i = 0
-        while time.monotonic() < end:
+        i, parent = 0, os.getppid()
+        while os.getppid() == parent:  # until it is killed, or left alone
             i += 1
             if i % 50 == 1:
                 state = buffer.state_dict()
@@ -1195,14 +1195,14 @@ def test_reader_beside_a_writer(kind, tmp_path):
         with leanreplay.open(tmp_path / "b") as buffer:
             for balance in (None, "class"):
                 with ReplayLoader(buffer, SIZE, prefetch=4, balance=balance) as loader:
-                    seen = set()
-                    for _ in range(400):
+                    seen, batches = set(), 0
+                    while batches < 400 or len(seen) <= 100:
+                        batches += 1
                         (x, y), meta = next(loader)
                         p = meta["position"]
                         assert (x == p[:, None]).all() and torch.equal(y, p % 5) and torch.equal(meta["z"], p + 0.5)
                         assert balance or len(set(p.tolist())) == SIZE
                         seen |= set(p.tolist())
-                    assert len(seen) > 100
     finally:
         writer.kill()
         writer.communicate(PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import pickle
 import random
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ from leanreplay.kernels import rows as kernel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-SECONDS = times(6, 30)  # that a writer and two readers run: in every fifth of a second all at once for a while, then all rest
+READS = times(400, 4000)  # of each of two readers beside a writer, at least
+LIMIT = 300  # seconds until a process that hangs is ended
 FORKS = times(10, 30)  # per place, while a thread is busy
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path, **o: ReservoirBuffer(60, path, seed=1, **o),
@@ -91,13 +93,17 @@ def compiled() -> None:
             buffer.group_sizes()
 
 
-def until(ends: float) -> Iterator[None]:
-    """Turns of a loop that runs until then, in the same quarters of the time in every process."""
-    while (now := time.monotonic()) < ends:
-        if now % 0.2 < 0.05:
-            yield
-        else:
-            time.sleep(0.2 - now % 0.2)
+class Flag:
+    """Set in one process, and seen in all that were forked since it was made."""
+
+    def __init__(self) -> None:
+        self._there = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._there[0] = 1
+
+    def __bool__(self) -> bool:
+        return self._there[0] != 0
 
 
 @pytest.fixture
@@ -361,15 +367,17 @@ def test_fork_while_a_thread_is_busy(ram: bool, path: str) -> None:
 
 
 def test_a_writer_and_two_readers(path: str) -> None:
-    """For 30 seconds no reader gets a torn row, and both see the writer's progress."""
-    ends = time.monotonic() + SECONDS
+    """However often they read, no reader gets a torn row, and both see the writer's progress."""
+    ended = Flag()
 
     def write(pipe: int) -> int:
         rng = random.Random(0)
         with SlidingWindowBuffer(60, path, seed=1) as buffer:
             feed(buffer, 60)
             os.write(pipe, b" ")
-            for n, _ in enumerate(until(ends)):
+            n = -1
+            while not ended or buffer.seen <= 1000:
+                n += 1
                 feed(buffer, buffer.seen + rng.randint(1, 60), 60)
                 if n % 50 == 49:
                     state = buffer.state_dict()
@@ -384,9 +392,10 @@ def test_a_writer_and_two_readers(path: str) -> None:
 
     def read_on(number: int) -> Callable[[int], list[int]]:
         def work(_: int) -> list[int]:
-            rows, moments = 0, set()
+            rows, reads, moments = 0, 0, set()
             with leanreplay.open(path) as reader:
-                for _ in until(ends):
+                while reads < READS or len(moments) <= 10:
+                    reads += 1
                     if number:
                         assert_whole(reader.sample(24))
                         rows += 24
@@ -400,10 +409,11 @@ def test_a_writer_and_two_readers(path: str) -> None:
 
         return work
 
-    writer = child(write, limit=SECONDS + 60)
+    writer = child(write, LIMIT)
     assert os.read(writer[1], 1) == b" "
-    readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
+    readers = [child(read_on(number), LIMIT) for number in range(2)]
     results = [result(*reader) for reader in readers]
+    ended.set()
     seen = result(*writer)
     assert seen > 1000
     for rows, moments in results:
@@ -416,6 +426,7 @@ def test_a_writer_and_two_readers(path: str) -> None:
 
 def test_readers_follow_a_resize(path: str) -> None:
     """A reader in another process goes over to the file that a resize put in place, again and again."""
+    followed = Flag()
     with SlidingWindowBuffer(60, path, seed=1) as buffer:
         feed(buffer, 60)
         done, over = os.pipe()
@@ -431,19 +442,24 @@ def test_readers_follow_a_resize(path: str) -> None:
                             return [len(sizes), len(reader), reader.max_size]
                     assert_whole(reader.sample(10))
                     sizes.add(reader.max_size)
+                    if len(sizes) > 3:
+                        followed.set()
 
-        pid, read = child(work)
+        pid, read = child(work, LIMIT)
         assert os.read(read, 1) == b" "
         rng = random.Random(3)
-        for n in range(60):
-            buffer.resize(20 + n)
+        n = 0
+        while n < 60 or (not followed and n < 100_000):
+            size = 20 + n % 60
+            n += 1
+            buffer.resize(size)
             feed(buffer, buffer.seen + rng.randint(20, 60))
             time.sleep(0.002)
         os.write(over, b"!")
         sizes, held, most = result(pid, read)
         os.close(done)
         os.close(over)
-        assert (held, most) == (len(buffer), 79)
+        assert (held, most) == (len(buffer), size)
         assert sizes > 3
 
 
@@ -521,14 +537,7 @@ def feed_groups(buffer: Any, stop: int, step: int = 20) -> None:
 def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> None:
     """While a writer adds groups, and rolls back to when there were three: whole rows, and sizes that are those of one moment."""
     ends, first, last = time.monotonic() + 1.5, 100, 1000
-    told, tell = os.pipe()
-    os.set_blocking(told, False)
-
-    def ended() -> bool:
-        """Whether the readers have."""
-        with contextlib.suppress(BlockingIOError):
-            return os.read(told, 1) != b""
-        return False
+    ended = Flag()
 
     def write(pipe: int) -> int:
         rng = random.Random(0)
@@ -537,7 +546,7 @@ def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> Non
             feed_groups(buffer, first)
             state = buffer.state_dict()
             os.write(pipe, b" ")
-            while turns < 3 or not ended():
+            while turns < 3 or not ended:
                 while buffer.seen < last:
                     feed_groups(buffer, min(last, buffer.seen + rng.randint(1, 40)), 40)
                 buffer.load_state_dict(state)
@@ -569,14 +578,12 @@ def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> Non
 
         return work
 
-    writer = child(write, limit=SECONDS + 60)
+    writer = child(write, LIMIT)
     assert os.read(writer[1], 1) == b" "
-    readers = [child(read_on(number), limit=SECONDS + 60) for number in range(2)]
+    readers = [child(read_on(number), LIMIT) for number in range(2)]
     (_, moments), (items, _) = [result(*reader) for reader in readers]
-    os.write(tell, b"!")
+    ended.set()
     assert result(*writer) > 2
-    os.close(told)
-    os.close(tell)
     assert items > 200
     assert len(moments) > 20
     with GROUPED[kind](None) as model:
