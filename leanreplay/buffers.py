@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import operator
 import os
@@ -48,6 +49,7 @@ from .store import Moved, Problem, Store, empty_state, read_table
 
 Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
+Convert = Callable[[Any, frozenset[str], Any, str], Any]  # leanreplay.torch.data.to_torch
 
 MODES = ("x", "a", "r+", "r", "w")
 _CHUNK = 1 << 16
@@ -93,7 +95,8 @@ class DataBuffer:
         Parameters left at None are those of the file; others that differ from the file's are a MismatchError.
     schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
     transform, target_transform: called with the first and the second element of each sample (without a pair: with the whole
-        sample) whenever it is read, never when it is stored.
+        sample) whenever it is read, never when it is stored. They get arrays; torch modules, and whatever is read through
+        `leanreplay.torch`, get tensors.
     lock: False goes on where the file system has no locks (the error of such a one names this option); then nothing keeps a second writer
         out, and seeing to it is yours. Stored nowhere.
     durable: make every commit survive a power cut, for about 4 ms a commit, and every state that `state_dict` returns with the
@@ -796,10 +799,12 @@ class DataBuffer:
         """
         return self._sample(n, replace)  # type: ignore[return-value]
 
-    def _sample(self, n: int, replace: bool = False, room: int = 0, at_most: bool = False) -> tuple[Any, dict[str, Any]] | None:
+    def _sample(
+        self, n: int, replace: bool = False, room: int = 0, at_most: bool = False, convert: Convert | None = None
+    ) -> tuple[Any, dict[str, Any]] | None:
         """`sample`; room: entries, of any content, that the arrays of the batch begin with, for another batch to stand there.
 
-        at_most: take as many as there are, if fewer; None if there are none.
+        at_most: take as many as there are, if fewer; None if there are none. convert: makes what transforms get.
         """
         with self._lock:
             store = self._require()
@@ -818,7 +823,7 @@ class DataBuffer:
                     self._check_size(store, n, replace)
                     if counter is None:
                         counter = next(self._counter)
-                    return self._emit(store, self._draw(store, n, bool(replace), "sample", counter), room)
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", counter), room, convert)
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
@@ -878,18 +883,21 @@ class DataBuffer:
         self._draw_keys = {}
         self._set_counts(0, 0)
 
-    def _emit(self, store: Any, rows: Ints, room: int = 0) -> tuple[Any, dict[str, Any]]:
+    def _emit(self, store: Any, rows: Ints, room: int = 0, convert: Convert | None = None) -> tuple[Any, dict[str, Any]]:
         if store is None:
             raise RowError("the buffer is empty: it has no schema before its first batch")
         arrays, index = store.read(rows, None, room)
-        return self._present(store.table.schema, arrays, index, rows)
+        return self._present(store.table.schema, arrays, index, rows, convert)
 
-    def _present(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> tuple[Any, dict[str, Any]]:
+    def _present(
+        self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints, convert: Convert | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """What was read, as `sample` returns it: nested, transformed, with its metadata."""
         split = len(schema.data)
         batch = schema.unflatten(arrays[:split])
         if self.transform is not None or self.target_transform is not None:
-            batch = self._transformed(schema, arrays[:split])
+            samples = [self._transform_one(schema, [a[i] for a in arrays[:split]], convert) for i in range(rows.shape[0])]
+            batch = stack(samples) if samples else batch
         meta = dict(zip(schema.metadata_names, arrays[split:], strict=True)) if schema.metadata else {}
         meta["idx"] = rows
         meta.update(self._index_meta(index))
@@ -899,22 +907,16 @@ class DataBuffer:
         """What the metadata of samples tells of their entries in the index, (2, n)."""
         return {"position": index[0]}
 
-    def _transform_one(self, sample: Any) -> Any:
+    def _transform_one(self, schema: Schema, leaves: list[Any], convert: Convert | None) -> Any:
+        sample = schema.unflatten(leaves)
         if isinstance(sample, (tuple, list)) and len(sample) == 2:
             x, y = sample
-            x = x if self.transform is None else self.transform(x)
-            y = y if self.target_transform is None else self.target_transform(y)
+            x = _apply(self.transform, x, "data/0", schema, convert)
+            y = _apply(self.target_transform, y, "data/1", schema, convert)
             return (x, y) if isinstance(sample, tuple) else [x, y]
         if self.target_transform is not None:
             raise ArgumentError("target_transform needs samples that are pairs; use transform, which gets the whole sample")
-        return sample if self.transform is None else self.transform(sample)
-
-    def _transformed(self, schema: Schema, arrays: list[Any]) -> Any:
-        """Transform each sample, and stack the results again."""
-        samples = [self._transform_one(schema.unflatten([a[i] for a in arrays])) for i in range(arrays[0].shape[0])]
-        if not samples:
-            return schema.unflatten(arrays)
-        return stack(samples)
+        return _apply(self.transform, sample, "data", schema, convert)
 
     def get(self, rows: Any) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (as in meta["idx"]), like `sample`. Raises RowError for rows that hold none."""
@@ -943,7 +945,7 @@ class DataBuffer:
         """Several samples in one read: what torch's DataLoader calls."""
         return self._items_at(indices)
 
-    def _items_at(self, indices: Sequence[int], reach: int = 0) -> list[tuple[Any, dict[str, Any]]]:
+    def _items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[tuple[Any, dict[str, Any]]]:
         """The i-th live samples. reach: as of `places`."""
         with self._lock:
             for _ in range(100):
@@ -956,7 +958,7 @@ class DataBuffer:
                     live = store.live_rows()
                     rows = rows if live is None else live[rows]
                     arrays, index = store.read(rows)
-                    return self._items_of(store.table.schema, arrays, index, rows)
+                    return self._items_of(store.table.schema, arrays, index, rows, convert)
                 except RowError:  # a reader may have met a commit that freed rows
                     if store.writable or store.sequence == before:
                         raise
@@ -968,17 +970,19 @@ class DataBuffer:
         reservoir.draw(size, *key_pair(f"draw {self.stream} dataset", self.seed), store.seen, index, False, out)
         return int(out[0])
 
-    def _items_of(self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints) -> list[tuple[Any, dict[str, Any]]]:
+    def _items_of(
+        self, schema: Schema, arrays: list[Any], index: Ints, rows: Ints, convert: Convert | None = None
+    ) -> list[tuple[Any, dict[str, Any]]]:
         """What was read, sample by sample."""
         split = len(schema.data)
         names, told = schema.metadata_names, self._index_meta(index)
         items = []
         for i in range(rows.shape[0]):
-            sample = schema.unflatten([a[i] for a in arrays[:split]])
+            sample = self._transform_one(schema, [a[i] for a in arrays[:split]], convert)
             meta = {name: a[i] for name, a in zip(names, arrays[split:], strict=True)}
             meta["idx"] = int(rows[i])
             meta |= {name: values[i].item() for name, values in told.items()}
-            items.append((self._transform_one(sample), meta))
+            items.append((sample, meta))
         return items
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -1397,6 +1401,25 @@ def _held(store: Any, rows: Ints, positions: Any) -> tuple[Ints, Ints]:
     _, last = np.unique(rows[::-1], return_index=True)
     order = np.sort(rows.shape[0] - 1 - last)
     return rows[order], samples[order]
+
+
+def _apply(function: Any, value: Any, path: str, schema: Schema, convert: Convert | None) -> Any:
+    """What a transform makes of an element."""
+    if function is None:
+        return value
+    if convert is None and _takes_tensors(function):  # torchvision's, for instance, hand arrays back as they are
+        convert = importlib.import_module("leanreplay.torch.data").to_torch
+    return function(value if convert is None else convert(value, schema.bfloat16, None, path))
+
+
+def _takes_tensors(function: Any) -> bool:
+    """Whether a transform is a torch module, or begins with one."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    steps = getattr(function, "transforms", None)
+    function = getattr(function, "__self__", getattr(function, "func", function))
+    return isinstance(function, torch.nn.Module) or (isinstance(steps, list) and any(map(_takes_tensors, steps)))
 
 
 def _without(moving: Moved, *gone: Ints) -> Moved | None:

@@ -247,7 +247,7 @@ def test_targets_that_do_not_count():
         ((torch.nn.Linear(2, 2), [(np.array(["a", "b"]), Y[:2])]), {}, r"tasks\[0\]: not an array that torch takes"),
         ((torch.nn.Linear(2, 2), [[(X[0], 0), (X[0, :1], 0)]]), {}, r"tasks\[0\]: its samples do not make a batch.*collate"),
         ((torch.nn.Linear(2, 2), [[(X[0], None)]]), {}, r"tasks\[0\]: its samples do not make a batch"),
-        ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": lambda y: "a"}, "what its transform returns cannot be stacked"),
+        ((torch.nn.Linear(2, 2), [(X, Y)]), {"target_transform": lambda y: "a"}, "target_transform: its results cannot be stacked"),
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"batch_size": 0}, "batch_size must be from 1"),
         ((torch.nn.Linear(2, 2), [(X, Y)], [[0.5]]), {}, "previous must be what evaluate returned"),
         ((torch.nn.Linear(2, 2), [(X, Y)], Evaluation([[0.5]])), {}, "evaluate once after each task"),

@@ -130,8 +130,8 @@ def test_sample_is_the_buffers_sample_and_shares_its_memory(monkeypatch):
     first, second = (ReservoirBuffer(50, seed=3) for _ in range(2))
     for buffer in (first, second):
         buffer.add(batch(0, 200), metadata={"z": np.ones((200, 2))})
-    inner, seen = first.sample, []
-    monkeypatch.setattr(first, "sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
+    inner, seen = first._sample, []
+    monkeypatch.setattr(first, "_sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
     for replace in (False, True):
         (x, y), meta = sample(first, 10, replace=replace)
         (xs, ys), metas = second.sample(10, replace)
@@ -174,8 +174,8 @@ def test_bad_calls():
 
 
 def flip(x):
-    assert x.shape == (5,), "a transform gets one sample"
-    return (x + np.arange(5))[::-1]  # negative strides, which torch refuses
+    assert x.shape == (5,) and isinstance(x, torch.Tensor), "a transform gets the tensor of one sample"
+    return (x.numpy() + np.arange(5))[::-1]  # negative strides, which torch refuses
 
 
 def to_name(y):
@@ -188,7 +188,8 @@ def test_transforms_per_sample():
 
     def transform(x):
         calls.append(x.shape)
-        return torch.from_numpy(x * 2)
+        assert isinstance(x, torch.Tensor)
+        return x * 2
 
     buffer = ReservoirBuffer(8, transform=transform, target_transform=lambda y: int(y) + 100)
     buffer.add(batch(0, 8))

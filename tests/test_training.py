@@ -397,7 +397,7 @@ def test_defaults():
     nothing = (
         "val_dataset scheduler metric metrics gradient_clip_val gradient_clip_algorithm train_collate_fn val_collate_fn test_transform"
     )
-    nothing += " test_target_transform input_state_folder output_state_folder logger task_id"
+    nothing += " test_target_transform test_batch_transform input_state_folder output_state_folder logger task_id"
     assert given == others | dict.fromkeys(nothing.split())
 
 

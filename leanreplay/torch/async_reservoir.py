@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import inspect
 import io
 import logging
@@ -66,7 +67,8 @@ class AsyncReservoir:
         None: all in order. If it takes a `generator`, like torch's RandomSampler, it gets one seeded from (seed, epoch); if what it
         returns has a `set_epoch`, that is called with the number of the epoch.
     collate_fn: makes a list of entries a batch, or converts the one entry of a single index. By default torch's `default_collate`
-        and `default_convert`; None: items as they are.
+        and `default_convert`; None: items as they are. What an epoch hands out are copies, which may be changed, but for objects that
+        cannot be copied.
     maximum_number_of_samples_per_epoch: an epoch ends after so many; the last batch is cut.
     max_reservoir_replacement_size: entries taken in per epoch at most, beyond what the minimum needs.
     executor: "process" or "thread". mp_context: "fork", "spawn", "forkserver", a context of `multiprocessing`, or None: its default.
@@ -221,12 +223,14 @@ class AsyncReservoir:
             yield batch
 
     def _collated(self, entries: list[Any], batched: bool) -> Any:
+        if batched and self.collate_fn == "default":
+            return default_collate(entries)
+        if not isinstance(self._entries, _Window):  # what is read from a buffer is a copy already
+            entries = [_own(entry) for entry in entries]
         batch = entries if batched else entries[0]
         if self.collate_fn is None:
             return batch
-        if not callable(self.collate_fn):
-            return default_collate(batch) if batched else default_convert(batch)  # type: ignore[no-untyped-call]
-        return self.collate_fn(batch)
+        return self.collate_fn(batch) if callable(self.collate_fn) else default_convert(batch)  # type: ignore[no-untyped-call]
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
@@ -741,6 +745,22 @@ def _picked(snapshot: Sequence[Any], indices: list[int]) -> list[Any]:
         return snapshot.pick(indices) if isinstance(snapshot, _Rows) else [snapshot[i] for i in indices]
     except IndexError as error:  # RowError is one
         raise ArgumentError(f"the sampler gave indices {indices!r:.200} for a snapshot of {len(snapshot)} entries") from error
+
+
+def _own(value: Any) -> Any:
+    """A copy of an entry, in which later epochs do not see what this one changes."""
+    if type(value) in (list, tuple):
+        return type(value)([_own(v) for v in value])
+    if type(value) is dict:
+        return {key: _own(v) for key, v in value.items()}
+    if type(value) is torch.Tensor:
+        return value.detach().clone().requires_grad_(value.requires_grad)  # deepcopy takes all that it is a view of
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return value.copy()
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock or an open file, say, or something that holds one
+        return value
 
 
 def _function(name: str, value: Any, hint: str = "") -> Any:

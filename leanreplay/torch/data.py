@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..batches import stack
 from ..buffers import DataBuffer, Reach
 from ..errors import ArgumentError
 from ..schema import Schema
+
+Function = Callable[[Any], Any]
 
 
 class BufferDataset(Dataset[Any]):
@@ -19,6 +23,8 @@ class BufferDataset(Dataset[Any]):
 
     Works in a DataLoader with any number of workers, forked or spawned; they read the file (or shared memory) themselves and
     see what was committed in the meantime. Fixed-width bytes stay NumPy's; arrays of them need a `collate_fn` of your own.
+    The buffer's own transforms get tensors. batch_transform: then, of the x of all samples that are read together, (n, ...): a batch of
+    the DataLoader's (without a pair: of the whole batch). Each sample gets its entry of the result.
     With workers, a buffer in memory needs its first batch, or a schema, before they start; an InfiniteBuffer in memory can only be
     forked, and its workers see the parts that were there then.
 
@@ -41,10 +47,10 @@ class BufferDataset(Dataset[Any]):
     (torch.Size([8, 3]), tensor([0, 1, 2, 3, 4, 5, 6, 7]))
     """
 
-    def __init__(self, buffer: DataBuffer, metadata: bool = False) -> None:
+    def __init__(self, buffer: DataBuffer, metadata: bool = False, batch_transform: Function | None = None) -> None:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"BufferDataset takes a buffer of leanreplay, got {type(buffer).__name__}")
-        self.buffer, self.metadata = buffer, metadata
+        self.buffer, self.metadata, self.batch_transform = buffer, metadata, checked("batch_transform", batch_transform)
         self._reach = Reach()
         len(self)
 
@@ -60,15 +66,28 @@ class BufferDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several items in one read: what DataLoader calls."""
-        items = self.buffer._items_at(indices, self._reach.now())
+        items = self.buffer._items_at(indices, self._reach.now(), to_torch)
         bits = _bfloat16(self.buffer)
+        samples = [to_torch(sample, bits) for sample, _ in items]
+        if self.batch_transform is not None and samples:
+            batch = transformed(self.batch_transform, stack(samples), len(samples))
+            samples = [each_tensor(batch, operator.itemgetter(i)) for i in range(len(samples))]
         if not self.metadata:
-            return [to_torch(sample, bits) for sample, _ in items]
-        return [(to_torch(sample, bits), to_torch(meta, bits, path="metadata")) for sample, meta in items]
+            return samples
+        return [(sample, to_torch(meta, bits, path="metadata")) for sample, (_, meta) in zip(samples, items, strict=True)]
 
 
-def sample(buffer: DataBuffer, n: int, device: torch.device | str | None = None, replace: bool = False) -> tuple[Any, dict[str, Any]]:
+def sample(
+    buffer: DataBuffer,
+    n: int,
+    device: torch.device | str | None = None,
+    replace: bool = False,
+    *,
+    batch_transform: Function | None = None,
+) -> tuple[Any, dict[str, Any]]:
     """`buffer.sample(n, replace)` with tensors in place of arrays, moved to `device`. On the CPU nothing is copied once more.
+
+    The buffer's own transforms get tensors. batch_transform: then, of x, (n, ...), on the device (without a pair: of the whole batch).
 
     >>> import numpy as np
     >>> import leanreplay.torch
@@ -78,9 +97,62 @@ def sample(buffer: DataBuffer, n: int, device: torch.device | str | None = None,
     >>> x.shape, y.dtype, sorted(meta)
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
-    batch, meta = buffer.sample(n, replace)
+    checked("batch_transform", batch_transform)
+    batch, meta = buffer._sample(n, replace, convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
     bits = _bfloat16(buffer)
-    return to_torch(batch, bits, device), to_torch(meta, bits, device, "metadata")
+    batch = to_torch(batch, bits, device)
+    if batch_transform is not None:
+        batch = transformed(batch_transform, batch, n)
+    return batch, to_torch(meta, bits, device, "metadata")
+
+
+def checked(name: str, function: Any) -> Any:
+    """A function, or None. Raises ArgumentError for anything else."""
+    if function is not None and not callable(function):
+        raise ArgumentError(f"{name} must be a function or None, got {function!r:.200}")
+    return function
+
+
+def transformed(function: Function, batch: Any, n: int) -> Any:
+    """A batch whose x, or all of it if it is no pair, went through a function of batches. n: how many samples."""
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    x = function(batch[0] if pair else batch)
+
+    def check(tensor: torch.Tensor) -> None:
+        if tensor.shape[:1] != (n,):
+            raise ArgumentError(f"batch_transform: it must keep the {n} samples of its batch apart, (n, ...), got {tuple(tensor.shape)}")
+
+    each_tensor(x, check)
+    return type(batch)((x, batch[1])) if pair else x  # type: ignore[call-arg]
+
+
+def per_sample(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
+    """The function's results for each entry, stacked. It gets copies, as it may work in place."""
+    results = [function(value) for value in values.clone()]
+    try:
+        return torch.stack([torch.as_tensor(result) for result in results])
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error
+
+
+def per_batch(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
+    """The function's result for all entries, (n, ...). It gets a copy."""
+    result = function(values.clone())
+    if not isinstance(result, torch.Tensor) or result.shape[:1] != values.shape[:1]:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ArgumentError(f"{name}: it gets (n, ...) and must return a tensor (n, ...), n being {values.shape[0]}, got {got}")
+    return result
+
+
+def each_tensor(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """What a function makes of each tensor in any nesting; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: each_tensor(v, function) for key, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each_tensor(v, function) for v in value))
+    return type(value)([each_tensor(v, function) for v in value]) if type(value) in (tuple, list) else value
 
 
 def _bfloat16(buffer: DataBuffer) -> frozenset[str]:

@@ -14,8 +14,9 @@ import torch
 
 from ..batches import integer, required
 from ..errors import ArgumentError
+from .data import checked
 from .distributed import unwrapped
-from .reading import Reader, check_function
+from .reading import Reader
 
 
 class Evaluation:
@@ -103,6 +104,7 @@ def evaluate(
     batch_size: int = 256,
     transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[Any], Any] | None = None,
+    batch_transform: Callable[[Any], Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     ignore_index: int | None = -100,
     threshold: float | None = None,
@@ -116,8 +118,8 @@ def evaluate(
     ignore_index: targets of this value do not count, as in torch's cross_entropy; None: there is none. A task of such targets only has NaN.
     threshold: for a model that gives one number a sample, (n,) or (n, 1), and targets 0 and 1: its answer is 1 where that is larger.
     There is no default: it is 0.0 for logits, and 0.5 for probabilities.
-    transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner. collate_fn: of a list of
-    samples, gives (x, y). device: default: where the model's first parameter is.
+    transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner; then batch_transform, of the
+    x of a batch, (n, ...). collate_fn: of a list of samples, gives (x, y). device: default: where the model's first parameter is.
 
     The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass over all samples.
     Raises ArgumentError for tasks, outputs or targets of another kind, and for targets that are no class of the model's.
@@ -137,8 +139,9 @@ def evaluate(
         raise ArgumentError(f"tasks must be a list of datasets, at least one, got {type(tasks).__name__} {tasks!r:.100}")
     if isinstance(tasks, tuple) and any(isinstance(task, (torch.Tensor, np.ndarray)) for task in tasks):
         raise ArgumentError("tasks is a pair of arrays; for a single task give a list of that one: [(x, y)]")
-    for name, function in (("transform", transform), ("target_transform", target_transform), ("collate_fn", collate_fn)):
-        check_function(name, function)
+    functions = {"transform": transform, "target_transform": target_transform, "batch_transform": batch_transform}
+    for name, function in {**functions, "collate_fn": collate_fn}.items():
+        checked(name, function)
     required("batch_size", batch_size, 1, 2**40)
     integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold)):
@@ -147,7 +150,7 @@ def evaluate(
         device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device: {error}") from None
-    readers = [Reader(f"tasks[{i}]", task, collate_fn, transform, target_transform) for i, task in enumerate(tasks)]
+    readers = [Reader(f"tasks[{i}]", task, collate_fn, **functions) for i, task in enumerate(tasks)]
     row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]
     rows = [] if previous is None else previous.matrix.tolist()
     width = max(map(len, [*rows, row]))

@@ -62,7 +62,7 @@ def features(
         model.eval()
         with torch.no_grad():
             for begin in _steps(n, batch_size, progress):
-                batch = _inputs(data, begin, min(begin + batch_size, n)).to(device)
+                batch = _inputs(data, begin, min(begin + batch_size, n)).to(device, copy=True)  # models and transforms may work in place
                 found.clear()
                 model(batch if transform is None else transform(batch))
                 part = _activations(found, layer, batch.shape[0])

@@ -19,7 +19,7 @@ from ..batches import integer, required
 from ..buffers import DataBuffer
 from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
-from .data import bfloat16_fields, sample, to_torch
+from .data import Function, bfloat16_fields, checked, each_tensor, per_batch, sample, to_torch
 
 Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
@@ -103,7 +103,8 @@ class ReplayLoader:
     buffer: any buffer, with at least `batch_size` samples when the first batch is asked for.
     batch_size: samples in a batch, distinct ones unless `balance` needs more than a group has.
     device, pin_memory: where the tensors go; copies to a GPU are queued on its default stream. prefetch: batches planned ahead, at least 1.
-    batch_transform: called with each batch (without metadata), in the background; the buffer's own transforms ran before, per sample.
+    batch_transform: called with each whole batch (x and y of pairs, without metadata), in the background; the buffer's own transforms ran
+        before, on the tensors of each sample.
     balance: "class" (the label, second element of a pair) or the name of a metadata field: every batch draws evenly over its values.
         Costs a pass over that column after every change of the buffer.
     batches: how many batches one `for` loop gets (after one that was broken off, the next gets the rest of them); None: without end.
@@ -139,8 +140,6 @@ class ReplayLoader:
     ) -> None:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"ReplayLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
-        if batch_transform is not None and not callable(batch_transform):
-            raise ArgumentError(f"batch_transform must be a function of a batch, got {batch_transform!r:.200}")
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
         self.buffer, self.device, self.pin_memory = buffer, _device(device), bool(pin_memory)
@@ -148,7 +147,7 @@ class ReplayLoader:
         self.prefetch = required("prefetch", prefetch, 1, 2**31)
         self.batches = integer("batches", batches, 1, 2**62)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
-        self.batch_transform, self.balance = batch_transform, balance
+        self.batch_transform, self.balance = checked("batch_transform", batch_transform), balance
         self._consumer = f"loader {self.seed}"
         self._planned: list[_Job] = []
         self._delivered = 0  # batches handed out, ever
@@ -222,7 +221,7 @@ class ReplayLoader:
     def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
         """Arrays to what is handed out."""
         schema, arrays, index, rows = read
-        batch, meta = self.buffer._present(schema, arrays, index, rows)
+        batch, meta = self.buffer._present(schema, arrays, index, rows, to_torch)
         bits = bfloat16_fields(schema)
         tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
         if self.batch_transform is not None:
@@ -238,7 +237,7 @@ class ReplayLoader:
                 tensor = tensor.pin_memory()
             return tensor if self.device is None else tensor.to(self.device, non_blocking=pin)
 
-        return _each(value, place)
+        return each_tensor(value, place)
 
     # -- planning ----------------------------------------------------------------------------------------------------
 
@@ -301,7 +300,7 @@ class ReplayLoader:
             job.ready.wait()
             if job.error is not None:
                 break
-            ahead.append(_each(job.result, _copied))
+            ahead.append(each_tensor(job.result, _copied))
         return {"format": 1, "delivered": self._delivered, "passed": self._passed, "ahead": ahead, "of": self._same}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,7 +318,7 @@ class ReplayLoader:
         wrong = [f"{key}: {state['of'].get(key)!r}, here {value!r}" for key, value in self._same.items() if state["of"].get(key) != value]
         if wrong:
             raise StateError(f"the state is of another ReplayLoader ({'; '.join(wrong)}); make this one with the same arguments")
-        ahead: list[_Job] = [_Made(self.buffer, self._placed(_each(item, _copied))) for item in state["ahead"]]
+        ahead: list[_Job] = [_Made(self.buffer, self._placed(each_tensor(item, _copied))) for item in state["ahead"]]
         self._delivered, self._passed, self._planned = state["delivered"], state["passed"], ahead
         _drain(self._queue)
 
@@ -384,24 +383,15 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", copy=True)
 
 
-def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """What a function makes of each tensor in any nesting; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: _each(v, function) for key, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(v, function) for v in value))
-    return type(value)([_each(v, function) for v in value]) if type(value) in (tuple, list) else value
-
-
 class MixedLoader:
     """The batches of a stream, each with a replay batch behind it: (x, y, is_replay, meta), for the simplest loops.
 
     stream_loader: yields pairs (x, y) of tensors or arrays, a DataLoader for instance. Of each, x and y are followed by those of
     `replay_batch_size` samples drawn from the buffer at that moment (fewer while it holds fewer); is_replay, (n,) bool, says which they
-    are, and meta is the metadata of these. What goes into the buffer is up to the loop, after the step for instance, so no sample is
-    replayed in the batch that it comes with. device: where the batch goes. Draws are the buffer's own, so they are part of its state.
+    are, and meta is the metadata of these. batch_transform: of the x of both together, (n, ...); the buffer's own transforms ran before,
+    on the tensors of each replayed sample. The batch is the loop's own, which may change it. What goes into the buffer is up to the
+    loop, after the step for instance, so no sample is replayed in the batch that it comes with. device: where the batch goes. Draws are
+    the buffer's own, so they are part of its state.
     Raises ArgumentError for what is not such pairs, and for samples of the stream and the buffer that differ in shape or dtype.
 
     >>> import torch
@@ -416,12 +406,19 @@ class MixedLoader:
     """
 
     def __init__(
-        self, stream_loader: Iterable[Any], buffer: DataBuffer, replay_batch_size: int, device: torch.device | str | None = None
+        self,
+        stream_loader: Iterable[Any],
+        buffer: DataBuffer,
+        replay_batch_size: int,
+        device: torch.device | str | None = None,
+        *,
+        batch_transform: Function | None = None,
     ) -> None:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
         self.stream_loader, self.buffer, self.device = stream_loader, buffer, _device(device)
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
+        self.batch_transform = checked("batch_transform", batch_transform)
 
     def __len__(self) -> int:
         return len(self.stream_loader)  # type: ignore[arg-type]
@@ -447,6 +444,10 @@ class MixedLoader:
                     )
                 x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
                 is_replay[-n:] = True
+            else:
+                x, y = x.clone(), y.clone()  # the loop may change what it gets, and the stream come again
+            if self.batch_transform is not None:
+                x = per_batch(self.batch_transform, x, "batch_transform")
             yield x, y, is_replay, meta
 
     def _pair(self, item: Any, where: str) -> tuple[torch.Tensor, torch.Tensor]:

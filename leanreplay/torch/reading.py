@@ -12,13 +12,15 @@ from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from ..batches import length
 from ..errors import ArgumentError
+from .data import per_batch, per_sample
 
 
 class Reader:
     """A dataset of pairs, in batches (x, y).
 
     name: what errors call it. dataset: with len() and [i], or a tuple (x, y) of tensors or arrays. collate: of a list of samples; None:
-    torch's default. transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner.
+    torch's default. transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner; then
+    batch_transform, of the x of a batch.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Reader:
         collate: Callable[[list[Any]], Any] | None = None,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
+        batch_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim for v in dataset):
             try:
@@ -45,7 +48,7 @@ class Reader:
         if length(dataset) == 0:
             raise ArgumentError(f"{name} has no samples")
         self.name, self.dataset = name, dataset
-        self.collate, self.transform, self.target_transform = collate, transform, target_transform
+        self.collate, self.transform, self.target_transform, self.batch_transform = collate, transform, target_transform, batch_transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -58,7 +61,11 @@ class Reader:
                 f"{self.name}: expected a tensor of inputs and one of targets, got {type(x).__name__} and {type(y).__name__}; "
                 "give a collate function that makes tensors"
             )
-        return self._each(self.transform, x), self._each(self.target_transform, y)
+        if self.transform is not None:
+            x = per_sample(self.transform, x, f"{self.name}: transform")
+        if self.target_transform is not None:
+            y = per_sample(self.target_transform, y, f"{self.name}: target_transform")
+        return x if self.batch_transform is None else per_batch(self.batch_transform, x, f"{self.name}: batch_transform"), y
 
     def _read(self, indices: npt.NDArray[np.int64]) -> tuple[Any, Any]:
         if self.collate is None and type(self.dataset) is TensorDataset and len(self.dataset.tensors) == 2:
@@ -81,23 +88,7 @@ class Reader:
             raise ArgumentError(f"{self.name}: expected pairs (x, y), but {what} gave {type(batch).__name__} {batch!r:.100}")
         return batch[0], batch[1]
 
-    def _each(self, function: Callable[[Any], Any] | None, values: torch.Tensor) -> torch.Tensor:
-        if function is None:
-            return values
-        results = [function(value) for value in values]
-        try:
-            return torch.stack([torch.as_tensor(result) for result in results])
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ArgumentError(
-                f"{self.name}: what its transform returns cannot be stacked: {error}; it must return a tensor of one shape and dtype"
-            ) from error
-
 
 def _native(values: Any) -> Any:
     """An array in the machine's byte order and without negative strides, which are all that torch takes."""
     return values if isinstance(values, torch.Tensor) else np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-
-
-def check_function(name: str, function: Any) -> None:
-    if function is not None and not callable(function):
-        raise ArgumentError(f"{name} must be a function or None, got {function!r:.200}")

@@ -23,10 +23,11 @@ from ..buffers import DataBuffer
 from ..errors import ArgumentError, ExistsError, LossError, MissingError, StateError
 from ..keys import key_pair
 from . import distributed
+from .data import checked
 from .evaluation import device_of, evaluating, predictions
 from .interleaved import ShuffleSampler
 from .learners import ReplayLearner
-from .reading import Reader, check_function
+from .reading import Reader
 from .states import StateFolder
 
 TaskId = int | str | None
@@ -99,6 +100,7 @@ def fit(
     val_collate_fn: Callable[[list[Any]], Any] | None = None,
     test_transform: Callable[[Any], Any] | None = None,
     test_target_transform: Callable[[Any], Any] | None = None,
+    test_batch_transform: Callable[[Any], Any] | None = None,
     input_state_folder: str | os.PathLike[str] | None = None,
     output_state_folder: str | os.PathLike[str] | None = None,
     logger: Callable[[dict[str, Any]], Any] | None = None,
@@ -140,7 +142,8 @@ def fit(
 
     **Validation** of `learner.model` on val_dataset after each epoch, in eval mode. metrics: name -> function(outputs, targets) -> number;
     they and the learner's `loss_fn` get the whole set at once, never as bfloat16. test_transform, test_target_transform: of the x and of
-    the y of each sample, as the learner's transforms are; val_collate_fn likewise. metric: what is watched, "loss" (of validation) or a
+    the y of each sample, and then test_batch_transform of the x of a batch, as the learner's transforms are, which are for training only;
+    val_collate_fn likewise. metric: what is watched, "loss" (of validation) or a
     name in `metrics`; mode: whether "min" or "max" is good. early_stopping: end after so many epochs in a row without a better metric
     (True: 5). The weights are those of the last epoch; those of the best are in `best.pt` in the output folder. restore_best=True puts
     those back in the end, the model's buffers (batch norm's statistics) too; the optimizer, and copies that a learner has of the
@@ -177,9 +180,10 @@ def fit(
     model, optimizer, buffer = learner.module, learner.optimizer, learner.buffer
     task_id = task_id if isinstance(task_id, str) else integer("task_id", task_id, -(2**63), 2**63 - 1)
     seed = required("seed", seed, -(2**127), 2**127 - 1)
-    functions = {"train_collate_fn": train_collate_fn, "val_collate_fn": val_collate_fn, "test_transform": test_transform}
-    for name, function in {**functions, "test_target_transform": test_target_transform, "logger": logger}.items():
-        check_function(name, function)
+    functions = {"train_collate_fn": train_collate_fn, "val_collate_fn": val_collate_fn, "logger": logger}
+    of_test = {"transform": test_transform, "target_transform": test_target_transform, "batch_transform": test_batch_transform}
+    for name, function in {**functions, **{f"test_{name}": function for name, function in of_test.items()}}.items():
+        checked(name, function)
     training = Reader("train_dataset", train_dataset, train_collate_fn)
     required("max_epochs", max_epochs, 1, 2**31)
     integer("save_every", save_every, 1, 2**62)
@@ -195,7 +199,7 @@ def fit(
     _check_scheduler(scheduler, scheduler_interval, optimizer)
     clip = _clipping(gradient_clip_val, gradient_clip_algorithm, optimizer)
     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-    validation = None if val_dataset is None else Reader("val_dataset", val_dataset, val_collate_fn, test_transform, test_target_transform)
+    validation = None if val_dataset is None else Reader("val_dataset", val_dataset, val_collate_fn, **of_test)
     monitor, patience = _watched(metric, mode, early_stopping, metrics, validation, plateau, restore_best)
     if plateau and (scheduler_interval != "epoch" or validation is None):
         raise ArgumentError("ReduceLROnPlateau needs a val_dataset and scheduler_interval='epoch'")

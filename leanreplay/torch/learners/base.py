@@ -6,25 +6,26 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from ...batches import required
 from ...buffers import DataBuffer
-from ...errors import ArgumentError, ModeError, SchemaError, StateError, StorageError
+from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError, StorageError
 from ...parametric import ParametricBuffer
 from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
-from ..data import bfloat16_fields, to_torch
+from ..data import bfloat16_fields, checked, per_batch, per_sample, to_torch
 from ..distributed import unwrapped
 from . import checks
 from .replay import Replay, Statistics, check_layers, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
+_NONE = (None, None, None)
 Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
 
 
@@ -49,6 +50,7 @@ class Step:
 @dataclass
 class _Queued:
     """A batch whose loss was computed: what `after_step` will write. x, y: arrays, or tensors where there are none of that kind.
+    All of it are copies: models, transforms and losses may work in place, and loops fill one batch again and again.
     like: shapes and dtypes of samples. seen: which classes occurred up to here (with masks). offered: whether the samples go to the
     buffer. batch: x and y as they were given, and their versions. ready: what went into the model, for the same batch once more; () if
     that counts as another one."""
@@ -67,7 +69,9 @@ class _Queued:
         """Whether this is that batch: the same memory, not written to since."""
         if not self.ready or _version(x) != self.batch[2] or _version(y) != self.batch[3]:
             return False
-        return _same_memory(x, self.batch[0]) and _same_memory(y, self.batch[1])
+        if not _same_memory(x, self.batch[0]) or not _same_memory(y, self.batch[1]):
+            return False
+        return torch.equal(torch.as_tensor(self.x), x) and torch.equal(torch.as_tensor(self.y), y)  # NumPy counts no writes
 
 
 class ReplayLearner:
@@ -88,10 +92,16 @@ class ReplayLearner:
     ema_memory_update_gamma: what is stored with replayed samples moves towards what the model gives for them now,
         stored <- gamma * stored + (1 - gamma) * now, where the row still holds that sample. 1: stays as it is.
     mask_unused_classes: outputs of classes that occurred in no batch so far count as -inf in `loss_fn`, and are not matched.
-    transform, target_transform: of each x and y of the stream. buffer_transform, buffer_target_transform: of each x and y of a draw,
-        anew every time. What is stored is the batch as it came.
+    transform, target_transform: of each x and y of the stream, as tensors. batch_transform: after these, of the x of the whole batch,
+        (n, ...), on the device: as a rule several times as fast.
+    buffer_transform, buffer_target_transform, buffer_batch_transform: likewise of a draw, anew every time. None: that of the stream, as
+        what is stored is the batch before it was transformed; False: none. If the buffer has a `transform` of its own, which gets
+        tensors here, None means only that; likewise its `target_transform`. What the model gets must be of one dtype.
+        What is stored is the batch as it came, whatever models, transforms and losses change in place.
     store: whether batches are offered to the buffer. False: it is only replayed from. Then any buffer of pairs will do that holds what the
         terms compare with, one of exemplars or one that is open for reading too. May be changed between steps: `learner.store = False`.
+    ignore_index: a label that `loss_fn` leaves out; default: what `loss_fn` says, as cross entropy does. Where all labels are that one,
+        the loss is 0. Other losses need no labels, and count such samples.
     max_outputs: width of stored logits, for a model whose outputs will become more; without it they must stay as many as they are.
     seed: of the terms' random choices (draws follow from the buffer's seed). The same on all ranks of a distributed run.
     device: where batches go; default: where x is.
@@ -132,9 +142,12 @@ class ReplayLearner:
         mask_unused_classes: bool = False,
         transform: Function | None = None,
         target_transform: Function | None = None,
-        buffer_transform: Function | None = None,
-        buffer_target_transform: Function | None = None,
+        batch_transform: Function | None = None,
+        buffer_transform: Function | Literal[False] | None = None,
+        buffer_target_transform: Function | Literal[False] | None = None,
+        buffer_batch_transform: Function | Literal[False] | None = None,
         store: bool = True,
+        ignore_index: int | None = None,
         max_outputs: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -150,15 +163,12 @@ class ReplayLearner:
             raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
-        functions = {
-            "transform": transform,
-            "target_transform": target_transform,
-            "buffer_transform": buffer_transform,
-            "buffer_target_transform": buffer_target_transform,
-        }
-        for name, function in functions.items():
-            if function is not None and not callable(function):
-                raise ArgumentError(f"{name} must be a function of one sample's element, got {function!r:.200}")
+        self.transform = checked("transform", transform)
+        self.target_transform = checked("target_transform", target_transform)
+        self.batch_transform = checked("batch_transform", batch_transform)
+        self.buffer_transform = buffer_transform and checked("buffer_transform", buffer_transform)
+        self.buffer_target_transform = buffer_target_transform and checked("buffer_target_transform", buffer_target_transform)
+        self.buffer_batch_transform = buffer_batch_transform and checked("buffer_batch_transform", buffer_batch_transform)
         if not callable(loss_fn):
             raise ArgumentError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r:.200}")
         self.model, self.optimizer, self.buffer, self.loss_fn = model, optimizer, buffer, loss_fn
@@ -172,8 +182,7 @@ class ReplayLearner:
         if self.ema_memory_update_gamma < 1 and buffer.mode == "r":
             raise ModeError(f"ema_memory_update_gamma below 1 changes what is stored, but this buffer is open for reading only: {buffer!r}")
         self.mask_unused_classes = bool(mask_unused_classes)
-        self.transform, self.target_transform = transform, target_transform
-        self.buffer_transform, self.buffer_target_transform = buffer_transform, buffer_target_transform
+        self.ignore_index = _ignored_by(loss_fn) if ignore_index is None else required("ignore_index", ignore_index, -(2**63), 2**63 - 1)
         self.max_outputs = None if max_outputs is None else required("max_outputs", max_outputs, 1, 2**30)
         self.seed = required("seed", seed, -(2**127), 2**127 - 1)
         try:
@@ -195,9 +204,8 @@ class ReplayLearner:
         self._statistics = Statistics()
         self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
         self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
-        strict = mask_unused_classes or any(term.needs_labels for term in self.terms)
-        self._labels = strict or self._cross_entropy
-        self._ignored = None if strict or not self._cross_entropy else getattr(loss_fn, "ignore_index", -100)
+        self._labels = self._cross_entropy or mask_unused_classes or any(term.needs_labels for term in self.terms)
+        self._ignored: int | None = None  # while `criterion` is to look whether all targets are this
         for term in self.terms:
             term.attach(self)
         self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
@@ -261,8 +269,8 @@ class ReplayLearner:
         """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass. Queues the batch for `after_step`.
 
         Nothing else changes, but what a pass through the model changes, running statistics, and the count of the buffer's draws. Several
-        calls before one `after_step` accumulate; x and y must not be overwritten before it. The values of the terms are in `losses`
-        then, the outputs for x in `outputs`.
+        calls before one `after_step` accumulate. The values of the terms are in `losses` then, the outputs for x in `outputs`. x and y
+        are copied first: they may be overwritten afterwards.
 
         A batch that waits for `after_step` counts once, however often its loss is asked for, as LBFGS and SAM do: with the same tensors
         (the same memory, not written to since) the draws are the same, and what is stored is that of the first pass, before the
@@ -286,8 +294,8 @@ class ReplayLearner:
         if again is not None:
             inputs, targets, labels, draws = again.ready
         else:
-            inputs, targets, labels = self._ready(x, y, self.transform, self.target_transform, device)
-            arrays = _array(x), _array(y)
+            inputs, targets, labels = self._ready(x, y, (self.transform, self.target_transform, self.batch_transform), "", device)
+            arrays = _array(x.detach().clone()), _array(y.detach().clone())
             draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
         self._statistics.remember(self.module, self._users)
         try:
@@ -322,39 +330,71 @@ class ReplayLearner:
         self._like = like
 
     def _ready(
-        self, x: torch.Tensor, y: torch.Tensor, transform: Function | None, target_transform: Function | None, device: torch.device
+        self, x: torch.Tensor, y: torch.Tensor, functions: Sequence[Function | None], prefix: str, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x and y transformed, and on the device; y also where it was before."""
+        """x and y transformed, and on the device; y also where it was before. functions: of a sample's x, of its y, of a batch's x."""
+        transform, target_transform, batch_transform = functions
         if transform is not None:
-            x = _each(transform, x, "transform")
+            x = per_sample(transform, x, f"{prefix}transform")
         if target_transform is not None:
-            y = _each(target_transform, y, "target_transform")
-        return x if x.device == device else x.to(device), y if y.device == device else y.to(device), y
+            y = per_sample(target_transform, y, f"{prefix}target_transform")
+        if x.device != device:
+            x = x.to(device)
+        if batch_transform is not None:
+            x = per_batch(batch_transform, x, f"{prefix}batch_transform")
+        return x, y if y.device == device else y.to(device), y
+
+    def _of_draws(self) -> tuple[Function | None, Function | None, Function | None]:
+        """What transforms draws: what was given; else what the stream has, unless the buffer has a transform of its own."""
+        own, own_of_targets = self.buffer.transform is not None, self.buffer.target_transform is not None
+        x, y, whole = self.buffer_transform, self.buffer_target_transform, self.buffer_batch_transform
+        return (
+            (None if own else self.transform) if x is None else x or None,
+            (None if own_of_targets else self.target_transform) if y is None else y or None,
+            (None if own else self.batch_transform) if whole is None else whole or None,
+        )
 
     def _draw(self, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any]) -> list[tuple[Term, Replay]]:
         """The terms that count now, each with its draw. arrays: of inputs and targets, where they have one."""
         draws: list[tuple[Term, Replay]] = []
         m, replay = self.replay_batch_size, None
         layers = self._layers if self.ema_memory_update_gamma < 1 else ()
+        functions = self._of_draws()
+        raw = functions == _NONE == (self.buffer.transform, self.buffer.target_transform, None) and inputs.is_cpu
         for term in self.terms if m else ():
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                behind = term.together and self._raw and inputs.is_cpu
-                drawn = self.buffer._sample(m, room=inputs.shape[0] if behind else 0, at_most=True)
+                behind = term.together and raw
+                drawn = self.buffer._sample(m, room=inputs.shape[0] if behind else 0, at_most=True, convert=to_torch)
                 if drawn is None:  # the buffer is empty
                     return []
                 pair, metadata = drawn
                 if behind:
                     replay = self._join(pair, metadata, arrays, inputs.shape[0], layers)
                 else:
-                    x, y, labels = self._ready(*self._tensors(pair), self.buffer_transform, self.buffer_target_transform, inputs.device)
+                    x, y, labels = self._ready(*self._tensors(pair), functions, "buffer_", inputs.device)
                     replay = Replay(self.module, x, y, metadata, layers)
                     replay.labels = labels
+                if not replay.whole:
+                    self._check_alike(inputs, targets, replay.x, replay.y, term.together)
                 replay.bits = self._bits or frozenset()
+            else:
+                replay.shared = True
             replay.layers = (*replay.layers, *term.layers)
             draws.append((term, replay))
         return draws
+
+    def _check_alike(self, x: torch.Tensor, y: torch.Tensor, x_old: torch.Tensor, y_old: torch.Tensor, together: bool) -> None:
+        """Raise ArgumentError if the model would see two kinds of samples. together: in one batch, where torch would widen dtypes."""
+        kinds = [(x.shape[1:], y.shape[1:], y.dtype) for x, y in ((x, y), (x_old, y_old))] if together else []
+        if x.dtype == x_old.dtype and kinds[:1] == kinds[1:]:
+            return
+        stream, draw = (f"x {a.dtype} of {tuple(a.shape[1:])}, y {b.dtype} of {tuple(b.shape[1:])}" for a, b in ((x, y), (x_old, y_old)))
+        raise ArgumentError(
+            f"samples of the stream ({stream}) and of the buffer ({draw}) differ: the model would see two kinds; let transforms of "
+            "the stream (transform, ...) and of draws (buffer_transform, ..., or the buffer's own) make the same"
+        )
 
     def _join(self, pair: Any, metadata: dict[str, Any], arrays: tuple[Any, Any], n: int, layers: tuple[str, ...]) -> Replay:
         """A draw that was read behind room for the batch: the two become one without a copy of the draw."""
@@ -364,12 +404,6 @@ class ReplayLearner:
                 return Replay(self.module, whole[0][n:], whole[1][n:], metadata, layers)
             both[:n] = first
         return Replay(self.module, None, None, metadata, layers, whole, n)
-
-    @property
-    def _raw(self) -> bool:
-        """Whether nothing transforms what is drawn."""
-        functions = self.buffer_transform, self.buffer_target_transform, self.buffer.transform, self.buffer.target_transform
-        return functions == (None, None, None, None)
 
     def _tensors(self, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What was drawn, as two tensors."""
@@ -419,16 +453,34 @@ class ReplayLearner:
                         raise ArgumentError(
                             f"two terms store metadata as {name!r} with each sample; let keep of {term.name!r} use another name"
                         )
-                    stored[name] = value
+                    stored[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
         kept = (n, [(name, getattr(v, "shape", None), getattr(v, "dtype", None)) for name, v in stored.items()]) if stored else ()
         new = kept != self._kept or (self._picky and self._store)
         if new:
             self._check_names(stored)
 
-        losses: dict[str, torch.Tensor] = {}
-        separate = joined is not None and not one_mean
-        first = self.criterion(both.outputs.narrow(0, 0, n), targets) if separate else self.criterion(both.outputs, all_y)
-        losses[self._first] = first
+        mean_of = (both.outputs, all_y) if joined is None or one_mean else (both.outputs.narrow(0, 0, n), targets)
+        try:
+            total = self._weigh(*mean_of, draws, n)
+        except LossError:
+            if self.ignore_index is None:
+                raise
+            self._ignored = self.ignore_index
+            try:
+                total = self._weigh(*mean_of, draws, n)
+            finally:
+                self._ignored = None
+        if new:  # last, as terms say more clearly what is wrong
+            if self._store:
+                self._check_stored(x, y, stored)
+            self._kept = kept
+        moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
+        return total, stored, moved, seen
+
+    def _weigh(self, outputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]], n: int) -> torch.Tensor:
+        """The whole loss. Raises LossError unless it is finite."""
+        first = self.criterion(outputs, targets)
+        losses: dict[str, torch.Tensor] = {self._first: first}
         total, weights = first if self.loss_weight == 1 else self.loss_weight * first, self.loss_weight
         for term, replay in draws:
             if term.weight is not None:
@@ -441,37 +493,39 @@ class ReplayLearner:
         else:
             *values, self._total = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
             self.losses = dict(zip(losses, values, strict=True))
-        if new:  # last, as terms say more clearly what is wrong
-            if self._store:
-                self._check_stored(x, y, stored)
-            self._kept = kept
-        moved = self._to_move(draws) if self.ema_memory_update_gamma < 1 else []
-        return total, stored, moved, seen
+        return total
 
     def criterion(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`loss_fn`, with the outputs of unused classes masked if they are to be."""
+        """`loss_fn`, with the outputs of unused classes masked if they are to be. It may change what it gets."""
+        if self._ignored is not None and bool(targets.eq(self._ignored).all()) and not bool(outputs.isnan().any()):
+            return outputs[:0].sum()  # a mean over nothing is NaN; this is 0, and has a gradient
         if self.mask is not None:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
+        if self.loss_fn is not torch.nn.functional.cross_entropy:  # which changes nothing
+            outputs, targets = outputs.clone(), targets.clone()
         return self.loss_fn(outputs, targets)
 
     def _check_labels(self, labels: torch.Tensor, draws: list[tuple[Term, Replay]]) -> None:
         """Raise ArgumentError unless labels are numbers of outputs. On the CPU this explains an error: there torch notices by itself."""
         drawn = [("replayed samples", replay.y if replay.labels is None else replay.labels) for _, replay in draws]
-        checks.labels(self._outputs[0], [("batch", labels), *drawn], self._ignored)
+        checks.labels(self._outputs[0], [("batch", labels), *drawn], self.ignore_index)
 
     def _mark_seen(self, outputs: torch.Tensor, targets: torch.Tensor, draws: list[tuple[Term, Replay]]) -> torch.Tensor:
         """Which classes occurred up to and with this batch, (outputs,) bool."""
         if outputs.ndim != 2 or targets.ndim != 1 or targets.is_floating_point():
             raise ArgumentError(f"mask_unused_classes needs outputs (n, classes) and integer labels (n,), got {tuple(outputs.shape)}")
-        seen = torch.zeros(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+        classes = outputs.shape[1]
+        seen = torch.zeros(classes + 1, dtype=torch.bool, device=outputs.device)  # the last one stands for what is ignored
         before = self._queue[-1].seen if self._queue else self._seen
         if before is not None:
-            k = min(before.shape[0], seen.shape[0])
+            k = min(before.shape[0], classes)
             seen[:k] = before[:k].to(seen.device)
-        seen.scatter_(0, targets.long(), True)  # which, unlike an index, takes no -1 for the last one
-        for _, replay in draws:  # of a buffer that others filled
-            seen.scatter_(0, replay.y.long(), True)
-        return seen
+        for labels in [targets, *(replay.y for _, replay in draws)]:  # drawn of a buffer that others filled
+            y = labels.long()
+            if self.ignore_index is not None:
+                y = y.masked_fill(y == self.ignore_index, classes)
+            seen.scatter_(0, y, True)  # which, unlike an index, takes no -1 for the last one
+        return seen[:classes]
 
     def _to_move(self, draws: list[tuple[Term, Replay]]) -> list[Moved]:
         """(rows, positions, name -> moved values) of every draw that went through the model."""
@@ -481,7 +535,8 @@ class ReplayLearner:
             if now is not None:
                 values: dict[str, torch.Tensor] = {}
                 for term in self.terms:
-                    values.update(term.move(self, replay, now, self.ema_memory_update_gamma))
+                    moves = term.move(self, replay, now, self.ema_memory_update_gamma)
+                    values.update({name: value.detach().clone() for name, value in moves.items()})
                 if values:
                     moved.append((replay.metadata["idx"], replay.metadata["position"], values))
         return moved
@@ -653,6 +708,16 @@ def _read_on(buffer: DataBuffer, state: Any) -> None:
     buffer._set_counts(drawn, 0)
 
 
+def _ignored_by(loss_fn: Any) -> int | None:
+    """The label that a loss leaves out, where that can be told."""
+    given: dict[str, Any] = {}
+    while isinstance(loss_fn, partial):
+        loss_fn, given = loss_fn.func, {**loss_fn.keywords, **given}
+    default = -100 if loss_fn in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss) else None
+    found = given.get("ignore_index", getattr(loss_fn, "ignore_index", default))
+    return found if type(found) is int else None
+
+
 def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     """Offer the queued batches to the buffer, as one, after what moved."""
     moves = [m for q in queue for m in q.moved]
@@ -707,12 +772,3 @@ def _array(tensor: torch.Tensor) -> Any:
         return tensor.numpy()
     except (RuntimeError, TypeError):
         return tensor
-
-
-def _each(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
-    """The function's results for each entry, stacked."""
-    results = [function(value) for value in values]
-    try:
-        return torch.stack([torch.as_tensor(result) for result in results])
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error

@@ -46,7 +46,7 @@ def labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ign
         if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
             continue
         low, high = (int(v) for v in torch.aminmax(y))
-        if low < 0 and ignored is not None:  # as cross entropy does
+        if ignored is not None and not 0 <= low <= high < classes:  # as cross entropy does
             others = y[y != ignored]
             low, high = (int(v) for v in torch.aminmax(others)) if others.shape[0] else (0, 0)
         if low < 0 or high >= classes:

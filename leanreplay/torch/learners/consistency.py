@@ -21,7 +21,7 @@ class Consistency(Term):
     """CLS-ER's consistency loss: mean squared difference of the model's outputs on replayed samples and those of a slow copy of it.
 
     There are two copies. For each sample the stable one counts where it gives the true class strictly more probability, the plastic
-    one otherwise. After step t (from 1), each with its probability, a copy moves:
+    one otherwise, and where the label is the learner's `ignore_index`. After step t (from 1), each with its probability, a copy moves:
 
         theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
 
@@ -70,15 +70,22 @@ class Consistency(Term):
                 f"{replay.y.dtype} of {tuple(replay.y.shape)}"
             )
         self._follow(learner.module)
-        true = replay.y[:, None].long()
+        labelled, true = None, replay.y.long()
+        if learner.ignore_index is not None:
+            labelled = true != learner.ignore_index
+            true = true.where(labelled, 0)
         with torch.no_grad():
             logits, probability = {}, {}
             for which, model in self.copies.items():
                 if not model.training:  # after an evaluation
                     model.train()
-                logits[which] = z = forward(model, replay.x).outputs
-                probability[which] = (z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)).softmax(1).gather(1, true)
-            target = torch.where(probability["stable"] > probability["plastic"], logits["stable"], logits["plastic"])
+                logits[which] = z = forward(model, replay.x.clone()).outputs  # it may work in place
+                z = z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)
+                probability[which] = z.softmax(1).gather(1, true[:, None])
+            stable = probability["stable"] > probability["plastic"]
+            if labelled is not None:
+                stable &= labelled[:, None]
+            target = torch.where(stable, logits["stable"], logits["plastic"])
         return mean_square(replay.outputs, target, learner.mask)
 
     def after_step(self, learner: ReplayLearner) -> None:

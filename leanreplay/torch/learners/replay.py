@@ -36,7 +36,8 @@ class Replay:
     """Samples drawn from the buffer: x (m, ...) and y (m, ...) on the model's device, transformed; terms may share one draw.
 
     `outputs` and `features` are of the draw's own pass through the model, which the first term that asks for them sets off: terms
-    that share a draw share that pass. metadata: the buffer's for these samples, NumPy arrays; see `stored`.
+    that share a draw share that pass. metadata: the buffer's for these samples, NumPy arrays; see `stored`. Each pass gets a copy of x if
+    the draw is `shared`, as a model may work in place.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Replay:
         self._whole, self._n = whole, n
         self.bits: frozenset[str] = frozenset()  # names of fields that hold bfloat16
         self._module = module
+        self.shared = False
         self._alone: Forward | None = None
         self._both: Forward | None = None
 
@@ -75,14 +77,23 @@ class Replay:
             self._y = self._whole[1][self._n :]  # type: ignore[index]
         return self._y
 
+    @property
+    def whole(self) -> bool:
+        """Whether it stands behind the stream's batch already."""
+        return self._whole is not None
+
     def behind(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream's batch and the draw, one after the other."""
-        return self._whole or (torch.cat([inputs, self.x]), torch.cat([targets, self.y]))
+        if self._whole is None:
+            return torch.cat([inputs, self.x]), torch.cat([targets, self.y])
+        if self.shared:
+            self._x = self.x.clone()
+        return self._whole
 
     def stored(self, name: str) -> torch.Tensor:
-        """What was stored with these samples under this name, (m, ...), on their device."""
+        """What was stored with these samples under this name, (m, ...), on their device: a copy."""
         tensor: torch.Tensor = to_torch(self.metadata[name], self.bits, path=f"metadata/{name}")
-        return tensor.to(self.x.device)
+        return tensor.to(self.x.device, copy=True)
 
     def joined(self, both: Forward) -> None:
         """Tell it of a pass that it made together with the stream, which came first."""
@@ -97,7 +108,7 @@ class Replay:
     def alone(self) -> Forward:
         """The draw's own pass through the model."""
         if self._alone is None:
-            self._alone = forward(self._module, self.x, tuple(dict.fromkeys(self.layers)))
+            self._alone = forward(self._module, self.x.clone() if self.shared else self.x, tuple(dict.fromkeys(self.layers)))
         return self._alone
 
     @property
