@@ -122,12 +122,12 @@ def test_kernels_stand_alone(name, path):
 
 # Within `torch`: `fit` stands on everything, and nothing on `fit`.
 WITHIN_TORCH = {
-    "reading": set(),
+    "reading": {"data"},
     "distributed": set(),
     "states": {"distributed"},
-    "evaluation": {"distributed", "reading"},
+    "evaluation": {"data", "distributed", "reading"},
     "plot": {"evaluation"},
-    "training": {"distributed", "evaluation", "interleaved", "learners", "reading", "states"},
+    "training": {"data", "distributed", "evaluation", "interleaved", "learners", "reading", "states"},
 }
 
 
