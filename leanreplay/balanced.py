@@ -357,6 +357,8 @@ class Group:
     group, drawn as `leanreplay.torch.BufferDataset` does. RowError once it has none.
     """
 
+    _with_metadata = True
+
     def __init__(self, buffer: BalancedBuffer, group: int) -> None:
         self.buffer, self.group = buffer, group
         self._reach = Reach()

@@ -201,7 +201,7 @@ def stack(samples: list[Any]) -> Any:
     """A batch from samples of any nesting: arrays and numbers are stacked, anything else stays a list."""
     first = samples[0]
     if isinstance(first, Mapping):
-        return {key: stack([s[key] for s in samples]) for key in first}
+        return {key: stack([s[key] for s in samples]) for key in first.keys()}  # noqa: SIM118 - of a TensorDict, `in` goes over samples
     if isinstance(first, (tuple, list)):
         children = [stack([s[i] for s in samples]) for i in range(len(first))]
         return tuple(children) if isinstance(first, tuple) else children

@@ -111,6 +111,7 @@ class DataBuffer:
 
     policy_class: ClassVar[type[Policy]]
     kind: ClassVar[str] = "DataBuffer"
+    _with_metadata: ClassVar[bool] = True  # items are (sample, metadata)
     _whole: ClassVar[bool] = False  # whether one commit may overwrite all rows: the journal is then as large as the data
     _folder: ClassVar[bool] = False  # whether `path` is a folder of parts, and a state names a point of each
 

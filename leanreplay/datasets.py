@@ -46,7 +46,9 @@ def as_dataset(dataset: Any) -> Any:
     torch = sys.modules.get("torch.utils.data")
     if isinstance(dataset, Mapping):
         hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one"
-    elif hasattr(dataset, "to_numpy"):  # what its [i] means depends on its labels
+    elif getattr(dataset, "_with_metadata", False):
+        hint = "its items are (sample, metadata); leanreplay.torch.BufferDataset(buffer) has samples alone, as has [s for s, _ in buffer]"
+    elif hasattr(dataset, "to_numpy") or hasattr(dataset, "to_pydict"):  # its [i] means a label, or a column
         hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"
     elif torch is not None and isinstance(dataset, torch.DataLoader):
         hint = "loop over it, `for batch in loader: buffer.add(batch)`, or update(loader.dataset)"

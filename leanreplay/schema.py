@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,7 +246,7 @@ def as_leaf(leaf: Any, path: str) -> Any:
 
 def _exports(leaf: Any) -> bool:
     """Whether an object says of itself that it can be an array. (NumPy would also try to iterate, over a whole dataset perhaps.)"""
-    if isinstance(leaf, (bytes, str)):
+    if isinstance(leaf, (bytes, str, type)):
         return False
     if any(hasattr(leaf, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
         return True
@@ -269,8 +269,10 @@ def _leaf_hint(leaf: Any) -> str:
         return "; store a date as a number: .timestamp(), or .toordinal()"
     if hasattr(leaf, "toarray"):
         return "; make it dense: .toarray()"
-    if hasattr(leaf, "__len__") and not isinstance(leaf, (Mapping, Set)):
+    if isinstance(leaf, Sequence):
         return "; make it one array: np.array(values) of numbers, np.stack(values) of arrays; a list of samples goes to update()"
+    if hasattr(leaf, "__iter__") or hasattr(leaf, "__getitem__"):
+        return "; make an array of what holds numbers: np.array(list(values)); a dataset goes to update(), batches one by one to add()"
     return ""
 
 
@@ -429,7 +431,7 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
         if depth > _DEPTH:
             raise SchemaError(f"{path}: nested deeper than {_DEPTH} levels")
         if isinstance(value, Mapping):
-            for key in value:
+            for key in value.keys():  # noqa: SIM118 - of a TensorDict, `in` goes over samples
                 _check_name(key, path)
             children = [[key, walk(v, f"{path}/{key}", depth + 1)] for key, v in value.items()]
             kind = "dict"
@@ -492,9 +494,9 @@ def _match(structure: Any, value: Any, path: str, leaves: list[Any]) -> None:
     if kind == "dict":
         if not isinstance(value, Mapping):
             raise SchemaError(f"{path}: expected a dict of {n}, got {type(value).__name__}")
-        names = [key for key, _ in structure[1:]]
-        if len(value) != n or any(name not in value for name in names):
-            missing, extra = [name for name in names if name not in value], [key for key in value if key not in names]
+        names, found = [key for key, _ in structure[1:]], list(value.keys())
+        if len(found) != n or any(name not in found for name in names):
+            missing, extra = [name for name in names if name not in found], [key for key in found if key not in names]
             raise SchemaError(f"{path}: expected a dict with the keys {names}: missing {missing}, unexpected {extra}")
         for key, child in structure[1:]:
             _match(child, value[key], f"{path}/{key}", leaves)

@@ -6,6 +6,7 @@ import array
 import datetime
 import os
 from collections import deque
+from collections.abc import MutableMapping
 
 import numpy as np
 import pytest
@@ -296,6 +297,53 @@ class Frame:
         return np.asarray(self.values)
 
 
+class Columns(MutableMapping):
+    """As a TensorDict behaves: a mapping of names, whose length and items are those of a batch."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else Columns(**{k: v[key] for k, v in self.columns.items()})
+
+    def keys(self):
+        return self.columns.keys()
+
+    def items(self):
+        return self.columns.items()
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, key):
+        raise NotImplementedError
+
+    def __setitem__(self, key, value):
+        raise NotImplementedError
+
+    __delitem__ = None
+
+
+def test_mappings_that_iterate_over_samples():
+    columns = Columns(x=X, y=Y)
+    with lr.SlidingWindowBuffer(30) as buffer:
+        buffer.add(columns)
+        buffer.add(columns)
+        buffer.add({"y": Y, "x": X})
+        buffer.update([{"x": X[0], "y": Y[0]}])
+        assert np.array_equal(buffer.get(range(N, 2 * N))[0]["x"], X) and buffer.seen == 3 * N + 1
+        with pytest.raises(lr.SchemaError, match=r"missing \['y'\], unexpected \['z'\]"):
+            buffer.add(Columns(x=X, z=Y))
+
+
+def held(buffer):
+    buffer.add((X, Y))
+    return buffer
+
+
 class NoLength:
     def __len__(self):
         return -1  # noqa: PLE0303
@@ -312,6 +360,8 @@ class NoLength:
         ({"x": X, "y": Y}, "add(batch)"),
         ({0: X}, "add(batch)"),
         (Frame(X), "update(df.to_numpy())"),
+        (held(lr.ReservoirBuffer(5)), "BufferDataset(buffer)"),
+        (held(lr.ClassBalancedBuffer(5)).groups[1], "BufferDataset(buffer)"),
         (((x, 0) for x in X), "update(list(samples))"),
         (iter(X), "update(list(samples))"),
         (zip(X, Y, strict=True), "update(list(samples))"),
