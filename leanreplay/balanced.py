@@ -191,6 +191,7 @@ class BalancedBuffer(DataBuffer):
     policy_class: ClassVar[type[Policy]] = BalancedPolicy
     _params: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
     _rows_by_group: tuple[Any, int, dict[int, Ints]] | None
+    _sizes_by_group: tuple[Any, int, dict[int, int]] | None
     _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
     def _given(self, total: Any, **flags: Any) -> None:
@@ -282,28 +283,46 @@ class BalancedBuffer(DataBuffer):
         store = self._require()
         if store is None:
             return None, {}
-        known_of = self._rows_by_group
-        if known_of is None or known_of[0] is not store or known_of[1] != store.sequence:
+        for _ in range(100):
+            known_of = self._rows_by_group
+            if known_of is not None and known_of[0] is store and known_of[1] == store.sequence:
+                return store, known_of[2]
             if store.writable:
                 store.verify_index()
-            positions, groups = store.snapshot()
-            sequence = store.sequence
-            log = store.log()
+            sequence, log = store.sequence, store.log()
+            positions, groups = store.snapshot(slice(0, store.high))
             live = np.flatnonzero(positions >= 0)
             order = np.argsort(groups[live], kind="stable")
             found, starts = np.unique(groups[live[order]], return_index=True)
             known = np.union1d(log[log[:, 0] == 0, 1], found)
             rows = dict.fromkeys(known.tolist(), NO_ROWS)
             rows |= dict(zip(found.tolist(), np.split(live[order], starts[1:]), strict=False))
-            if store.sequence != sequence:  # a reader met a commit: what is found is right, but of which state?
-                return self._by_group()
-            self._rows_by_group = known_of = (store, sequence, rows)
-        return store, known_of[2]
+            if store.sequence == sequence:  # else a reader met a commit: what is found is right, but of which state?
+                self._rows_by_group = (store, sequence, rows)
+                return store, rows
+        raise RowError(f"{self.path or 'this buffer'} changes faster than its groups can be read; try again")
 
     def group_sizes(self) -> dict[int, int]:
         """Rows that each group holds, by id: all groups seen so far, those without a row too."""
         with self._lock:
-            return {g: rows.shape[0] for g, rows in self._by_group()[1].items()}
+            store, known = self._require(), self._sizes_by_group
+            if store is None:
+                return {}
+            if known is not None and known[0] is store and known[1] == store.sequence:
+                return known[2].copy()
+            if store.writable:
+                store.verify_index()
+            for _ in range(100):
+                sequence, log = store.sequence, store.log()
+                sizes = dict.fromkeys(log[log[:, 0] == 0, 1].tolist(), 0)
+                for _, positions, groups in store.pieces():
+                    for g, count in zip(*map(np.ndarray.tolist, np.unique(groups[positions >= 0], return_counts=True)), strict=True):
+                        sizes[g] = sizes.get(g, 0) + count
+                if store.sequence == sequence:
+                    sizes = dict(sorted(sizes.items()))
+                    self._sizes_by_group = (store, sequence, sizes)
+                    return sizes.copy()
+            raise RowError(f"{self.path or 'this buffer'} changes faster than its groups can be read; try again")
 
     def group_rows(self, group: int) -> Ints:
         """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`. GroupError for one never seen."""
@@ -347,7 +366,7 @@ class BalancedBuffer(DataBuffer):
 
     def _start(self) -> None:
         super()._start()
-        self._rows_by_group = None
+        self._rows_by_group = self._sizes_by_group = None
 
 
 class Group:

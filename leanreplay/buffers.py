@@ -45,7 +45,7 @@ from .kernels import reservoir
 from .keys import key_pair
 from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
 from .schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
-from .store import Moved, Problem, Store, empty_state, read_table
+from .store import Moved, Problem, Store, empty_state, read_table, refuse_within
 
 Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
@@ -104,7 +104,8 @@ class DataBuffer:
         a killed process loses nothing either way.
     restore_points: how many states that `state_dict` returned can be loaded again, at least 2. The newest ones count.
 
-    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each other. Pickled, it goes to other
+    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each other. A signal handler may read,
+    in the middle of another reading too, but not write; in the middle of a change it gets a ModeError. Pickled, it goes to other
     processes as a reader of the same file or memory, whatever its mode (ModeError if another buffer stands there by then); to write
     there, send the path, and open it with mode="r+" once this writer is closed. `copy.copy` and `copy.deepcopy` are a ModeError.
     """
@@ -436,11 +437,11 @@ class DataBuffer:
             self._set_counts(0, self._copies)
             self._take_from_file()
             self._adopt(None)
-        store.close()
-        return fresh
+        return fresh  # the other one is closed when nobody reads from it any more
 
     def _end_replacing(self) -> None:
         """After an exception within `resize` and the like: what stands under the name counts, old or new."""
+        refuse_within(self, {DataBuffer._rewrite.__code__, type(self)._copy_from.__code__}, self.path)
         if self._where is not None and self._exists():
             old = self._store
             if old is not None:
@@ -850,8 +851,8 @@ class DataBuffer:
         if not n:
             return np.empty(0, np.int64)
         k0, k1 = self._keys(consumer)
-        size = store.size
-        if size != store.high:
+        size, high = store.extent
+        if size != high:
             return store.pick_live(n, lambda among, out: reservoir.draw(among, k0, k1, store.seen, counter, replace, out))
         rows = np.empty(n, np.int64)
         reservoir.draw(size, k0, k1, store.seen, counter, replace, rows)
@@ -1345,7 +1346,11 @@ class DataBuffer:
                 store.flush()
 
     def check(self) -> list[Problem]:
-        """Everything wrong with the file, each `Problem` with the rows it is about; an empty list if nothing is. Reads all of it."""
+        """Everything wrong with the file, each `Problem` with the rows it is about; an empty list if nothing is. Reads all of it.
+
+        A reader beside a writer reports no row that a commit is changing. Where commits leave it no pause within a second, it does not
+        compare the rows as a whole with the header: the writer's own `check` does.
+        """
         with self._lock:
             store = self._require()
             return [] if store is None else store.check()

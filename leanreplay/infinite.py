@@ -23,7 +23,7 @@ from .errors import ArgumentError, CorruptionError, ExistsError, FormatError, Mi
 from .format import Table
 from .policies import AppendPolicy
 from .schema import Schema
-from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state
+from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state, refuse_within
 from .undo import undo_files
 
 Ints = npt.NDArray[np.int64]
@@ -71,7 +71,8 @@ class Parts:
 
     @property
     def seen(self) -> int:
-        return (len(self.stores) - 1) * self.rows + self.stores[-1].seen
+        last = len(self.stores) - 1
+        return last * self.rows + self.stores[last].seen
 
     @property
     def size(self) -> int:
@@ -80,6 +81,10 @@ class Parts:
     @property
     def high(self) -> int:
         return self.seen
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return (n := self.seen), n
 
     @property
     def sequence(self) -> int:
@@ -111,13 +116,15 @@ class Parts:
 
     def ready(self) -> None:
         if self._parts:
+            refuse_within(self, {Parts.rollback.__code__}, self.folder)
             self._cut(self._parts)
         for store in self.stores:
             store.ready()
         if not self.writable and self.folder is not None and self.stores[-1].seen == self.rows:
-            while os.path.lexists(path := part_path(self.folder, len(self.stores))):
-                self.stores.append(open_part(path, len(self.stores), self.stores[0], writable=False))
-                self.stores[-1].release()
+            while os.path.lexists(path := part_path(self.folder, number := len(self.stores))):
+                part = open_part(path, number, self.stores[0], writable=False)
+                part.release()
+                self.stores[number : number + 1] = [part]  # not appended: a signal handler that reads may have put it there, too
 
     def moved(self) -> bool:
         """For readers: whether a part is another file by now, or gone, after a rollback or `load`."""
@@ -272,7 +279,8 @@ class Parts:
         problems = []
         for i, store in enumerate(self.stores):
             problems += [Problem(f"part {i}: {p.what}", tuple(i * self.rows + r for r in p.rows)) for p in store.check()]
-            if i + 1 < len(self.stores) and store.seen != self.rows:  # as `gap` says, with the rows
+            # As `gap` says, with the rows; unless the part after it has gone in a rollback meanwhile.
+            if i + 1 < len(self.stores) and store.seen != self.rows and self.stores[i + 1].stands():
                 missing = tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))
                 problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it", missing))
         return problems

@@ -15,8 +15,9 @@ import os
 import stat
 import sys
 import time
+import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,9 @@ _NEVER = float("inf")
 _SURVIVOR_BYTES = 8 << 20  # of samples loaded for one commit
 _NO_LIMIT = 2**40
 _CHUNK = 4096
+_PIECE = 1 << 18  # rows of the index that are looked at together
+_SORTED = 1 << 20  # positions that are sorted together
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads positions over classes
 _LARGE = 512  # bytes of an entry from which on reading ahead of a random one is a waste
 _COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer may have come from the device, ones that do not came from memory
 _WARM_READS = 16
@@ -85,6 +89,7 @@ _GONE = 2**63  # target word of shared memory that resize has replaced
 
 _STORES: weakref.WeakSet[Store]
 
+_Arrangement = tuple[tuple[int, int, int, int], Ints, list[tuple[tuple[int, ...], np.dtype[Any], int]], int]
 Source = tuple[Bytes, Ints]  # bytes of samples, and which of them each row takes
 
 
@@ -154,11 +159,11 @@ class Store:
         self._positions = self._mem[p : p + 8 * table.max_size].view(np.int64)
         self._groups = self._mem[g : g + 8 * table.max_size].view(np.int64)
         self._fields = len(table.schema.fields)
-        self.head: Words = np.zeros(HEADER_WORDS, np.uint64)  # the state in force
-        self._work: Words = np.zeros(HEADER_WORDS, np.uint64)
-        self._seal: Words = np.zeros(SEAL_WORDS, np.uint64)
-        # The same words once more: through a memoryview a single one comes and goes as an int at a sixth of the cost.
-        self._now, self._next, self._seal_words = self.head.data, self._work.data, self._seal.data
+        # Headers in force and to come: through a memoryview a single word comes and goes as an int at a sixth of the cost. A reader never
+        # changes them, it puts others in their place: what is being read when a signal handler reads, too, stays as it is.
+        self._now, self._next = (np.zeros(HEADER_WORDS, np.uint64).data for _ in range(2))
+        self._seal: Words = np.zeros(SEAL_WORDS, np.uint64)  # of the commit that is being made
+        self._seal_words = self._seal.data
         self._tag = int(table.tag)
         self._journal = (table.list_at, table.record_at, table.record)
         self._layout: Ints = np.array([*self._journal, table.journal, J_LIVE, J_COUNT, J_HASH, H_SIZE, H_HIGH, H_STATE, H_DIGESTS, BUCKETS])
@@ -174,7 +179,6 @@ class Store:
         self._faulted = 0  # rows whose pages are there for writing
         self._written = [0] * len(table.columns)  # file offset up to which a column has been written with zeros ahead
         self._live_rows: tuple[int, Ints] | None = None
-        self._snapshot: tuple[int, Ints] | None = None
         self._known = b""  # the headers as a reader last found them, both valid
         self._log = UndoLog(path, table, points)
         self._large = [(at, size) for at, size in table.columns[: self._fields] if size >= _LARGE]
@@ -187,14 +191,12 @@ class Store:
             system.advise(self._map, "RANDOM", table.list_at, table.record_at + table.journal_rows * table.record)
         self._attached = False
         self._synced = False  # whether all that the restore points need is on the disk, if every commit is
-        self._places: Ints = NO_ROWS
-        self._places_for = (-1, 0, 0, 0)
-        self._room_for = 0
-        self._blocks: list[tuple[tuple[int, ...], np.dtype[Any], int]] = []
+        self._arrangement = self._arrange(0, 0, 0, 0)  # the last one, as many batches are alike
         limit = max(1, min(table.journal_rows, _SURVIVOR_BYTES // self._row_bytes))
         # How many samples of one commit may take a row. If all rows fit into the journal, rows may be taken again and again.
         self.most = limit if limit < table.max_size else _NO_LIMIT
         _STORES.add(self)
+        self._made = True
 
     # -- making and opening ------------------------------------------------------------------------------------------
 
@@ -374,9 +376,14 @@ class Store:
     def become_reader(self) -> None:
         """In a forked child: never write, and do not keep the parent's descriptors of undo files."""
         self.writable = False
-        self._now = self.head.data  # another thread may have been within `_take_over`
         self._log.forget()
         self.unguard()
+
+    def __del__(self) -> None:
+        # A reader drops a store whose file was replaced; a read of it further up, within which a signal handler came, keeps it open.
+        if getattr(self, "_made", False):
+            with contextlib.suppress(Exception):
+                self.close()
 
     @property
     def link(self) -> str:
@@ -446,28 +453,39 @@ class Store:
             raise ModeError("the buffer is closed; open it again with leanreplay.open(path)")
         return self._map
 
-    def _newest(self, into: Words) -> None:
-        """Copy the newest valid header of the map."""
+    @property
+    def head(self) -> Words:
+        """The header in force."""
+        return self._now.obj  # type: ignore[return-value]
+
+    @property
+    def _work(self) -> Words:
+        """The header to come."""
+        return self._next.obj  # type: ignore[return-value]
+
+    def _newest(self) -> Words:
+        """The newest valid header of the map, a copy."""
         self._require_map()
         found = False
-        other = np.zeros(HEADER_WORDS, np.uint64)
+        newest, other = (np.zeros(HEADER_WORDS, np.uint64) for _ in range(2))
         for _ in range(3):
             valid = 0
             for at in HEADERS:
                 if not kernel.read_block(self._view, at, other) or other[H_TAG] != self.table.tag:
                     continue
                 valid += 1
-                if not found or other[H_SEQ] > into[H_SEQ]:
-                    into[:] = other
+                if not found or other[H_SEQ] > newest[H_SEQ]:
+                    newest, other = other, newest
                     found = True
             # One that is not valid may be in the middle of being written, long after the other was read: look again.
             if valid == len(HEADERS) or self.writable:
                 break
         if not found:
             raise FormatError(f"{self.path}: neither header is valid; restore the file from a copy")
-        problem = header_problem(into, self.table)
+        problem = header_problem(newest, self.table)
         if problem:
             raise FormatError(f"{self.path}: the header is wrong: {problem}; restore the file from a copy")
+        return newest
 
     def refresh(self) -> None:
         """For readers: take the newest header, waiting for a rollback under way."""
@@ -477,13 +495,15 @@ class Store:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                self._newest(self.head)
+                head = self._newest()
             except FormatError:
                 if time.monotonic() > deadline:
                     raise
             else:
-                if self.head[H_TARGET] in (0, _GONE):
-                    self._known = raw if raw == self._raw_headers() else b""  # b"": written while they were read
+                if head[H_TARGET] in (0, _GONE):
+                    known = raw if raw == self._raw_headers() else b""  # b"": written while they were read
+                    self._now = head.data
+                    self._known = known  # afterwards: should a signal handler come between, this is not what stands there, or right
                     return
                 if time.monotonic() > deadline:
                     raise RecoveryError(f"{self.path}: a rollback was cut off; open it for writing once, to finish it")
@@ -506,18 +526,8 @@ class Store:
             self._require_map()
 
     def _refuse_within(self) -> None:
-        """Raise ModeError if a change of this store is under way further up: it was not interrupted, it goes on when the caller is done.
-
-        A signal handler can come between any two steps of it, and so can a dataset that is loaded from.
-        """
-        frame = sys._getframe(2)
-        while frame is not None:
-            if frame.f_code in _CHANGES and frame.f_locals.get("self") is self:
-                raise ModeError(
-                    f"{self.path or 'this buffer'} is in the middle of a change, so that it cannot be used now: a signal handler should "
-                    "only set a flag, for the training loop to look at between two steps; a dataset should not use the buffer that it feeds"
-                )
-            frame = frame.f_back  # type: ignore[assignment]
+        """Raise ModeError if a change of this store is under way further up: it was not interrupted, it goes on when the caller is done."""
+        refuse_within(self, _CHANGES, self.path)
 
     @property
     def sequence(self) -> int:
@@ -538,6 +548,12 @@ class Store:
         return self._now[H_HIGH]
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """`size` and `high` of one state: a signal handler that reads may bring another between two looks."""
+        now = self._now
+        return now[H_SIZE], now[H_HIGH]
+
+    @property
     def policy(self) -> list[int]:
         """The policy's words of the state."""
         return self.head[H_POLICY : H_POLICY + POLICY_WORDS].tolist()
@@ -546,19 +562,17 @@ class Store:
         """Undo a commit that did not end, finish a rollback that did not. Interrupted, it can simply run again."""
         self._settled = False
         self._policy = [-1]
-        if self.head is self._work:  # cut off within `_take_over`
-            self._work = np.zeros(HEADER_WORDS, np.uint64)
-        self._now, self._next = self.head.data, self._work.data
-        self._newest(self.head)
+        self._next = np.zeros(HEADER_WORDS, np.uint64).data  # which may be `_now`, after an exception within `_take_over`
+        self._now = self._newest().data
         if self.head[H_TARGET] != 0:
             self._finish_rollback()
-        elif self._read_seal():
-            live, count = int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
+        elif (seal := self._read_seal()) is not None:
+            live, count, freed = int(seal[J_LIVE]), int(seal[J_COUNT]), int(seal[J_FREED])
             use = np.ones(count, np.uint8)
             t = self.table
             kernel.restore_rows(self._view, self._cols, t.list_at, t.record_at, t.record, live, use, self._mem)
-            if self._seal[J_FREED]:
-                kernel.restore_freed(self._view, self._cols, t.freed_at, int(self._seal[J_FREED]), self._mem)
+            if freed:
+                kernel.restore_freed(self._view, self._cols, t.freed_at, freed, self._mem)
             if self.durable:
                 self._sync()  # before the journal is void, or a power cut could keep only that
         self._mem[self.table.journal : self.table.journal + 8 * SEAL_WORDS] = 0
@@ -566,24 +580,23 @@ class Store:
         self._live_rows = None
         self._settled = True
 
-    def _read_seal(self) -> bool:
-        """Whether the journal holds a commit on top of the present header, whole and within bounds."""
-        t = self.table
-        if not kernel.read_block(self._view, t.journal, self._seal):
-            return False
-        s = self._seal
+    def _read_seal(self) -> Words | None:
+        """The seal of the journal, if that holds a commit on top of the present header, whole and within bounds."""
+        t, s, head = self.table, np.empty(SEAL_WORDS, np.uint64), self.head
+        if not kernel.read_block(self._view, t.journal, s):
+            return None
         live, count, freed = int(s[J_LIVE]), int(s[J_COUNT]), int(s[J_FREED])
-        if s[J_TAG] != t.tag or s[J_SEQ] != self.head[H_SEQ] + np.uint64(1) or s[J_PREVIOUS] != self.head[H_STATE]:
-            return False
+        if s[J_TAG] != t.tag or s[J_SEQ] != head[H_SEQ] + np.uint64(1) or s[J_PREVIOUS] != head[H_STATE]:
+            return None
         if live > count or count > t.journal_rows or freed > (t.max_size if t.log[1] else 0):
-            return False
+            return None
         rows = np.concatenate([self._view[t.list_at : t.list_at + 8 * count].view(np.int64), self._freed(freed)[:, 0]])
         if rows.shape[0] and (rows.min() < 0 or rows.max() >= t.max_size):
-            return False
+            return None
         found = int(kernel.hash_records(self._view, t.list_at, t.record_at, t.record, live, count))
         if freed:
             found += int(kernel.hash_freed(self._view, t.freed_at, freed))
-        return found % 2**64 == int(s[J_HASH])
+        return s if found % 2**64 == int(s[J_HASH]) else None
 
     def _freed(self, count: int) -> Ints:
         """The journal's freed rows: (count, 3) of row, position and group, a view."""
@@ -611,60 +624,64 @@ class Store:
         """Positions of some rows, for the writer."""
         return self._positions[rows]
 
-    def snapshot(self) -> tuple[Ints, Ints]:
-        """As `index`, for a reader whatever the writer does meanwhile, or did when it was killed: copies, exactly as the header says."""
+    def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]:
+        """Positions and groups of rows exactly as the header says: for a reader whatever the writer does meanwhile, or did when it was
+        killed, and copies."""
         if self.writable:
-            return self.index()
+            positions, groups = self.index()
+            return positions[rows], groups[rows]
         deadline = time.monotonic() + _PATIENCE
-        head = np.zeros(HEADER_WORDS, np.uint64)
+        columns = self._positions, self._groups
         while True:
             self.refresh()
-            before = self.pending()
-            positions, groups = (column.copy() for column in self.index())
-            if self.pending():  # undo the commit in the copies
-                t, s, high = self.table, self._seal, self.high
-                live, count = int(s[J_LIVE]), int(s[J_COUNT])
-                rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64).copy()
-                old = np.full((count, 2), -1, np.int64)
-                place = t.record_at + t.record - 16 - 8 * self._fields
-                old[:live] = np.ndarray((live, 2), np.int64, self._view, place, (t.record, 8))
-                freed = self._freed(int(s[J_FREED])).copy()
-                rows, old = np.concatenate([rows, freed[:, 0]]), np.concatenate([old, freed[:, 1:]])
-                inside = (rows >= 0) & (rows < high)
-                positions[rows[inside]], groups[rows[inside]] = old[inside].T
-            elif before:
-                continue  # it has ended or was undone, while the index was read
-            self._newest(head)
-            if head[H_SEQ] == self.head[H_SEQ] and head[H_STATE] == self.head[H_STATE]:
+            headers, seal = self._known, self._raw_seal()
+            positions, groups = (np.array(column[rows]) for column in columns)
+            changed, before = self._journal_index()
+            if changed.shape[0]:  # undo the commit in the copies
+                if isinstance(rows, slice):
+                    places, mine = changed - rows.start, (changed >= rows.start) & (changed < rows.stop)
+                    places, before = places[mine], before[mine]
+                else:
+                    order = np.argsort(changed)
+                    places = np.flatnonzero(np.isin(rows, changed))
+                    before = before[order[np.searchsorted(changed, rows[places], sorter=order)]]
+                positions[places], groups[places] = before.T
+            if self._is_now(headers, seal):
                 return positions, groups
             if time.monotonic() > deadline:
                 raise RowError(f"{self.path or 'this buffer'} changes faster than its index can be read; try again")
 
-    def _positions_now(self) -> Ints:
-        """Positions as of the header; a reader copies them once for each state."""
-        if self.writable:
-            return self.index()[0]
-        if self._snapshot is None or self._snapshot[0] != self._now[H_SEQ]:
-            positions = self.snapshot()[0]
-            self._snapshot = (self._now[H_SEQ], positions)
-        return self._snapshot[1]
+    def pieces(self) -> Iterator[tuple[int, Ints, Ints]]:
+        """The index up to `high` in pieces of bounded size: (first row, positions, groups), each as of `snapshot`."""
+        high = self.high
+        for start in range(0, high, _PIECE):
+            yield start, *self.snapshot(slice(start, min(high, start + _PIECE)))
 
     def live_rows(self) -> Ints | None:
         """The live rows in order; None where they are simply 0 to size - 1."""
-        if self.size == self.high:
-            return None
-        sequence = self._now[H_SEQ]
-        if self._live_rows is None or self._live_rows[0] != sequence:
-            found = np.flatnonzero(self._positions_now() >= 0)
-            sequence = self._now[H_SEQ]
-            if found.shape[0] != self.size:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            now, known = self._now, self._live_rows
+            size, sequence = now[H_SIZE], now[H_SEQ]
+            if size == now[H_HIGH]:
+                return None
+            if known is not None and known[0] == sequence:
+                return known[1]
+            found, n = np.empty(size, np.int64), 0
+            for start, positions, _ in self.pieces():
+                live = np.flatnonzero(positions >= 0)
+                part = found[n : n + live.shape[0]]
+                np.add(live[: part.shape[0]], start, out=part)
+                n += live.shape[0]
+            if n == size and self._now[H_SEQ] == sequence:
+                self._live_rows = (sequence, found)
+                return found
+            if self._now[H_SEQ] == sequence or time.monotonic() > deadline:
                 # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
                 raise (CorruptionError if self.writable else RowError)(
-                    f"{self.path or 'this buffer'}: {found.shape[0]} live rows, but the header counts {self.size}; "
+                    f"{self.path or 'this buffer'}: {n} live rows, but the header counts {size}; "
                     "buffer.check() lists what is wrong; restore the file from a copy made with save()"
                 )
-            self._live_rows = (sequence, found)
-        return self._live_rows[1]
 
     def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
         """n live rows by a draw: draw(among, out) fills `out` with numbers below `among`, and of more numbers begins with the same.
@@ -672,22 +689,26 @@ class Store:
         Where few of the rows below `high` are free, numbers that hit one are passed over: that costs O(n), a list of the live
         rows O(rows) after every commit. Which way is taken follows from the live rows alone.
         """
-        size, high = self._now[H_SIZE], self._now[H_HIGH]
+        size, high = self.extent
         k = n * high // size + 16 if high < 8 * size and n <= size // 2 else high
-        positions = self._positions_now() if k < high else NO_ROWS
-        if (size, high) != (self.size, self.high):
-            raise RowError(f"rows of {self.path or 'this buffer'} came or went while some were drawn")  # a reader draws again
         while k < high:
             rows = np.empty(k, np.int64)
             draw(high, rows)
-            found = rows[positions[rows] >= 0]
+            found = rows[(self._positions[rows] if self.writable else self.snapshot(rows)[0]) >= 0]
+            self._require_same(size, high)
             if found.shape[0] >= n:
                 return found[:n].copy()
             k *= 2
         rows = np.empty(n, np.int64)
         draw(size, rows)
         live = self.live_rows()
+        self._require_same(size, high)
         return rows if live is None else live[rows]
+
+    def _require_same(self, size: int, high: int) -> None:
+        """While rows were drawn none may have come or gone: a reader draws again."""
+        if (size, high) != self.extent:
+            raise RowError(f"rows of {self.path or 'this buffer'} came or went while some were drawn")
 
     def read(self, rows: Ints, field: int | None = None, room: int = 0) -> tuple[list[np.ndarray[Any, Any]], Ints]:
         """Copies of these rows: an array per field (or of one field), and (2, n) positions and groups, every checksum verified.
@@ -701,13 +722,15 @@ class Store:
                 f"rows up to {int(rows.max())} of {self.path or 'this buffer'}, but the rows in use are 0 to {self.high - 1} now"
             )
         first, last = (0, self._fields) if field is None else (field, field + 1)
-        if self._places_for != (n, first, last, room):
-            self._arrange(n, first, last, room)
-        places = self._places
-        out = np.empty(self._room_for, np.uint8)
+        arrangement = self._arrangement  # taken and put back whole, since a signal handler may read, too
+        if arrangement[0] != (n, first, last, room):
+            arrangement = self._arrangement = self._arrange(n, first, last, room)
+        _, places, blocks, size = arrangement
+        out = np.empty(size, np.uint8)
         index = np.empty((2, n), np.int64)
         sums, bad = np.empty(n, np.uint64), np.empty(n, np.uint8)
-        if self._cold:
+        cold = self._cold
+        if cold:
             self._fetch(rows, first, last)
         start = time.perf_counter()
         wrong = kernel.read_rows(self._view, self._cols, first, last, rows, out, places, index, sums, bad)
@@ -715,16 +738,16 @@ class Store:
         if taken > 1e-3 + _COLD * n:
             waits, self._waits = self._waits, system.waits_for_disk()
             if waits is None or self._waits is None or self._waits - waits > n // 8:  # else another process had the processor
-                if not self._cold and self.path is not None:
+                if not cold and self.path is not None:
                     self._fetch_columns()
                 self._cold = _WARM_READS
-        elif self._cold and taken < 1e-4 + _WARM * n:
-            self._cold -= 1
+        elif cold and taken < 1e-4 + _WARM * n:
+            self._cold = cold - 1
         if not self.writable:
             wrong = self._find_changed(rows, first, last, index, sums, bad)
         if wrong:
             self._reread(rows, first, last, out, places, index, bad)
-        return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in self._blocks], index
+        return [np.ndarray(shape, dtype, out, place) for shape, dtype, place in blocks], index
 
     def _find_changed(self, rows: Ints, first: int, last: int, index: Ints, sums: Words, bad: Bytes) -> int:
         """After a reader's `read_rows`: mark rows that a commit changed meanwhile, and those of one under way, which are whole and yet not
@@ -735,8 +758,9 @@ class Store:
             self.refresh()
             headers, seal = self._known, self._raw_seal()
             wrong = int(kernel.find_changed(self._view, self._cols, first, last, rows, index, sums, bad))
-            if self.pending():
-                bad[np.isin(rows, np.concatenate(self._journal_rows()))] = 1
+            changing = self._journal_index()[0]
+            if changing.shape[0]:
+                bad[np.isin(rows, changing)] = 1
                 wrong = int(np.count_nonzero(bad))
             if self._is_now(headers, seal):
                 return wrong
@@ -750,9 +774,8 @@ class Store:
     def _raw_seal(self) -> bytes:
         return self._require_map()[self.table.journal : self.table.journal + 8 * SEAL_WORDS]
 
-    def _arrange(self, n: int, first: int, last: int, room: int) -> None:
+    def _arrange(self, n: int, first: int, last: int, room: int) -> _Arrangement:
         """Where in one piece of memory each field's array lies, at multiples of 64 bytes, and where the rows that are read go."""
-        self._places_for = (-1, 0, 0, 0)  # an interrupt must not leave half of this
         schema = self.table.schema
         at, places, blocks = 0, [], []
         for f in range(first, last):
@@ -761,8 +784,7 @@ class Store:
             blocks.append(((before + n, *field.shape), field.dtype, at))
             places.append(at + before * field.nbytes)
             at = round_up(at + (before + n) * field.nbytes, 64)
-        self._places, self._blocks, self._room_for = np.array(places, np.int64), blocks, at
-        self._places_for = (n, first, last, room)
+        return (n, first, last, room), np.array(places, np.int64), blocks, at
 
     def _fetch_columns(self) -> None:
         """Ask for the columns of small entries, each of which every batch needs, as a whole: one pass instead of thousands of reads."""
@@ -843,27 +865,39 @@ class Store:
 
     def pending(self) -> bool:
         """Whether the file has a commit that has not ended."""
-        return int(self.head[H_TARGET]) not in (0, _GONE) or self._read_seal()
+        return int(self.head[H_TARGET]) not in (0, _GONE) or self._read_seal() is not None
 
     def _journal_rows(self) -> tuple[Ints, Ints]:
         """Of a commit that has not ended: the rows whose old state the journal holds, and those that were free before."""
-        if not self.pending():
-            return NO_ROWS, NO_ROWS
-        at, live, count = self.table.list_at, int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
-        rows = self._view[at : at + 8 * count].view(np.int64)
-        return np.concatenate([rows[:live], self._freed(int(self._seal[J_FREED]))[:, 0]]), rows[live:].copy()
+        changed, before = self._journal_index()
+        free = before[:, 0] < 0
+        return changed[~free], changed[free]
+
+    def _journal_index(self) -> tuple[Ints, Ints]:
+        """Of a commit that has not ended: the rows that it changes, and their positions and groups before, (n, 2)."""
+        t, seal = self.table, self._read_seal()
+        if seal is None:
+            return NO_ROWS, NO_LOG
+        live, count = int(seal[J_LIVE]), int(seal[J_COUNT])
+        rows = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
+        before = np.full((count, 2), -1, np.int64)
+        before[:live] = np.ndarray((live, 2), np.int64, self._view, t.record_at + t.record - 16 - 8 * self._fields, (t.record, 8))
+        freed = self._freed(int(seal[J_FREED]))
+        return np.concatenate([rows, freed[:, 0]]), np.concatenate([before, freed[:, 1:]])
 
     def _read_journal(self, row: int, out: Bytes, mine: Ints, index: Ints) -> bool:
         """Take the old bytes of a row from the journal: undo them into a file of one row, and read that."""
-        t = self.table
-        live, count = int(self._seal[J_LIVE]), int(self._seal[J_COUNT])
+        t, seal = self.table, self._read_seal()
+        if seal is None:
+            return False
+        live, count = int(seal[J_LIVE]), int(seal[J_COUNT])
         listed = self._view[t.list_at : t.list_at + 8 * count].view(np.int64)
         at = np.flatnonzero(listed[:live] == row)
         if at.shape[0]:
             start = t.record_at + int(at[0]) * t.record
             record = self._view[start : start + t.record].copy()
         else:
-            freed = self._freed(int(self._seal[J_FREED]))
+            freed = self._freed(int(seal[J_FREED]))
             at = np.flatnonzero(freed[:, 0] == row)
             if at.shape[0] == 0:
                 return False
@@ -1069,7 +1103,6 @@ class Store:
 
     def _take_over(self) -> None:
         """The header that was just written is the one in force."""
-        self.head, self._work = self._work, self.head
         self._now, self._next = self._next, self._now
 
     def _write_pieces(self, fetch: Any, rows: Ints, positions: Ints, groups: Ints, digests: Words) -> None:
@@ -1294,52 +1327,117 @@ class Store:
     # -- auditing ----------------------------------------------------------------------------------------------------
 
     def check(self) -> list[Problem]:
-        """Everything wrong with this file; an empty list if nothing is. Reads all of it."""
+        """Everything wrong with this file; an empty list if nothing is. Reads all of it, in pieces.
+
+        A reader beside a writer finds what is wrong with a row in a moment in which no commit changes that row; what concerns the rows
+        together, in a moment without any commit. Where there is none within a second, it leaves that to the writer.
+        """
         self.ready()
-        t = self.table
-        problems = []
-        if not self.writable and self.pending():
-            problems.append(Problem("a commit was cut off: open the file for writing once, to undo it"))
-        digests = np.zeros(BUCKETS, np.uint64)
-        live, high = kernel.scan_index(self._view, self._cols, t.max_size, digests)
-        step = max(1, (16 << 20) // sum(size for _, size in t.columns))
-        bad = np.zeros(step, np.uint8)
-        wrong: list[int] = []
-        for start in range(0, t.max_size, step):
-            stop = min(t.max_size, start + step)
-            for at, size in self._large:
-                system.advise(self._require_map(), "WILLNEED", at + start * size, at + stop * size)
-            kernel.verify_rows(self._view, self._cols, start, stop, bad)
-            wrong += [start + int(i) for i in np.flatnonzero(bad[: stop - start])]
-        if wrong:
-            problems.append(Problem("bytes do not match their checksums", tuple(wrong)))
-        at, _ = t.columns[-3]
-        positions = self._view[at : at + 8 * t.max_size].view(np.int64)
-        held = np.flatnonzero(positions >= 0)
-        mine = held[positions[held] >> STREAM_BITS == t.stream]
-        late = mine[(positions[mine] & (2**STREAM_BITS - 1)) >= self.seen + t.params.get("first", 0)]
-        if late.shape[0]:
-            problems.append(Problem(f"positions beyond seen={self.seen}", tuple(map(int, late))))
-        _, where, times = np.unique(positions[held], return_inverse=True, return_counts=True)
-        twice = held[times[where] > 1]
-        if twice.shape[0]:
-            problems.append(Problem("positions held twice", tuple(map(int, twice))))
-        off = np.flatnonzero(digests != self.head[H_DIGESTS : H_DIGESTS + BUCKETS])
-        if off.shape[0]:
-            suspects = np.flatnonzero(np.isin(np.arange(t.max_size) % BUCKETS, off))
-            problems.append(
-                Problem("rows that do not add up to the header's digests: among these are stale ones", tuple(map(int, suspects)))
-            )
+        wrong = self._wrong_rows()
+        problems = [Problem("bytes do not match their checksums", tuple(wrong))] if wrong else []
+        deadline, first = time.monotonic() + _PATIENCE, None
+        while True:
+            headers, seal, pending = self._known, self._raw_seal(), not self.writable and self.pending()
+            found = [] if pending else self._check_index()
+            if self.writable or (not pending and self._is_now(headers, seal)):
+                problems += found
+                break
+            first = first or (headers, seal)
+            if time.monotonic() > deadline:
+                if pending and first == (headers, seal):
+                    changed = tuple(self._journal_index()[0].tolist())
+                    problems.append(Problem("a commit was cut off: open the file for writing once, to undo it", changed))
+                    problems += self._check_index()  # some of which may be due to that
+                break
+            time.sleep(0.001 if pending else 0)
+            self.refresh()
         try:
             self.log()
         except CorruptionError as error:
             problems.append(Problem(str(error)))
+        return problems + self._check_structure()
+
+    def _wrong_rows(self) -> list[int]:
+        """Rows whose bytes do not match their checksums."""
+        t, wrong = self.table, []
+        step = min(_PIECE, max(1, (16 << 20) // self._row_bytes))
+        bad = np.zeros(step, np.uint8)
+        for start in range(0, t.max_size, step):
+            stop = min(t.max_size, start + step)
+            for at, size in self._large:
+                system.advise(self._require_map(), "WILLNEED", at + start * size, at + stop * size)
+            headers, seal = self._known, self._raw_seal()
+            kernel.verify_rows(self._view, self._cols, start, stop, bad)
+            rows = (start + np.flatnonzero(bad[: stop - start])).tolist()
+            if not self.writable and rows and (self.pending() or not self._is_now(headers, seal)):
+                rows = [row for row in rows if self._is_wrong(row)]
+            wrong += rows
+        return wrong
+
+    def _is_wrong(self, row: int) -> bool:
+        """Whether a row that failed is wrong, and not in the middle of a commit."""
+        deadline = time.monotonic() + _PATIENCE
+        _, places, _, size = self._arrange(1, 0, self._fields, 0)
+        rows, out, index = np.array([row]), np.empty(size, np.uint8), np.empty((2, 1), np.int64)
+        while True:
+            self.refresh()
+            headers, seal = self._known, self._raw_seal()
+            old, free_before = self._journal_rows()
+            right = row in free_before or self._reread_one(rows, 0, 0, self._fields, out, places, index, row in old)
+            if right or index[0, 0] < 0 or self._is_now(headers, seal):
+                return not right and index[0, 0] >= 0
+            if time.monotonic() > deadline:
+                return False
+
+    def _check_index(self) -> list[Problem]:
+        """What is wrong with the rows together, as they are now."""
+        t, problems = self.table, []
+        digests = np.zeros(BUCKETS, np.uint64)
+        live, high = kernel.scan_index(self._view, self._cols, t.max_size, digests)
+        late = []
+        for start in range(0, t.max_size, _PIECE):
+            positions = self._positions[start : start + _PIECE]
+            mine = (positions >= 0) & (positions >> STREAM_BITS == t.stream)
+            late += (start + np.flatnonzero(mine & (positions & (2**STREAM_BITS - 1) >= self.seen + t.params.get("first", 0)))).tolist()
+        if late:
+            problems.append(Problem(f"positions beyond seen={self.seen}", tuple(late)))
+        twice = self._held_twice(live)
+        if twice:
+            problems.append(Problem("positions held twice", tuple(twice)))
+        off = np.flatnonzero(digests != self.head[H_DIGESTS : H_DIGESTS + BUCKETS])
+        if off.shape[0]:
+            suspects = np.sort(np.concatenate([np.arange(bucket, t.max_size, BUCKETS) for bucket in off]))
+            problems.append(
+                Problem("rows that do not add up to the header's digests: among these are stale ones", tuple(map(int, suspects)))
+            )
         if live != self.size:
             problems.append(Problem(f"{live} live rows, but the header counts {self.size}"))
         if high > self.high:
             problems.append(Problem(f"row {high - 1} is live, but the header's highest is {self.high - 1}"))
-        problems += self._check_structure()
         return problems
+
+    def _held_twice(self, live: int) -> list[int]:
+        """Rows that hold a position that another one holds, too. Positions are sorted class by class: memory does not grow with rows."""
+        classes = 1 + live // _SORTED
+        starts = range(0, self.table.max_size, _PIECE)
+        double = []
+        for number in range(classes):
+            parts = []
+            for start in starts:
+                part = self._positions[start : start + _PIECE]
+                part = part[part >= 0]
+                if classes > 1:
+                    part = part[(part.view(np.uint64) * _ODD >> np.uint64(40)) % np.uint64(classes) == number]
+                parts.append(part)
+            positions = np.concatenate(parts)
+            positions.sort()
+            double.append(np.unique(positions[1:][positions[1:] == positions[:-1]]))
+        found = np.concatenate(double)
+        if not found.shape[0]:
+            return []
+        return [
+            row for start in starts for row in (start + np.flatnonzero(np.isin(self._positions[start : start + _PIECE], found))).tolist()
+        ]
 
     def _check_structure(self) -> list[Problem]:
         """Compare HDF5's view with the table. Its own bytes are compared first: damaged ones can crash the HDF5 library."""
@@ -1378,6 +1476,18 @@ class _Raw(io.RawIOBase):
         memoryview(into)[: found.shape[0]] = found.data
         self._at += found.shape[0]
         return found.shape[0]
+
+
+def refuse_within(owner: Any, changes: Collection[types.CodeType], name: str | None) -> None:
+    """Raise ModeError if one of these functions works on `owner` further up: a signal handler, or a dataset, came in the middle of it."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code in changes and frame.f_locals.get("self") is owner:
+            raise ModeError(
+                f"{name or 'this buffer'} is in the middle of a change, so that it cannot be used now: a signal handler should "
+                "only set a flag, for the training loop to look at between two steps; a dataset should not use the buffer that it feeds"
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 _CHANGES = {f.__code__ for f in (Store.commit, Store.commit_planned, Store.recover, Store.rollback)}  # which nothing may come within

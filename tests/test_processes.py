@@ -205,10 +205,11 @@ def test_a_commit_while_a_reader_takes_the_header(path: str, monkeypatch: pytest
             add()
             newest = reader._store._newest
 
-            def late(into: Any) -> None:
-                newest(into)
+            def late() -> Any:
+                found = newest()
                 monkeypatch.setattr(reader._store, "_newest", newest)
                 add()
+                return found
 
             monkeypatch.setattr(reader._store, "_newest", late)
             assert reader.seen == 2 and reader.seen == writer.seen == 3

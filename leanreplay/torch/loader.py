@@ -19,6 +19,7 @@ from ..batches import integer, required
 from ..buffers import DataBuffer
 from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
+from ..store import refuse_within
 from .data import Function, bfloat16_fields, checked, each_tensor, per_batch, sample, to_torch
 
 Ints = npt.NDArray[np.int64]
@@ -157,6 +158,7 @@ class ReplayLoader:
         self._groups: tuple[Any, int, list[Ints]] | None = None
         self._pid = os.getpid()
         self._closed = False
+        self._taking = False  # whether a batch is being taken: no signal handler may take one as well
         self._hook = functools.partial(_call, weakref.WeakMethod(self._settle))
         buffer._before_write.append(self._hook)
         # Whoever forgets to close it leaves no thread behind.
@@ -171,6 +173,9 @@ class ReplayLoader:
 
     def __next__(self) -> tuple[Any, dict[str, Any]]:
         self._check_open()
+        if self._taking:  # or an exception left it so
+            refuse_within(self, {ReplayLoader.__next__.__code__}, "this ReplayLoader")
+        self._taking = True
         if self.batches is not None and self._passed >= self.batches:
             raise StopIteration
         self._plan_to(self.prefetch)
@@ -189,7 +194,8 @@ class ReplayLoader:
                 del error
         # The next one is planned while this one still stands in front, so that an interrupt anywhere loses and doubles nothing.
         self._plan_to(self.prefetch + 1)
-        self._delivered, self._passed, self._planned = self._delivered + 1, self._passed + 1, self._planned[1:]
+        done = self._delivered + 1, self._passed + 1, self._planned[1:], False
+        self._delivered, self._passed, self._planned, self._taking = done
         return job.result  # type: ignore[no-any-return]
 
     def _check_open(self) -> None:
@@ -269,7 +275,8 @@ class ReplayLoader:
 
     def _rows_by_value(self, store: Any) -> list[Ints]:
         """The live rows of each value of the column that `balance` names."""
-        if self._groups is None or self._groups[0] is not store or self._groups[1] != store.sequence:
+        known = self._groups
+        if known is None or known[0] is not store or known[1] != store.sequence:
             sequence = store.sequence
             schema = store.table.schema
             rows = self.buffer._all_rows(store)
@@ -284,8 +291,10 @@ class ReplayLoader:
                 raise SchemaError(f"balance={self.balance!r}: entries must be single values, got shape {values.shape[1:]}")
             order = np.argsort(values, kind="stable")
             starts = np.unique(values[order], return_index=True)[1]
-            self._groups = (store, sequence, np.split(rows[order], starts[1:]))
-        return self._groups[2]
+            groups = np.split(rows[order], starts[1:])
+            self._groups = (store, sequence, groups)
+            return groups
+        return known[2]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
