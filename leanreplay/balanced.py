@@ -336,8 +336,10 @@ class BalancedBuffer(DataBuffer):
         except (KeyError, TypeError):
             raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
 
-    def _experience(self, given: Any, at: Any, step: int) -> int:
-        """The number of an experience: given, or `step` beyond the largest seen."""
+    def _experience(self, given: Any, at: Any, step: int) -> Any:
+        """The number of an experience: given, or `step` beyond the largest seen. An array, one for each sample, is `_groups`' concern."""
+        if isinstance(given, np.ndarray) and given.ndim:
+            return given
         number = integer("experience", given, -(2**63), 2**63 - 1)
         if number is not None:
             return number
@@ -505,11 +507,12 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         batch: Any,
         *,
         metadata: Mapping[str, Any] | None = None,
-        experience: int | None = None,
+        experience: int | Ints | None = None,
         at: int | None = None,
         moved: tuple[Any, Any, Mapping[str, Any]] | None = None,
     ) -> None:
-        """As `DataBuffer.add`. experience: number of the experience that the batch is of; None: the newest, at first 0."""
+        """As `DataBuffer.add`. experience: number of the experience that the batch is of, or an array of one for each sample; None: the
+        newest, at first 0."""
         with self._lock:
             super().add(batch, metadata=metadata, group=self._experience(experience, at, 0), at=at, moved=moved)
 

@@ -781,6 +781,7 @@ def test_kinds_of_buffers(tmp_path):
     model = dense()
     for kind in (ClassBalancedBuffer, ClassBalancingReservoirBuffer, ExperienceBalancedBuffer, GreedyClassBalancingBuffer):
         learner = DERLearner(model, sgd(model), kind(20), replay_batch_size=4, ema_memory_update_gamma=0.5)
+        learner.on_task_start()
         for batch in batches(4, 6):
             learner.step(*batch)
         assert learner.buffer.seen == 24 and not learner.buffer.check()
@@ -793,8 +794,14 @@ def test_kinds_of_buffers(tmp_path):
     with pytest.raises(ArgumentError, match="of a total of 2 are there already"):
         learner.step(x, y * 0 + 2)
     learner = ReplayLearner(model, sgd(model), ClassBalancedBuffer(20), loss_fn=torch.nn.functional.mse_loss)
-    with pytest.raises(SchemaError, match="balances over classes"):
+    with pytest.raises(ArgumentError, match=r"balances over classes, but labels are torch.float64 of shape \(6, 3\)"):
         learner.step(x, torch.zeros(6, 3).double())
+    for kind in (ClassBalancedBuffer, ClassBalancingReservoirBuffer, GreedyClassBalancingBuffer):
+        buffer = kind(20)
+        buffer.add((x, torch.zeros(6, 3)), group=np.arange(6))
+        with pytest.raises(ArgumentError, match="balances over classes, but the samples that it holds"):
+            ERLearner(model, sgd(model), buffer, loss_fn=torch.nn.functional.mse_loss)
+        ERLearner(model, sgd(model), buffer, loss_fn=torch.nn.functional.mse_loss, store=False)
     assert torch.equal(model[0].weight, weights)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ...balanced import ExperienceBalancedBuffer
 from ...batches import required
 from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError, StorageError
@@ -53,7 +54,7 @@ class _Queued:
     All of it are copies: models, transforms and losses may work in place, and loops fill one batch again and again.
     like: shapes and dtypes of samples. seen: which classes occurred up to here (with masks). offered: whether the samples go to the
     buffer. batch: x and y as they were given, and their versions. ready: what went into the model, for the same batch once more; () if
-    that counts as another one."""
+    that counts as another one. experience: the task's number."""
 
     x: Any
     y: Any
@@ -64,6 +65,7 @@ class _Queued:
     offered: bool
     batch: tuple[Any, ...] = ()
     ready: tuple[Any, ...] = ()
+    experience: int | None = None
 
     def holds(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         """Whether this is that batch: the same memory, not written to since."""
@@ -85,7 +87,8 @@ class ReplayLearner:
     model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper,
     which is what its gradient exchange needs. optimizer: over the model's parameters.
     buffer: of pairs (x, y); any that asks for no features or weights, the papers use a `ReservoirBuffer`. One that holds samples must
-        hold what the terms store.
+        hold what the terms store. An `ExperienceBalancedBuffer` gets tasks as experiences, so `on_task_start` must be called before the
+        first batch of each: a task that is a number is the experience of that number; one of another name, or of none, is the next one.
     terms: see `Term`; ones of weight 0 take no draw. loss_fn: mean loss of (outputs, y).
     replay_batch_size: samples of a draw, uniform and without replacement; as many as the buffer holds, if fewer.
     loss_normalization: divide by the sum of the weights, as above; the papers do not.
@@ -195,6 +198,9 @@ class ReplayLearner:
         self._check_terms()
         self.steps = 0
         self.task: int | str | None = None
+        self._by_task = isinstance(buffer, ExperienceBalancedBuffer)
+        self._experience: int | None = None  # of the task that is going on
+        self._experiences: dict[str, int] = {}  # of all tasks that have names
         self._outputs = torch.empty(0), 0
         self.losses: dict[str, float] = {}
         self.mask: torch.Tensor | None = None  # (outputs,) bool, during a `loss`: the classes that occurred so far
@@ -260,8 +266,19 @@ class ReplayLearner:
                 f"a learner adds to its buffer, but this one is open for reading only: {self.buffer!r}; open it with mode='r+', or only "
                 "replay from it: store=False"
             )
+        schema = self.buffer.schema
+        if value and schema is not None and schema.label_field is None:
+            self._refuse_classes(f"the samples that it holds, {schema}, have no label that is an integer")
         self._store = value
         self._like = self._kept = None  # what is stored must be checked, what is not need not
+
+    def _refuse_classes(self, why: str) -> None:
+        """Raise ArgumentError if the buffer needs classes."""
+        if self.buffer.policy_class.needs_groups and not isinstance(self.buffer, ExperienceBalancedBuffer):
+            raise ArgumentError(
+                f"{type(self.buffer).__name__} balances over classes, but {why}; use a buffer that needs no classes, such as a "
+                "ReservoirBuffer or an ExperienceBalancedBuffer"
+            )
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -289,6 +306,11 @@ class ReplayLearner:
         like = shapes[0][1:], x.dtype, shapes[1][1:], y.dtype
         if like != self._like:
             self._check_batch(x, y, like)
+        if self._by_task and self._experience is None and self._store:
+            raise ArgumentError(
+                f"{type(self.buffer).__name__} keeps the same number of samples of each task, but no task has begun: call "
+                "on_task_start(task) before the first batch of each, as fit does"
+            )
         device = x.device if self.device is None else self.device
         again = next((q for q in self._queue if q.holds(x, y)), None) if self._queue else None
         if again is not None:
@@ -313,11 +335,13 @@ class ReplayLearner:
                 replay.forget()
         if again is None:
             batch, ready = (x, y, _version(x), _version(y)), (inputs, targets, labels, draws)
-            self._queue.append(_Queued(*arrays, stored, moved, seen, like, self._store, batch, ready))
+            self._queue.append(_Queued(*arrays, stored, moved, seen, like, self._store, batch, ready, self._experience))
         return total
 
     def _check_batch(self, x: torch.Tensor, y: torch.Tensor, like: Any) -> None:
         """Raise SchemaError for a batch that the buffer would refuse after the step, ArgumentError for a buffer of something else."""
+        if self._store and (y.ndim != 1 or y.is_floating_point() or y.dtype is torch.bool):
+            self._refuse_classes(f"labels are {y.dtype} of shape {tuple(y.shape)}, where integers (n,) are expected")
         waiting = next((q.like for q in self._queue if q.offered and self._store), like)
         if like != waiting:
             raise SchemaError(f"samples of shapes and dtypes {like}, but those that wait for after_step have {waiting}")
@@ -565,7 +589,7 @@ class ReplayLearner:
         shapes, others = ({name: (tuple(v.shape[1:]), v.dtype) for name, v in each.items()} for each in (stored, waiting))
         if shapes != others:
             raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
-        self.buffer.check_batch((x, y), metadata=stored or None)
+        self.buffer.check_batch((x, y), metadata=stored or None, **({"experience": self._experience} if self._by_task else {}))
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -638,13 +662,27 @@ class ReplayLearner:
             return
         for term in self.terms:
             term.on_task_start(self)
+        if isinstance(self.buffer, ExperienceBalancedBuffer):
+            self._experience = self._number(self.buffer, task)
         self.task = task
 
     def on_task_end(self) -> None:
         """To be called after the last step of a task."""
         for term in self.terms:
             term.on_task_end(self)
-        self.task = None
+        self.task = self._experience = None
+
+    def _number(self, buffer: ExperienceBalancedBuffer, task: int | str | None) -> int:
+        """The experience that a task is."""
+        if isinstance(task, int):
+            return task
+        number = None if task is None else self._experiences.get(task)
+        if number is None:  # beyond all that the buffer holds, and all that have begun and stored nothing yet
+            begun = [*self._experiences.values(), *([] if self._experience is None else [self._experience])]
+            number = max([int(buffer._experience(None, None, 1)), *(n + 1 for n in begun)])
+            if task is not None:
+                self._experiences[task] = number
+        return number
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -658,6 +696,8 @@ class ReplayLearner:
             "format": 1,
             "steps": self.steps,
             "task": self.task,
+            "experience": self._experience,
+            "experiences": [[name, number] for name, number in self._experiences.items()],
             "classes": [] if self._seen is None else self._seen.nonzero().flatten().tolist(),
             "terms": {term.name: term.state_dict() for term in self.terms},
             "buffer": _reading(self.buffer) if self.buffer.mode == "r" else self.buffer.state_dict(),
@@ -666,6 +706,7 @@ class ReplayLearner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a state that `state_dict` returned, the buffer too. Raises StateError, and changes nothing, where that cannot be."""
         kinds: dict[str, Any] = {"format": int, "steps": int, "task": (int, str, type(None)), "classes": list, "terms": dict}
+        kinds |= {"experience": (int, type(None)), "experiences": list}
         if not isinstance(state, Mapping) or any(not isinstance(state.get(k, ...), t) for k, t in kinds.items()) or state["format"] != 1:
             raise StateError(
                 f"not a state of a {type(self).__name__}: expected a dict with format=1, {', '.join(list(kinds)[1:])} and buffer, "
@@ -674,6 +715,8 @@ class ReplayLearner:
         classes = state["classes"]
         if state["steps"] < 0 or any(type(c) is not int or not 0 <= c < 2**30 for c in classes):
             raise StateError(f"not a state of a {type(self).__name__}: {state['steps']} steps, classes {classes!r:.200}")
+        if not all(isinstance(e, list) and [type(v) for v in e] == [str, int] for e in state["experiences"]):
+            raise StateError(f"not a state of a {type(self).__name__}: experiences {state['experiences']!r:.200}")
         mine = [term.name for term in self.terms]
         if sorted(state["terms"]) != sorted(mine):
             raise StateError(f"the state of a learner with the terms {sorted(state['terms'])}, but this one has {sorted(mine)}")
@@ -686,6 +729,7 @@ class ReplayLearner:
         for term in self.terms:
             term.load_state_dict(state["terms"][term.name])
         self.steps, self.task, self._queue, self._seen = state["steps"], state["task"], [], None
+        self._experience, self._experiences = state["experience"], dict(state["experiences"])
         self._kept, self._bits, self._like = None, None, None
         if classes:
             self._seen = torch.zeros(max(classes) + 1, dtype=torch.bool)
@@ -735,7 +779,12 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
     else:
         x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in ([q.x for q in queue], [q.y for q in queue]))
         stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
-    buffer.add((x, y), metadata={name: _array(value) for name, value in stored.items()} or None, moved=moved)
+    metadata = {name: _array(value) for name, value in stored.items()} or None
+    if isinstance(buffer, ExperienceBalancedBuffer):
+        experience = np.repeat([int(q.experience or 0) for q in queue], [q.x.shape[0] for q in queue])
+        buffer.add((x, y), metadata=metadata, experience=experience, moved=moved)
+    else:
+        buffer.add((x, y), metadata=metadata, moved=moved)
 
 
 def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
@@ -746,7 +795,7 @@ def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
         arrived -= skip
         if skip < q.x.shape[0] and (q.offered or not some):
             stored = {name: value[skip:] for name, value in q.stored.items()}
-            left.append(_Queued(q.x[skip:], q.y[skip:], stored, [] if some else q.moved, q.seen, q.like, q.offered))
+            left.append(_Queued(q.x[skip:], q.y[skip:], stored, [] if some else q.moved, q.seen, q.like, q.offered, (), (), q.experience))
     return left
 
 
