@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .batches import integer, required
-from .buffers import DataBuffer, Reach, places
-from .errors import ArgumentError, CorruptionError, FormatError, GroupError, RowError
+from .buffers import MERGED, DataBuffer, Reach, Rule, optional_int, places
+from .errors import ArgumentError, CorruptionError, GroupError, RowError
 from .format import Table
 from .kernels import balanced as kernel
 from .keys import key_pair
@@ -46,6 +46,20 @@ def group_quotas(max_size: int, hashes: npt.NDArray[np.uint64]) -> Ints:
     return quotas
 
 
+def is_flag(value: Any) -> bool:
+    """Whether a parameter in a file is True or False."""
+    return type(value) is bool
+
+
+def groups_in(log: Ints) -> tuple[Ints, Ints]:
+    """Ids of the groups in a log, in order of appearance, and numbers of those that are full. CorruptionError for what is no log."""
+    known, full = log[log[:, 0] == 0, 1], log[log[:, 0] == 1, 1]
+    n = known.shape[0]
+    if n + full.shape[0] != log.shape[0] or np.unique(known).shape[0] != n or (full < 0).any() or (full >= n).any():
+        raise CorruptionError("the log of groups is wrong; restore the file from a copy")
+    return known, full
+
+
 class BalancedPolicy(Policy):
     """A reservoir of the largest keys per group, with quotas; `params` say how these come about.
 
@@ -70,6 +84,8 @@ class BalancedPolicy(Policy):
     @staticmethod
     def log_slots(capacity: int) -> int:
         """Two entries per group; a file with more groups than rows is given a longer log when it needs one."""
+        if capacity > _MOST_ROWS:
+            raise ArgumentError(f"{capacity} rows, but groups share at most {_MOST_ROWS}; lower max_size")
         return 2 * max(capacity, 2048)
 
     def load(self, positions: Ints, groups: Ints) -> None:
@@ -244,19 +260,20 @@ class BalancedBuffer(DataBuffer):
             self._params["borrow"] = bool(self._params["borrow"])
 
     def _adopt(self, schema: Schema | None) -> None:
-        if self._store.table.kind == self.kind:
-            self._check_params(self._store.table)
         super()._adopt(schema)
         self._params = dict(self._store.table.params)
 
-    def _check_params(self, table: Table) -> None:
-        """Raise FormatError for parameters that no buffer writes: they decide which rows kernels touch."""
-        p = table.params
-        total, adaptive = p.get(self._total_name), p.get("adaptive_size")
-        right = type(adaptive) is bool and self._total_name in p and type(p.get("borrow", False)) is bool
-        right &= total is None or (type(total) is int and 1 <= total < 2**31)
-        if not right or (not adaptive and (total is None or total > table.max_size)):
-            raise FormatError(f"{self.path}: inconsistent parameters {p!r:.200}; restore the file from a copy")
+    @classmethod
+    def _param_rules(cls) -> dict[str, Rule]:
+        rules: dict[str, Rule] = {"adaptive_size": is_flag, "borrow": lambda value: value is None or is_flag(value)}
+        return super()._param_rules() | rules | {cls._total_name: optional_int(1, 2**31)}
+
+    @classmethod
+    def _table_problem(cls, table: Table) -> str | None:
+        problem, total = super()._table_problem(table), table.params.get(cls._total_name)
+        if problem is None and not table.params.get("adaptive_size", True) and (total is None or total > table.max_size):
+            problem = f"{total} groups in {table.max_size} rows"
+        return problem
 
     @property
     def adaptive_size(self) -> bool:
@@ -559,9 +576,9 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
     def _settle_params(self) -> None:
         """There are none."""
 
-    def _check_params(self, table: Table) -> None:
-        if set(table.params) & {"adaptive_size", "borrow", *_TOTALS}:
-            raise FormatError(f"{self.path}: inconsistent parameters {table.params!r:.200}; restore the file from a copy")
+    @classmethod
+    def _param_rules(cls) -> dict[str, Rule]:
+        return MERGED
 
     def get_group_lengths(self, num_groups: int) -> list[int]:
         """What so many classes come to hold if each has samples enough."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import importlib
@@ -39,8 +40,9 @@ from .errors import (
     RowError,
     SchemaError,
     StateError,
+    StorageError,
 )
-from .format import MAX_STREAM, STREAM_BITS, Table
+from .format import KINDS, MAX_STREAM, STREAM_BITS, Table
 from .kernels import reservoir
 from .keys import key_pair
 from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
@@ -61,8 +63,23 @@ _NO_NAMES = re.compile(
     r"|(in_)?memory|ram|file|disk|x|a|r\+?|w",
     re.IGNORECASE,
 )
-_KINDS: dict[str, type[DataBuffer]] = {}
+_KINDS: dict[str, type[DataBuffer]] = KINDS
 _BUFFERS: weakref.WeakSet[DataBuffer]
+
+Rule = Callable[[Any], bool]  # whether a parameter in a file may have this value
+
+
+def optional_int(low: int, high: int) -> Rule:
+    """The rule of a parameter that is an integer from `low` to `high`, or missing."""
+    return lambda value: value is None or (type(value) is int and low <= value <= high)
+
+
+def _is_streams(value: Any) -> bool:
+    return value is None or (type(value) is list and all(type(n) is int and 0 <= n <= MAX_STREAM for n in value))
+
+
+# What `merge` adds to the parameters: the streams that went in, and `seen` when they did.
+MERGED: dict[str, Rule] = {"streams": _is_streams, "merged": optional_int(0, 2**STREAM_BITS)}
 
 
 class DataBuffer:
@@ -288,6 +305,26 @@ class DataBuffer:
     def _params_given(self) -> dict[str, Any]:
         """A subclass's own parameters, None where not given: they stand in the file, and are compared on opening."""
         return {}
+
+    @classmethod
+    def _param_rules(cls) -> dict[str, Rule]:
+        """The parameters that a file of this kind may have, each with what its value may be; a missing one counts as None."""
+        return MERGED
+
+    @classmethod
+    def _table_problem(cls, table: Table) -> str | None:
+        """What is impossible about a table that names this kind: kernels believe the numbers in it. None if nothing is."""
+        rules = cls._param_rules()
+        wrong = {k: v for k, v in table.params.items() if k not in rules} or {
+            k: table.params.get(k) for k, right in rules.items() if not right(table.params.get(k))
+        }
+        if wrong:
+            return f"a {cls.__name__} has no parameters {wrong!r:.200}"
+        if cls._whole and table.journal_rows < table.max_size:
+            return f"a journal of {table.journal_rows} rows, but a commit may change all {table.max_size}"
+        if hasattr(cls, "policy_class") and cls.policy_class.log_slots(table.max_size) and not table.log[1]:
+            return f"a {cls.__name__} keeps a log, but there is none"
+        return None
 
     def _settle_params(self) -> None:
         """For a new buffer: give a subclass's parameters that are still None their values. Raises ArgumentError for a bad combination."""
@@ -667,7 +704,10 @@ class DataBuffer:
             vars(store).pop("scratch", None)  # an exception within `plan` may have left something in it
             if policy.slots:  # one that frees rows
                 policy.scratch = store.scratch
-            policy.load(*store.index())
+            try:
+                policy.load(*store.index())
+            except MemoryError:
+                raise StorageError(errno.ENOMEM, f"no memory for the policy of {self.max_size} rows; read with mode='r'") from None
             self._policy_at = store.sequence
         return policy
 
@@ -1075,7 +1115,7 @@ class DataBuffer:
                 raise ArgumentError(f"{type(self).__name__} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
             self._policy_at = -1  # `keep` changes its state: should anything fail from here on, it is derived anew
             live = self._all_rows(store)
-            keep = live[self._keep(store, policy, size, live)]
+            keep = live[_checked_keep(policy, self._keep(store, policy, size, live), size, live.shape[0])]
             warning = policy.capacity_warning(size)
             if warning:
                 warnings.warn(f"resize to {size}: {warning}", CapacityWarning, stacklevel=2)
@@ -1288,6 +1328,8 @@ class DataBuffer:
             try:
                 with open(system.open_own(os.path.join(folder, "state.json"), system.OPEN_READ), encoding="utf-8") as file:
                     state = json.load(file)
+                if state["format"] != 1:
+                    raise ValueError(f"format {state['format']!r:.100}, but this release reads 1")
                 counts = _counts(state)
             except FileNotFoundError:
                 raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
@@ -1446,6 +1488,18 @@ def _check_freed(store: Any, policy: Policy, freed: Any) -> None:
         raise ArgumentError(
             f"{name} frees rows, but its log_slots are 0, and so the file has no room to undo that; give it one slot or more"
         )
+
+
+def _checked_keep(policy: Policy, kept: Any, size: int, held: int) -> Ints:
+    """What `keep` of a policy, perhaps of the user's own, said. Raises ArgumentError for what no kernel must see."""
+    rows = np.asarray(kept)
+    right = rows.ndim == 1 and rows.shape[0] <= size and (rows.dtype.kind in "iu" or not rows.shape[0])
+    rows = rows.astype(np.int64) if right else NO_ROWS
+    if not right or ((rows < 0) | (rows >= held)).any() or np.unique(rows).shape[0] != rows.shape[0]:
+        raise ArgumentError(
+            f"{type(policy).__name__}.keep gave {kept!r:.200}: at most {size} different numbers from 0 to {held - 1} are allowed"
+        )
+    return rows
 
 
 def places(indices: Sequence[int], size: int, reach: int = 0, stand_in: Callable[[int], int] | None = None) -> Ints:

@@ -154,7 +154,7 @@ def _finish_superblock(memory: _Sparse, table: Table) -> None:
     memory.write(block)
 
 
-def hash_structure(read: Callable[[int, int], bytes], table: Table) -> str:
+def hash_structure(read: Callable[[int, int], Any], table: Table) -> str:
     """Hash of what HDF5 wrote; `check` compares it before it lets the HDF5 library near the file."""
     h = hashlib.blake2b(digest_size=16)
     for at, n in table.structure:

@@ -35,6 +35,9 @@ import numpy.typing as npt
 from .errors import FormatError, SchemaError
 from .schema import Schema
 
+# The class of each kind that is known. Its `_table_problem` says what is impossible about a table of that kind, which only it can know.
+KINDS: dict[str, Any] = {}
+
 MAGIC = b"\x8aLRBUF\r\n"
 FORMAT_VERSION = 1
 PAGE = 4096
@@ -49,6 +52,7 @@ BUCKETS = 256  # digests: one sum of mixed checksums for the rows of each residu
 # Words of a header. From H_SEEN to the checksum it is the state, which H_STATE is the hash of.
 H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_LOG, H_LOG_HASH, H_POLICY = range(11)
 POLICY_WORDS = 8
+_LAST = 2**62  # more commits than that nobody makes, and then the numbers would not fit
 H_DIGESTS = H_POLICY + POLICY_WORDS
 HEADER_WORDS = H_DIGESTS + BUCKETS + 1
 
@@ -59,10 +63,12 @@ SEAL_WORDS = 8
 
 def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
     """What is impossible about the counts of a header; None if nothing is. A valid seal alone does not make them true."""
-    seen, size, high = (int(head[i]) for i in (H_SEEN, H_SIZE, H_HIGH))
+    sequence, seen, size, high = (int(head[i]) for i in (H_SEQ, H_SEEN, H_SIZE, H_HIGH))
+    if sequence >= _LAST:
+        return f"its number is {sequence}"
     if not size <= high <= table.max_size:
         return f"it counts {size} of {table.max_size} rows, up to row {high}"
-    if seen >= 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
+    if not size <= seen < 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
         return f"it has seen {seen} samples and holds {size}"
     if int(head[H_LOG]) > table.log[1]:
         return f"its log has {int(head[H_LOG])} of {table.log[1]} entries"
@@ -194,6 +200,11 @@ def decode(read: Any, file_size: int, path: str) -> Table:
         table.log = (table.log[0], table.log[1])
         table.structure = [(c[0], c[1]) for c in table.structure]
         _validate(table, file_size, user_block)
+        if table.schema.to_json() != value["schema"]:
+            raise ValueError("the schema is not written as this release writes it")
+        problem = KINDS[table.kind]._table_problem(table) if table.kind in KINDS else None
+        if problem:
+            raise ValueError(problem)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, SchemaError) as error:
         raise FormatError(f"{path}: inconsistent table: {error}") from None
     return table
@@ -209,8 +220,6 @@ def _validate(t: Table, file_size: int, user_block: int) -> None:
         raise ValueError(f"seed {t.seed}, stream {t.stream}")
     if not isinstance(t.kind, str) or not isinstance(t.params, dict) or not isinstance(t.structure_hash, str):
         raise ValueError("kind, params or structure hash")
-    if type(t.params.get("first", 0)) is not int:
-        raise ValueError(f"first position {t.params['first']!r}")
     if not isinstance(t.uuid, str) or not re.fullmatch("[0-9a-f]{32}", t.uuid):
         raise ValueError(f"uuid {t.uuid!r}")
     if t.file_size > file_size:
@@ -223,11 +232,9 @@ def _validate(t: Table, file_size: int, user_block: int) -> None:
     if t.journal_rows < 1:
         raise ValueError(f"journal of {t.journal_rows} rows")
     end = t.user_block
-    for start, stop in sorted(t.regions):
+    for start, stop in sorted([*t.regions, *((at, at + length) for at, length in t.structure)]):
         if start < end or start % PAGE:
             raise ValueError(f"a column at {start} overlaps what ends at {end}")
         end = stop
     if end > t.file_size:
         raise ValueError(f"columns end at {end}, the file at {t.file_size}")
-    if any(at + length > t.file_size for at, length in t.structure):
-        raise ValueError("structure outside the file")

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from . import system
 from .batches import integer
-from .buffers import DataBuffer, _copy_store, _is_left_over
+from .buffers import DataBuffer, Rule, _copy_store, _is_left_over, optional_int
 from .create import plan_file
 from .errors import ArgumentError, CorruptionError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
-from .format import Table
+from .format import STREAM_BITS, Table
 from .policies import AppendPolicy
 from .schema import Schema
 from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state, refuse_within
@@ -340,7 +340,7 @@ def open_part(path: str, number: int, first: Store | None, **options: Any) -> St
     same = (t.kind, t.uuid, t.schema, t.seed, t.stream, t.max_size) == (
         wanted.kind, wanted.uuid, wanted.schema, wanted.seed, wanted.stream, wanted.max_size,
     )  # fmt: skip
-    if not same or t.params.get("rows_per_part") != t.max_size or t.params.get("first") != number * t.max_size:
+    if not same or t.params.get("first") != number * t.max_size:
         store.close()
         raise FormatError(f"{path} is not part {number} of this buffer, but {t.kind} {t.params} of another; put the right file there")
     return store
@@ -441,6 +441,16 @@ class InfiniteBuffer(DataBuffer):
 
     def _params_given(self) -> dict[str, Any]:
         return {"rows_per_part": self._rows_per_part}
+
+    @classmethod
+    def _param_rules(cls) -> dict[str, Rule]:
+        return {"rows_per_part": optional_int(1, 2**40), "first": optional_int(0, 2**STREAM_BITS)}
+
+    @classmethod
+    def _table_problem(cls, table: Table) -> str | None:
+        rows, first = table.params.get("rows_per_part"), table.params.get("first")
+        wrong = rows != table.max_size or first is None or first % rows or first + rows >= 2**STREAM_BITS
+        return super()._table_problem(table) or (f"a part of {rows} rows from {first} on, in a file of {table.max_size}" if wrong else None)
 
     def _take_from_file(self) -> None:
         super()._take_from_file()

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
+from .balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas, groups_in
 from .batches import flat, integer
-from .buffers import _KINDS, DataBuffer
+from .buffers import _KINDS, MERGED, DataBuffer
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
 from .format import MAX_STREAM, POLICY_WORDS, STREAM_BITS, Table
 from .kernels import merge as kernel
@@ -37,7 +37,6 @@ _CHUNK = 1 << 16  # entries of an index looked at in one go
 _PIECE = 4 << 20  # bytes that are verified in one go
 _ROW_BITS = 40  # a place is the number of its input << 40 | its row
 _PATIENCE = 1.0  # seconds that a commit of another process may take
-_OWN = ("streams", "merged")  # parameters that merging adds: the streams that went in, and `seen` when they did
 
 _WHY_NOT: dict[type[Policy], str] = {
     SlidingWindowPolicy: "which samples are the last ones of several streams is not defined",
@@ -65,13 +64,13 @@ class _Input:
     @property
     def streams(self) -> set[int]:
         """Streams whose samples went in. That of a merged buffer itself counts from its first sample on."""
-        params = self.table.params
-        own = {self.table.stream} if self.store.seen > params.get("merged", -1) else set()
-        return own | set(params.get("streams", []))
+        params, merged = self.table.params, self.table.params.get("merged")
+        own = {self.table.stream} if merged is None or self.store.seen > merged else set()
+        return own | set(params.get("streams") or [])
 
     @property
     def params(self) -> dict[str, Any]:
-        return {k: v for k, v in self.table.params.items() if k not in _OWN}
+        return {k: v for k, v in self.table.params.items() if k not in MERGED}
 
     def changed(self) -> bool:
         """Whether another process has written to it, or is just doing so."""
@@ -407,9 +406,8 @@ def _weighted(inputs: Sequence[_Input], size: int) -> _Union:
 
 def _balanced(inputs: Sequence[_Input], size: int) -> _Union:
     """Of each group as many as its quota says, or as few as the smallest input holds in which the group was full."""
-    logs = [i.store.log() for i in inputs]
-    known = [log[log[:, 0] == 0, 1] for log in logs]
-    ids = np.unique(np.concatenate(known))
+    known = [groups_in(i.store.log()) for i in inputs]
+    ids = np.unique(np.concatenate([here for here, _ in known]))
     seed = inputs[0].table.seed
     total = BalancedPolicy(size, seed, inputs[0].params)._total
     if not total:
@@ -423,7 +421,7 @@ def _balanced(inputs: Sequence[_Input], size: int) -> _Union:
         spare = size - int(quotas.sum())
     offered, most = np.zeros(ids.shape[0], np.int64), quotas.copy()
     full = np.zeros(ids.shape[0], bool)
-    for one, log, names_here in zip(inputs, logs, known, strict=True):
+    for one, (here, full_here) in zip(inputs, known, strict=True):
         held = np.zeros(ids.shape[0], np.int64)
         for _, _, groups in one.chunks():
             at = np.searchsorted(ids, groups)
@@ -431,7 +429,7 @@ def _balanced(inputs: Sequence[_Input], size: int) -> _Union:
                 raise CorruptionError(f"{one.name}: the log of groups does not fit the rows; restore the file from a copy")
             held += np.bincount(at, minlength=ids.shape[0])
         offered += held
-        stopped = np.searchsorted(ids, names_here[log[log[:, 0] == 1, 1]])
+        stopped = np.searchsorted(ids, here[full_here])
         full[stopped] = True
         most[stopped] = np.minimum(most[stopped], held[stopped])
     full |= offered > most

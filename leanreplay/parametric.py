@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas
+from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas, groups_in, is_flag
 from .batches import Batch, Fetch, flat, integers, plain_array
+from .buffers import Rule
 from .datasets import Items
-from .errors import ArgumentError, CorruptionError, FormatError, ModeError, SchemaError
+from .errors import ArgumentError, CorruptionError, ModeError, SchemaError
 from .format import STREAM_BITS, Table
 from .policies import NO_ROWS, Policy
 from .schema import Field, Schema
@@ -36,12 +37,10 @@ class ParametricPolicy(Policy):
         return BalancedPolicy.log_slots(capacity)
 
     def load(self, positions: Ints, groups: Ints) -> None:
-        self.known = self.log[self.log[:, 0] == 0, 1]
+        self.known, full = groups_in(self.log)
+        if not np.isin(groups[positions >= 0], self.known).all():
+            raise CorruptionError("the log of groups does not fit the rows; restore the file from a copy")
         self.full = np.zeros(self.known.shape[0], bool)
-        full = self.log[self.log[:, 0] == 1, 1]
-        n = self.known.shape[0]
-        if n + full.shape[0] != self.log.shape[0] or np.unique(self.known).shape[0] != n or (full < 0).any() or (full >= n).any():
-            raise CorruptionError("the log of groups is wrong; restore the file from a copy")
         self.full[full] = True
 
     def quotas(self, known: Ints, capacity: int, held: Ints) -> Ints:
@@ -66,7 +65,10 @@ class ParametricPolicy(Policy):
         quota = dict(zip(self.known.tolist(), quotas.tolist(), strict=True))
         self.full |= held > quotas
         self.log = make_log(self.known, self.full)
-        return np.flatnonzero(ranks < np.array([quota[g] for g in groups.tolist()], np.int64))
+        kept = np.flatnonzero(ranks < np.array([quota[g] for g in groups.tolist()], np.int64))
+        if kept.shape[0] != np.minimum(held, quotas).sum():
+            raise CorruptionError("the ranks of the rows are not 0, 1, 2, ... in each group; restore the file from a copy")
+        return kept
 
     def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
         raise NotImplementedError("ParametricBuffer plans for itself")
@@ -206,11 +208,17 @@ class ParametricBuffer(BalancedBuffer):
         if self.selection_strategy is None and name in _BUILT_IN:
             self.selection_strategy = _BUILT_IN[name]()
 
-    def _check_params(self, table: Table) -> None:
-        super()._check_params(table)
-        p = table.params
-        if p.get("groupby") not in ("nothing", *GROUPBY[1:]) or type(p.get("uniform")) is not bool or _RANK not in table.schema.metadata:
-            raise FormatError(f"{self.path}: inconsistent parameters {p!r:.200}; restore the file from a copy")
+    @classmethod
+    def _param_rules(cls) -> dict[str, Rule]:
+        return super()._param_rules() | {
+            "groupby": lambda value: value in ("nothing", *GROUPBY[1:]),
+            "selection_strategy": lambda value: type(value) is str,
+            "uniform": is_flag,
+        }
+
+    @classmethod
+    def _table_problem(cls, table: Table) -> str | None:
+        return super()._table_problem(table) or (None if _RANK in table.schema.metadata else "there is no rank in the metadata")
 
     def _create(self, schema: Schema) -> None:
         super()._create(_with_rank(schema))

@@ -1442,7 +1442,7 @@ class Store:
     def _check_structure(self) -> list[Problem]:
         """Compare HDF5's view with the table. Its own bytes are compared first: damaged ones can crash the HDF5 library."""
         t = self.table
-        if hash_structure(lambda at, n: self._view[at : at + n].tobytes(), t) != t.structure_hash:
+        if hash_structure(lambda at, n: self._view[at : at + n], t) != t.structure_hash:
             return [Problem("the HDF5 structure was changed or damaged (leanreplay itself does not need it)")]
         import h5py
 

@@ -34,6 +34,7 @@ _FRAMES = 3 * PAGE
 _FRAME_WORDS = 7  # magic, sequence, state before, live, rows, hash, seal
 
 _LEAST_CHUNK, _MOST_CHUNK = 1 << 16, 64 << 20  # bytes of memory that are got for frames at a time
+_MOST = 2**62  # tails of a segment
 _FRAME_BYTES = 4 << 20  # of freed rows kept at a time
 
 Ints = npt.NDArray[np.int64]
@@ -214,7 +215,7 @@ class UndoLog:
             best = -1
             for at in _TAILS:
                 words = np.zeros(_TAIL_WORDS, np.uint64)
-                if kernel.read_block(block, at, words) and words[1] == self.table.tag and int(words[2]) > best:
+                if kernel.read_block(block, at, words) and words[1] == self.table.tag and best < int(words[2]) < _MOST:
                     best = segment.count = int(words[2])
                     segment.before, segment.length = int(words[3]), int(words[4])
             bad_head = again[H_STATE] != segment.head[H_STATE] or header_problem(segment.head, self.table)
