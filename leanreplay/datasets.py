@@ -15,25 +15,26 @@ import numpy as np
 
 from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, length, plain_array
 from .errors import ArgumentError, SchemaError
-from .schema import Schema, check_leaf, entry, is_tensor, to_numpy
+from .schema import Schema, check_leaf, entry, is_tensor, leaf_type, to_numpy
 
 
 class Columns:
-    """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone."""
+    """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone. They may lie in files (of h5py, zarr)."""
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
         self.tensors = tensors
-        lengths = [len(column) for column in tensors]
+        shapes = [leaf_type(v, f"data/{i}")[1] if is_tensor(v) else tuple(v.shape) for i, v in enumerate(tensors)]
+        lengths = [shape[0] for shape in shapes]
         if len(set(lengths)) > 1:
             raise ArgumentError(f"update: a tuple of arrays is a dataset of tuples, but they differ in length: {lengths}")
-        if len(tensors) > 2 and len({(str(column.dtype), tuple(column.shape)) for column in tensors}) == 1:
+        if len(tensors) > 2 and all((v.dtype, shape) == (tensors[0].dtype, shapes[0]) for v, shape in zip(tensors, shapes, strict=True)):
             raise ArgumentError(
-                f"update: {len(tensors)} arrays alike, of shape {tuple(tensors[0].shape)}, in a tuple: are they samples, or what samples "
+                f"update: {len(tensors)} arrays alike, of shape {shapes[0]}, in a tuple: are they samples, or what samples "
                 "are made of? Give a list of samples, update(list(arrays)), or a batch, add(arrays)"
             )
 
     def __len__(self) -> int:
-        return len(self.tensors[0])
+        return int(self.tensors[0].shape[0])
 
     def __getitem__(self, i: int) -> tuple[Any, ...]:
         return tuple(column[i] for column in self.tensors)
@@ -41,7 +42,7 @@ class Columns:
 
 def as_dataset(dataset: Any) -> Any:
     """What `update` takes, as a dataset with len() and [i]. Raises ArgumentError for anything else."""
-    if type(dataset) is tuple and len(dataset) > 1 and all((type(v) is np.ndarray or is_tensor(v)) and v.ndim for v in dataset):
+    if type(dataset) is tuple and len(dataset) > 1 and all(map(_is_column, dataset)):
         return Columns(dataset)
     torch = sys.modules.get("torch.utils.data")
     if isinstance(dataset, Mapping):
@@ -57,6 +58,10 @@ def as_dataset(dataset: Any) -> Any:
     else:
         return dataset
     raise ArgumentError(f"update needs a map-style dataset with len() and [i], got {type(dataset).__name__}; {hint}")
+
+
+def _is_column(value: Any) -> bool:
+    return getattr(value, "ndim", 0) > 0 and all(hasattr(value, n) for n in ("dtype", "__getitem__")) and not hasattr(value, "to_numpy")
 
 
 class Items:
@@ -82,7 +87,11 @@ class Items:
         inner, self._which = self._parts[-1]
         torch = sys.modules.get("torch.utils.data")
         self._tensors: Batch | None = None
-        if type(inner) is Columns or (torch is not None and type(inner) is torch.TensorDataset):
+        if type(inner) is Columns:
+            in_memory = all(isinstance(v, np.ndarray) or is_tensor(v) for v in inner.tensors)
+        else:
+            in_memory = torch is not None and type(inner) is torch.TensorDataset
+        if in_memory:
             self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
 
     def targets(self) -> Any:

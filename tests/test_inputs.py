@@ -249,6 +249,23 @@ def test_pairs_with_weights_and_features():
         assert buffer.seen == N
 
 
+def test_pairs_of_arrays_in_files(tmp_path):
+    """Of h5py, whose rows are read one by one as they stay, and memmaps; their neighbours in kind too."""
+    h5py = pytest.importorskip("h5py")
+    x, y = np.memmap(tmp_path / "x", np.float32, "w+", shape=X.shape), np.memmap(tmp_path / "y", np.int64, "w+", shape=Y.shape)
+    x[:], y[:] = X, Y
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["x"], file["y"] = X, Y
+        for pair in ((x, y), (file["x"], file["y"]), (x, file["y"]), (torch.tensor(X), file["y"])):
+            with lr.ClassBalancedBuffer(6, seed=2) as buffer, lr.ClassBalancedBuffer(6, seed=2) as want:
+                buffer.update(pair)
+                want.update((X, Y))
+                for a, b in zip(buffer.get(range(6))[0], want.get(range(6))[0], strict=True):
+                    assert np.array_equal(a, b)
+    for column in (torch.eye(N).to_sparse(), torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]), np.ma.masked_array(Y, Y == 0)):
+        assert "data/1" in refused(lambda b, column=column: b.update((X, column)))
+
+
 def test_tuples_of_arrays_that_are_not_clear():
     assert "differ in length: [12, 11]" in refused(lambda b: b.update((X, Y[:11])), lr.ArgumentError)
     message = refused(lambda b: b.update(tuple(IMAGES)), lr.ArgumentError)
