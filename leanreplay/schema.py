@@ -66,12 +66,12 @@ class Schema:
 
     @classmethod
     def from_sample(cls, sample: Any, metadata: Mapping[str, Any] | None = None) -> Schema:
-        """The schema of one sample (no batch dimension)."""
+        """The schema of one sample (no batch dimension). SchemaError for a list of more than 16 alike, which is an array to its user."""
         return _infer(sample, metadata, batched=False)
 
     @classmethod
     def from_batch(cls, batch: Any, metadata: Mapping[str, Any] | None = None) -> Schema:
-        """The schema of the samples of a batch, whose leaves have one more leading dimension."""
+        """The schema of the samples of a batch, whose leaves have one more leading dimension. SchemaError for a list of samples."""
         return _infer(batch, metadata, batched=True)
 
     @functools.cached_property
