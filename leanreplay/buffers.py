@@ -479,8 +479,10 @@ class DataBuffer:
     def _end_replacing(self) -> None:
         """After an exception within `resize` and the like: what stands under the name counts, old or new."""
         refuse_within(self, {DataBuffer._rewrite.__code__, type(self)._copy_from.__code__}, self.path)
-        if self._where is not None and self._exists():
-            old = self._store
+        old = self._store
+        if old is None and self._mode == "w":
+            pass  # whatever it is, the first batch replaces it
+        elif self._where is not None and self._exists():
             if old is not None:
                 old.unguard()  # the file may be the same
             self._store = self._open_store()

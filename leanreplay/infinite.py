@@ -283,6 +283,14 @@ class Parts:
             if i + 1 < len(self.stores) and store.seen != self.rows and self.stores[i + 1].stands():
                 missing = tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))
                 problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it", missing))
+        if self.folder is not None:
+            try:
+                there = parts_there(self.folder)
+            except FormatError as error:
+                problems.append(Problem(str(error)))
+            else:
+                if self.writable and there != len(self.stores):
+                    problems.append(Problem(f"{self.folder} holds {there} parts, of which {len(self.stores)} are this buffer's"))
         return problems
 
     def close(self) -> None:
@@ -381,7 +389,8 @@ class InfiniteBuffer(DataBuffer):
 
     path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no `resize`.
 
-    All parts are mapped, while descriptors are kept of the last one only. (Before Python 3.13 each costs one where it is not Linux.)
+    All parts are mapped, while descriptors are kept of the last one only, and in memory of none. (Before Python 3.13 each costs one
+    where it is not Linux.)
     Linux maps 65,530 pieces for a process unless vm.max_map_count says otherwise, and a part takes about four: beyond 10,000
     parts choose larger ones. A folder whose parts are not all there is refused (FormatError), and for writing one with a part that is
     not full before the last, as a power cut may leave it (CorruptionError); a reader says so for the rows that are missing.
@@ -632,6 +641,10 @@ class InfiniteBuffer(DataBuffer):
         self._uuid = saved[0].table.uuid
         if store is not None:
             store.close()
+
+    def _items_at(self, indices: Sequence[int], reach: int = 0, *convert: Any) -> list[tuple[Any, dict[str, Any]]]:
+        """In memory a forked copy does not see parts that are made later: there nothing stands in for their samples."""
+        return super()._items_at(indices, 0 if self._where is None and self._mode == "r" else reach, *convert)
 
     def __reduce__(self) -> Any:
         if self._where is None:

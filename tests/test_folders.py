@@ -303,3 +303,27 @@ def test_targets_that_are_no_labels() -> None:
     with ReservoirBuffer(5) as buffer:
         buffer.update(MultiLabel(np.arange(20.0)))
         assert buffer.seen == 20
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_load_that_fails_leaves_what_w_is_to_replace_to_the_first_batch(tmp_path: Path, folder: bool) -> None:
+    """Opened with mode="w" a buffer is empty; a copy that does not fit does not make it the old one, to which batches would go."""
+
+    def make(path: Path | None, mode: str, seed: int) -> leanreplay.DataBuffer:
+        if folder:
+            return InfiniteBuffer(path, rows_per_part=4, mode=mode, seed=seed)
+        return ReservoirBuffer(20, path, mode=mode, seed=seed)
+
+    for path, seed in (("old", 0), ("other", 1)):
+        with make(tmp_path / path, "x", seed) as made:
+            made.add(np.arange(9.0))
+            made.save(tmp_path / f"copy of {path}")
+    with make(tmp_path / "old", "w", 0) as buffer:
+        with pytest.raises(leanreplay.MismatchError):
+            buffer.load(tmp_path / "copy of other")
+        assert (len(buffer), buffer.seen) == (0, 0)
+        buffer.add(np.arange(100.0, 103.0))
+        assert values(buffer) == [100, 101, 102] and buffer.check() == []
+    with make(tmp_path / "old", "w", 0) as buffer:
+        buffer.load(tmp_path / "copy of old")
+        assert values(buffer) == list(range(9))

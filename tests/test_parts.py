@@ -288,6 +288,7 @@ def test_what_comes_where_the_next_part_goes(tmp_path: Path) -> None:
             assert buffer.seen == len(buffer) == start + room
             with pytest.raises(FormatError):
                 len(reader)
+            assert any("move it away" in str(p) for p in buffer.check())
             shutil.rmtree(here) if here.is_dir() and not here.is_symlink() else here.unlink()
             buffer.add(np.arange(start + room, start + room + 3.0), metadata={"z": np.zeros(3)})
             assert values(reader) == values(buffer) == list(range(len(buffer)))
@@ -347,6 +348,14 @@ def test_metadata_over_two_parts_is_a_commit_each(tmp_path: Path, monkeypatch: p
         monkeypatch.undo()
         assert buffer.get_metadata("z").tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
         assert buffer.check() == []
+
+
+def test_check_tells_of_parts_that_are_not_the_buffers(tmp_path: Path) -> None:
+    with parts(tmp_path / "b", 10) as buffer:
+        shutil.copy(tmp_path / "b" / "part-000000.h5", tmp_path / "b" / "part-000003.h5")
+        assert [str(p) for p in buffer.check()] == [f"{tmp_path / 'b'} holds 4 parts, of which 3 are this buffer's"]
+        (tmp_path / "b" / "part-000003.h5").rename(tmp_path / "b" / "part-000008.h5")
+        assert "part-000008.h5" in str(buffer.check()[0])
 
 
 def test_other_buffers_are_not_parts(tmp_path: Path) -> None:

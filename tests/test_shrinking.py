@@ -203,6 +203,18 @@ def test_nothing_left() -> None:
             next(epoch)
 
 
+@needs_fork
+def test_parts_in_memory_that_a_worker_cannot_see() -> None:
+    """Forked workers of an InfiniteBuffer in memory know the parts of then: other samples do not pass for newer ones."""
+    with InfiniteBuffer(rows_per_part=8) as buffer:
+        feed(buffer, 16, 0)
+        loader = DataLoader(BufferDataset(buffer), batch_size=8, num_workers=1, multiprocessing_context="fork", persistent_workers=True)
+        assert sum(len(y) for _, y in loader) == 16
+        feed(buffer, 16, 0)
+        with pytest.raises(RowError, match="buffer of 16"):
+            list(loader)
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------------
 
 
