@@ -67,6 +67,10 @@ class StateError(LeanReplayError, ValueError):
     """`load_state_dict` cannot bring the buffer to this state."""
 
 
+class DependencyError(LeanReplayError, ImportError):
+    """A package that this part of leanreplay needs is not installed."""
+
+
 class LossError(LeanReplayError, ArithmeticError):
     """A loss that is not finite: going on would spoil the model."""
 

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from ..errors import DependencyError as _DependencyError
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise _DependencyError(
+        f"leanreplay.torch needs PyTorch, which cannot be imported ({error}): pip install torch; all else in leanreplay works without it"
+    ) from error
+
 from . import plot
 from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample

@@ -171,8 +171,11 @@ def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None
     bits: paths of arrays that hold bfloat16.
     """
     if type(value) is np.ndarray and not bits and value.dtype.kind in "biufc" and value.flags.writeable and value.flags.c_contiguous:
-        tensor = torch.from_numpy(value)  # what a buffer hands out, without a detour
-        return tensor if device is None else tensor.to(device)
+        try:
+            tensor = torch.from_numpy(value)  # what a buffer hands out, without a detour
+            return tensor if device is None else tensor.to(device)
+        except TypeError:
+            pass  # of a dtype that this torch lacks, as said below
     if type(value) is tuple or type(value) is list:
         return type(value)([to_torch(v, bits, device, f"{path}/{i}") for i, v in enumerate(value)])
     if type(value) is dict or isinstance(value, Mapping):
@@ -187,5 +190,10 @@ def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None
     if path in bits and array.dtype == np.uint16:
         tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
-        tensor = torch.from_numpy(array)
+        try:
+            tensor = torch.from_numpy(array)
+        except TypeError:
+            raise ArgumentError(
+                f"{path}: torch {torch.__version__} has no {array.dtype}; upgrade torch, or convert before samples are stored"
+            ) from None
     return tensor.to(device) if device is not None else tensor

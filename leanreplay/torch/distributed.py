@@ -43,6 +43,34 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if DistributedDataParallel in type(model).__mro__ else model  # type: ignore[return-value]
 
 
+def innermost(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within a DistributedDataParallel and torch.compile: the one whose layers have the names that its author gave them."""
+    while True:
+        inner = model._modules.get("_orig_mod") or unwrapped(model)
+        if inner is model:
+            return model
+        model = inner
+
+
+def layer_of(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """A layer by its name in the innermost model, or in one of those around it; None if there is none."""
+    inner = innermost(model)
+    while True:
+        try:
+            return inner.get_submodule(name)
+        except AttributeError:
+            prefix = next((p for p in ("_orig_mod.", "module.") if name.startswith(p)), None)
+            if prefix is None:
+                return None
+            name = name.removeprefix(prefix)
+
+
+def uncompiled(model: torch.nn.Module) -> Any:
+    """What runs a compiled model as it was before: hooks of its layers do not fire in compiled code. Any other as it is."""
+    model = model._modules.get("_orig_mod") or model
+    return model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
+
+
 @contextlib.contextmanager
 def parallel(learner: Any) -> Iterator[None]:
     """The learner's model in a DistributedDataParallel, for a while. One that is in one already stays as it is."""

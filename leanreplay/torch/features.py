@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from .data import to_torch
+from .distributed import innermost, layer_of, uncompiled
 
 
 def features(
@@ -47,7 +48,7 @@ def features(
     >>> features(model, "1", [(torch.randn(8), y) for y in range(100)]).shape
     (100, 16)
     """
-    module = _layer(model, layer)
+    module, run = _layer(model, layer), uncompiled(model)
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r:.200}")
     n = _length(data)
@@ -64,7 +65,7 @@ def features(
             for begin in _steps(n, batch_size, progress):
                 batch = _inputs(data, begin, min(begin + batch_size, n)).to(device, copy=True)  # models and transforms may work in place
                 found.clear()
-                model(batch if transform is None else transform(batch))
+                run(batch if transform is None else transform(batch))
                 part = _activations(found, layer, batch.shape[0])
                 if result is None:
                     result = np.empty((n, part.shape[1]), np.float32)
@@ -84,12 +85,13 @@ def features(
 def _layer(model: Any, layer: Any) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if not isinstance(layer, str) or layer not in modules:
-        names = [name for name in modules if name]
+    found = layer_of(model, layer) if isinstance(layer, str) else None
+    if found is None:
+        inner = innermost(model)
+        names = [name for name, _ in inner.named_modules(remove_duplicate=False) if name]
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        raise ArgumentError(f"{type(model).__name__} has no layer {layer!r:.200}; it has: {shown or 'none'} ('' is the model itself)")
-    return modules[layer]
+        raise ArgumentError(f"{type(inner).__name__} has no layer {layer!r:.200}; it has: {shown or 'none'} ('' is the model itself)")
+    return found
 
 
 def _length(data: Any) -> int:

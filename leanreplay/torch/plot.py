@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import system
-from ..errors import ArgumentError, LeanReplayError
+from ..errors import ArgumentError, DependencyError
 from .evaluation import Evaluation
 
 
@@ -32,7 +32,7 @@ def accuracy_matrix(
     try:
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(1.8 + 0.7 * tasks, 1.4 + 0.7 * rows), layout="constrained")
     except ImportError:
-        raise LeanReplayError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise DependencyError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
     axes = figure.add_subplot()
     image = axes.imshow(100 * evaluation.matrix, vmin=0, vmax=100, cmap="viridis")
     for (i, j), value in np.ndenumerate(100 * evaluation.matrix):

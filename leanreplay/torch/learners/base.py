@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from ...balanced import ExperienceBalancedBuffer
-from ...batches import required
+from ...batches import check_call, required
 from ...buffers import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError, StorageError
 from ...parametric import ParametricBuffer
@@ -27,6 +27,7 @@ from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
 _NONE = (None, None, None)
+Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
 Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
 
 
@@ -129,6 +130,13 @@ class ReplayLearner:
     >>> learner.optimizer.step()
     >>> learner.after_step()
     """
+
+    def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
+        check_call(cls, ReplayLearner, args, options)
+        method: Any = cls.__init__
+        if "terms" in options and method is not ReplayLearner.__init__ and method.__module__.startswith(f"{__package__}."):
+            raise ArgumentError(f"{cls.__name__} has terms of its own; a ReplayLearner takes any: ReplayLearner(..., terms=[...])")
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -328,6 +336,8 @@ class ReplayLearner:
                 checks.explain(error, self.module, inputs, targets, self.outputs if self._cross_entropy else None)
                 if self._labels and inputs.is_cpu:
                     self._check_labels(targets, draws)
+                if str(error).startswith("Target "):  # of another loss_fn that is made of torch's
+                    raise ArgumentError(f"loss_fn: {error}: a label is no class of the outputs {tuple(self.outputs.shape)}") from error
             raise
         finally:
             self.mask = None
@@ -434,7 +444,10 @@ class ReplayLearner:
         if self._bits is None:
             self._bits = bfloat16_fields(self.buffer.schema)  # type: ignore[arg-type]  # it holds samples, so it has one
         if not self._bits and type(pair[0]) is type(pair[1]) is np.ndarray and pair[0].dtype.kind in "biufc":
-            return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+            try:
+                return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+            except TypeError:
+                pass  # of a dtype that this torch lacks, which to_torch says
         x, y = to_torch(pair[0], self._bits, path="data/0"), to_torch(pair[1], self._bits, path="data/1")
         if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
             return x, y

@@ -38,12 +38,13 @@ def explain(error: Exception, model: torch.nn.Module, inputs: torch.Tensor, targ
 
 
 def labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ignored: int | None) -> None:
-    """Raise ArgumentError unless labels, (whose, (n,) integers), are numbers of outputs, (n, classes). ignored: one that need not be."""
-    if outputs.ndim != 2:
+    """Raise ArgumentError unless labels, (whose, (n, ...) integers), are numbers of outputs, (n, classes, ...). ignored: one that need
+    not be."""
+    if outputs.ndim < 2:
         return
     classes = outputs.shape[1]
     for where, y in found:
-        if y.ndim != 1 or y.is_floating_point() or not y.shape[0]:
+        if y.shape[1:] != outputs.shape[2:] or y.is_floating_point() or y.is_complex() or not y.numel():
             continue
         low, high = (int(v) for v in torch.aminmax(y))
         if ignored is not None and not 0 <= low <= high < classes:  # as cross entropy does
@@ -52,7 +53,8 @@ def labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ign
         if low < 0 or high >= classes:
             raise ArgumentError(
                 f"a label of the {where} is {low if low < 0 else high}, but the model has {classes} outputs, for labels 0 to "
-                f"{classes - 1}; give the model more outputs, or map the labels with target_transform"
+                f"{classes - 1}; give the model more outputs, map the labels with target_transform, or leave out those that do not count: "
+                "loss_fn=torch.nn.CrossEntropyLoss(ignore_index=...)"
             )
 
 

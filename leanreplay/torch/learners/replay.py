@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import ArgumentError
 from ..data import to_torch
-from ..distributed import unwrapped
+from ..distributed import innermost, layer_of, uncompiled, unwrapped
 
 if TYPE_CHECKING:
     from .term import Term
@@ -142,8 +142,9 @@ def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ())
         handles = []
         try:
             for name in layers:
-                handles.append(unwrapped(model).get_submodule(name).register_forward_hook(partial(_take, features, name)))
-            outputs = model(x)
+                layer: Any = layer_of(model, name)
+                handles.append(layer.register_forward_hook(partial(_take, features, name)))
+            outputs = uncompiled(model)(x)
         finally:
             for handle in handles:
                 handle.remove()
@@ -218,17 +219,19 @@ class Statistics:
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
     """Raise ArgumentError unless these are names of layers."""
-    names = [name for name, _ in unwrapped(model).named_modules(remove_duplicate=False) if name]
+    inner = innermost(model)
+    names = [name for name, _ in inner.named_modules(remove_duplicate=False) if name]
     if not layers:
+        raise ArgumentError(f"layers: name at least one; {type(inner).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20))
+    if unwrapped(model) is not model and uncompiled(unwrapped(model)) is not unwrapped(model):
         raise ArgumentError(
-            f"layers: name at least one; {type(unwrapped(model)).__name__} has {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
+            "layers of a compiled model within a DistributedDataParallel cannot be looked at; put it around: "
+            "torch.compile(DistributedDataParallel(model)), or do not compile it"
         )
     for layer in layers:
-        if layer not in names:
+        if not layer or layer_of(model, layer) is None:
             near = difflib.get_close_matches(str(layer), names, 5, 0.4)
             shown = (
                 f"did you mean {', '.join(map(repr, near))}?" if near else f"it has: {', '.join(names[:20])}" + ", ..." * (len(names) > 20)
             )
-            raise ArgumentError(
-                f"{type(unwrapped(model)).__name__} has no layer {layer!r:.200}; {shown} (names are those of named_modules())"
-            )
+            raise ArgumentError(f"{type(inner).__name__} has no layer {layer!r:.200}; {shown} (names are those of named_modules())")

@@ -90,7 +90,7 @@ class PooledOutputDistillation(Term):
     distillation_type: what pool is, for activations (n, c, h, w) as the authors' code has it: "channel", "width", "height" sum over
     dimension 1, 2, 3; "spatial" is width and height, concatenated; "gap" is the mean over dimensions 2 and 3; "pixel" pools nothing, and
     takes activations of any shape (n, ...). normalize: whether there is an n. layers: names in `model.named_modules()` of layers
-    that run once in a pass.
+    that run once in a pass. A model of torch.compile runs as it was before it was compiled, because hooks do not see into compiled code.
 
     Stored with each sample are the activations as "features.<layer>", float32, of the pass at which it was trained on: 4 bytes for each
     of a layer's outputs, often more than the sample itself.
