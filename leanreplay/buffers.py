@@ -1277,6 +1277,7 @@ class DataBuffer:
             folder = system.checked_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"), contextlib.ExitStack() as held:
                 system.make_folders(folder)
+                system.refuse_alien(os.path.join(folder, "state.json"))
                 for copy, name in self._saved_in(folder):
                     if os.path.realpath(copy) == self._where:
                         raise ArgumentError(f"save to another folder: {copy} is this buffer itself")

@@ -24,7 +24,7 @@ from .format import STREAM_BITS, Table
 from .policies import AppendPolicy
 from .schema import Schema
 from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state, refuse_within
-from .undo import undo_files
+from .undo import is_undo_file, undo_files
 
 Ints = npt.NDArray[np.int64]
 
@@ -324,19 +324,24 @@ def parts_there(folder: str) -> int:
     return len(found)
 
 
+def own_folder(path: str) -> bool:
+    """Whether there is a folder under a name of ours. Raises FormatError for anything else there."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+        raise FormatError(f"{path} is no folder of ours; move it away, nothing was changed")
+    return os.path.isdir(path)
+
+
 def is_loading(folder: str) -> bool:
-    """Whether there is a copy on its way into a folder. Raises FormatError for anything else under its name."""
-    fresh = os.path.join(folder, _LOADING)
-    if os.path.lexists(fresh) and (os.path.islink(fresh) or not os.path.isdir(fresh)):
-        raise FormatError(f"{fresh} is no folder of ours; move it away, nothing was changed")
-    return os.path.isdir(fresh)
+    """Whether there is a copy on its way into a folder."""
+    return own_folder(os.path.join(folder, _LOADING))
 
 
 def remove_points(path: str) -> None:
     """Remove the restore points of a part."""
     for _, name in undo_files(path):
         with contextlib.suppress(OSError):  # one that stays is not believed: it is of another file
-            os.unlink(name)
+            if is_undo_file(name):
+                os.unlink(name)
 
 
 def open_part(path: str, number: int, first: Store | None, **options: Any) -> Store:
@@ -363,11 +368,13 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
     if not is_loading(folder):
         return None
     try:
-        with open(os.path.join(fresh, "count"), encoding="ascii") as file:
+        with open(system.open_own(os.path.join(fresh, "count"), system.OPEN_READ), encoding="ascii") as file:
             count = int(file.read())
     except (OSError, ValueError):
         shutil.rmtree(fresh, ignore_errors=True)  # emptied already
         return None
+    for entry in os.scandir(fresh):
+        system.refuse_alien(entry.path)
     for number in range(count):
         path = part_path(fresh, number)
         if os.path.exists(path):
@@ -548,6 +555,7 @@ class InfiniteBuffer(DataBuffer):
         fresh = os.path.join(self._where, _LOADING)
         with system.storage_errors(f"replacing the parts in {self.path}"):
             finish_loading(self._where)
+            own_folder(fresh + ".tmp")
             shutil.rmtree(fresh + ".tmp", ignore_errors=True)
             os.mkdir(fresh + ".tmp")
             make(fresh + ".tmp")
@@ -583,7 +591,7 @@ class InfiniteBuffer(DataBuffer):
 
     def _saved_in(self, folder: str) -> list[tuple[str, str]]:
         found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
-        return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found]
+        return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found if own_folder(copy)]
 
     def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
         """Into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
@@ -603,7 +611,7 @@ class InfiniteBuffer(DataBuffer):
     def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:
         """On disk: a complete copy first, in a subfolder; from the moment that this gets its name, the load counts as done."""
         source = os.path.join(folder, str(state.get("parts")))
-        if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not os.path.isdir(source):
+        if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not own_folder(source):
             raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
         saved: list[Store] = []
         try:

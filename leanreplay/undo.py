@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .errors import StateError
+from .errors import FormatError, StateError
 from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table, header_problem
 from .kernels import rows as kernel
 
@@ -50,6 +50,27 @@ def undo_files(path: str) -> list[tuple[int, str]]:
         if match:
             found.append((int(match[0]), name))
     return sorted(found)
+
+
+def is_undo_file(name: str) -> bool:
+    """Whether what stands there may be removed: it begins like an undo file, or a kill came before anything was in it."""
+    try:
+        fd = system.open_own(name, system.OPEN_READ)
+    except (OSError, FormatError):
+        return False
+    try:
+        start = system.read_at(fd, 8, 0)
+    finally:
+        os.close(fd)
+    return start == bytes(8) or _MAGIC.tobytes().startswith(start)
+
+
+def refuse_alien(name: str) -> None:
+    """Raise FormatError for what stands under the name of an undo file and is none."""
+    with system.storage_errors(f"opening {name}"):
+        system.refuse_alien(name)
+        if os.path.lexists(name) and not is_undo_file(name):
+            raise FormatError(f"{name} stands where a restore point would be kept, and is none; move it away, nothing was changed")
 
 
 @dataclass
@@ -156,8 +177,13 @@ class UndoLog:
     def _paths(self) -> list[tuple[int, str]]:
         return [] if self.path is None else undo_files(self.path)
 
+    def _refuse_aliens(self) -> None:
+        for _, name in self._paths():
+            refuse_alien(name)
+
     def attach(self, head: Words) -> None:
         """Take over the segments of an earlier writer, as far as they lead up to this header; the others are removed."""
+        self._refuse_aliens()
         segments: list[Segment] = []
         for number, name in self._paths():
             segment = self._load(number, name)
@@ -189,6 +215,7 @@ class UndoLog:
 
     def attach_for_rollback(self, head: Words) -> None:
         """Take over the segments for finishing a rollback that was cut off. Changes nothing on disk."""
+        self._refuse_aliens()
         self.segments = []
         for number, name in self._paths():
             segment = self._load(number, name)
@@ -249,6 +276,7 @@ class UndoLog:
 
     def _make(self, segment: Segment, name: str) -> None:
         """The file of a new segment."""
+        refuse_alien(name)
         self._unlink(name)
         segment.fd = system.create(name, system.status(str(self.path)))
         try:
@@ -432,5 +460,6 @@ class UndoLog:
             self._unlink(segment.path)
 
     def _unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        if is_undo_file(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)

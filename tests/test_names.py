@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import pathlib
+import shutil
+import socket
 import stat
 
 import numpy as np
@@ -158,3 +162,195 @@ def test_a_group_that_cannot_be_kept_gets_no_rights(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fchown", refuse)
     os.close(system.create(str(tmp_path / "made"), model))
     assert mode_of(tmp_path / "made") == 0o644
+
+
+# -- strangers -----------------------------------------------------------------------------------------------------------
+
+
+def pipe(path, beside):
+    os.mkfifo(path)
+
+
+def folder(path, beside):
+    os.mkdir(path)
+    (path / "precious").write_bytes(b"precious")
+
+
+def dangling_link(path, beside):
+    os.symlink(beside / "nothing", path)
+
+
+def link(path, beside):
+    (beside / "precious").write_bytes(b"")
+    os.symlink(beside / "precious", path)
+
+
+def link_to_a_folder(path, beside):
+    os.symlink(beside, path)
+
+
+def listening(path, beside):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def device(path, beside):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root can make devices")
+
+
+def text(path, beside):
+    path.write_bytes(b"precious text")
+
+
+ALIENS = [pipe, folder, dangling_link, link, link_to_a_folder, listening, device]
+
+
+def tree(*folders):
+    """Everything below some folders: names, kinds, inodes, and what files hold."""
+    found = {}
+    for top in folders:
+        for at, inner, names in os.walk(top):
+            for name in [*inner, *names]:
+                path = os.path.join(at, name)
+                status = os.lstat(path)
+                content = pathlib.Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else os.path.realpath(path)
+                found[path] = (status.st_mode, status.st_ino, content)
+    return found
+
+
+def descriptors():
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def refuses(action, *watched, error=lr.FormatError):
+    """`action` raises that error, and neither leaves a descriptor nor changes anything in the folders."""
+    before, open_before = tree(*watched), descriptors()
+    with pytest.raises(error) as caught:
+        action()
+    assert isinstance(caught.value, lr.LeanReplayError) and str(watched[0].parent) in str(caught.value)
+    assert (tree(*watched), descriptors()) == (before, open_before)
+
+
+@pytest.fixture
+def beside(tmp_path):
+    (tmp_path / "beside").mkdir()
+    return tmp_path / "beside"
+
+
+@pytest.fixture
+def here(tmp_path):
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+KINDS = {
+    "file": lambda path, **k: lr.ReservoirBuffer(50, path, **k),
+    "folder": lambda path, **k: lr.InfiniteBuffer(path, rows_per_part=16, **k),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+@pytest.mark.parametrize("alien", [*ALIENS, text])
+def test_a_stranger_under_the_name_of_the_lock(alien, kind, here, beside):
+    path = here / "b"
+    if kind == "folder":
+        path.mkdir()
+    alien(path / "parts.lock" if kind == "folder" else here / "b.lock", beside)
+    for mode in ("x", "a", "w"):
+        refuses(lambda mode=mode: KINDS[kind](path, mode=mode), here, beside)
+    with KINDS[kind](path, lock=False) as buffer:  # which looks at none
+        feed(buffer)
+        assert buffer.check() == [] and lr.open(path).seen == 20
+
+
+@every_kind
+@pytest.mark.parametrize("alien", [*ALIENS, text])
+def test_a_stranger_under_the_name_of_an_undo_file(alien, kind, here, beside):
+    path = here / "b"
+    part = path / "part-000001.h5" if kind == "folder" else path
+    with KINDS[kind](path) as buffer:
+        feed(buffer)
+        alien(here / f"{part}.undo.0", beside)
+        before = tree(beside), os.lstat(f"{part}.undo.0")[:3]
+        with pytest.raises(lr.FormatError, match=r"undo\.0"):
+            buffer.state_dict()
+        assert buffer.seen == 20 and buffer.check() == []
+    with lr.open(path, "r+") as buffer:
+        with pytest.raises(lr.FormatError, match=r"undo\.0"):
+            feed(buffer)
+        assert buffer.seen == 20 and lr.open(path).seen == 20
+    if kind == "file":
+        with KINDS[kind](path, mode="w") as buffer:  # what removes all undo files of the old buffer
+            feed(buffer, 7)
+        assert lr.open(path).seen == 7
+    assert (tree(beside), os.lstat(f"{part}.undo.0")[:3]) == before
+
+
+@pytest.mark.parametrize("alien", ALIENS)
+def test_a_stranger_under_the_name_of_the_buffer(alien, here, beside):
+    """A symbolic link there is the file that it points to; a file of another kind is refused."""
+    if "link" in alien.__name__ and alien is not link_to_a_folder:
+        pytest.skip("a link to a file, or to one that is to be made, is followed")
+    alien(here / "b", beside)
+    for mode in ("a", "r+", "r"):
+        refuses(lambda mode=mode: lr.ReservoirBuffer(50, here / "b", mode=mode, lock=False), here, beside)
+    refuses(lambda: lr.ReservoirBuffer(50, here / "b", mode="w", lock=False, schema=SCHEMA), here, beside)
+    with lr.ReservoirBuffer(50) as other:
+        feed(other)
+        refuses(lambda: lr.merge([other], here / "b", mode="w", lock=False), here, beside)
+
+
+SCHEMA = lr.Schema.from_sample((np.float32(0), 0))
+
+
+@every_kind
+@pytest.mark.parametrize("alien", ALIENS)
+@pytest.mark.parametrize("name", ["state.json", "copy"])
+def test_a_stranger_in_a_saved_folder(alien, kind, name, here, beside, tmp_path):
+    copy = here / "copy"
+    with KINDS[kind](tmp_path / "b") as buffer:
+        feed(buffer)
+        buffer.save(copy)
+        if name == "copy":
+            name = next(n for n in os.listdir(copy) if n != "state.json")
+        moved = shutil.move(copy / name, tmp_path / "moved")
+        if alien is folder and kind == "folder" and name != "state.json":
+            pytest.skip("that is what a copy is")
+        alien(copy / name, beside)
+        refuses(lambda: buffer.save(copy), here, beside)
+        refuses(lambda: buffer.load(copy), here, beside)
+        assert buffer.seen == 20 and buffer.check() == []
+        feed(buffer)
+        shutil.rmtree(copy / name) if os.path.isdir(copy / name) and not os.path.islink(copy / name) else os.unlink(copy / name)
+        shutil.move(moved, copy / name)
+        buffer.load(copy)
+        assert buffer.seen == 20
+
+
+@pytest.mark.parametrize("alien", ALIENS)
+@pytest.mark.parametrize("name", [".loading", ".loading.tmp", ".loading/count", ".loading/part-000001.h5"])
+def test_a_stranger_where_parts_are_loaded(alien, name, here, beside, tmp_path):
+    with KINDS["folder"](tmp_path / "b") as buffer:
+        feed(buffer)
+        buffer.save(tmp_path / "copy")
+    with KINDS["folder"](here / "b") as buffer:
+        feed(buffer, 40)
+    if "/" in name:
+        shutil.copytree(next((tmp_path / "copy").glob("parts-*")), here / "b" / ".loading")
+        (here / "b" / ".loading/count").write_bytes(b"2")
+        os.unlink(here / "b" / name)
+    if alien is folder and not name.startswith(".loading/"):
+        pytest.skip("that is ours")
+    alien(here / "b" / name, beside)
+    if name == ".loading.tmp":
+        buffer = lr.open(here / "b", "r+")
+        refuses(lambda: buffer.load(tmp_path / "copy"), here, beside)
+        assert buffer.seen == 40
+        buffer.close()
+    else:
+        refuses(lambda: lr.open(here / "b", "r+"), here, beside)
