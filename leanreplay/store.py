@@ -1240,19 +1240,19 @@ class Store:
                 f"{where} has seen {self.seen} samples, the state {seen}: the buffer is {seen - self.seen} behind it; "
                 "load a copy of that age, or an older state"
             )
-        if target is None and self.path is not None and not self._log.segments:
-            raise StateError(
-                f"{where} has seen {self.seen} samples, the state {seen}, and no file {where}.undo.* stands beside it, which would lead "
-                "back: the buffer was copied or moved without them, or they ended with resize, load or a new field; bring them here from "
-                "where it stood, load a copy made with save(), or go on from here: add(batch, at=position) skips what the buffer holds"
-            )
         if target is None:
-            ahead = self.seen - seen
+            ahead, way = self.seen - seen, "raise restore_points, or "
+            if self.path is not None and not self._log.segments:
+                way = (
+                    f"no file {self.path}.undo.* stands beside it: bring them here if it was copied or moved without them (resize, load "
+                    "and new fields end them), load a copy made with save(), or "
+                )
             raise StateError(
                 f"{where} is ahead of the state by {ahead} samples (seen {self.seen}, state {seen}), and no restore point of it is left; "
-                f"raise restore_points, or go on from here: add(batch, at=position) skips the {ahead} samples it already holds"
+                f"{way}go on from here: add(batch, at=position) skips the {ahead} samples it already holds"
                 if ahead
-                else f"{where} has seen {seen} samples like the state, but holds others or other metadata; no restore point is left"
+                else f"{where} has seen {seen} samples like the state, but holds others or other metadata; no restore point is left; {way}"
+                "go on from here"
             )
         frames = self._log.frames(target)
         self._log.verify(target, frames, self._view, self.head)

@@ -423,6 +423,8 @@ class Guard:
             return False
         import fcntl
 
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            return False
         kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
         try:
             fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 2**62, 1, 0))
