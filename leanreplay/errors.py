@@ -36,7 +36,7 @@ class ExistsError(LeanReplayError, FileExistsError):
 
 
 class MissingError(LeanReplayError, FileNotFoundError):
-    """The file does not exist."""
+    """The file does not exist; or a writer's file stands under its name no more."""
 
 
 class StorageError(LeanReplayError, OSError):
@@ -56,7 +56,11 @@ class RecoveryError(LeanReplayError):
 
 
 class LockedError(LeanReplayError):
-    """Another writer has the file open."""
+    """Another writer has the file open. The message says whether he is an object of this very process.
+
+    Before that, objects of this process that only they themselves refer to are collected, which closes them; any other goes on, also
+    for mode "w": `close()` it first.
+    """
 
 
 class ModeError(LeanReplayError):
