@@ -423,17 +423,19 @@ class Store:
         """
         if self._look is _NEVER:
             return
-        now, found = time.perf_counter(), self._stood
-        if now < self._look and self._fd >= 0:
-            found = os.fstat(self._fd)
-            if found.st_ctime_ns == self._stood.st_ctime_ns and found.st_nlink == self._stood.st_nlink:
-                return
-        assert self.path is not None
+        now, found, stands = time.perf_counter(), self._stood, False
         try:
-            there = os.stat(self.path)
+            if now < self._look and self._fd >= 0:
+                found = os.fstat(self._fd)
+                if found.st_ctime_ns == self._stood.st_ctime_ns and found.st_nlink == self._stood.st_nlink:
+                    return
+            there = os.stat(str(self.path))
             stands = there.st_ino == self._inode or (self._fd >= 0 and os.path.samestat(there, os.fstat(self._fd)))
-        except OSError:
-            stands = False
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            with system.storage_errors(f"looking at {self.path}"):
+                raise error
         if not stands:
             raise MissingError(
                 f"{self.path}: the file that this buffer writes to stands there no more: it was removed or renamed, or another one took "

@@ -294,7 +294,7 @@ def create(path: str, model: os.stat_result | None) -> int:
     """Make a file, with mode and owner of another one, if given: who may not read that one cannot read this one at any moment."""
     fd = os.open(path, OPEN_NEW, 0o666 if model is None else 0o600)
     if model is not None and hasattr(os, "fchown"):
-        mode, mine = stat.S_IMODE(model.st_mode) & 0o777, os.fstat(fd)
+        mode, mine = model.st_mode & 0o777 | 0o600, os.fstat(fd)  # its owner is to write to it
         with contextlib.suppress(OSError):  # the user's own owner is the best that most users can give
             if mine.st_gid != model.st_gid:
                 try:
@@ -458,12 +458,13 @@ def replacing(path: str, name: str | None) -> Iterator[None]:
 
     name: look at this name's lock too, if there is one.
     """
-    refuse_alien(path)
     with contextlib.ExitStack() as held:
-        if name is not None and os.path.lexists(name + ".lock"):
-            fd = open_own(name + ".lock", OPEN_READ)
-            held.callback(os.close, fd)
-            _flock(fd, path, f"lock file {name}.lock", shared=True)
-        with contextlib.suppress(FileNotFoundError, PermissionError):
-            held.callback(Guard(path, shared=True).close)
+        with storage_errors(f"replacing {path}"):
+            refuse_alien(path)
+            if name is not None and os.path.lexists(name + ".lock"):
+                fd = open_own(name + ".lock", OPEN_READ)
+                held.callback(os.close, fd)
+                _flock(fd, path, f"lock file {name}.lock", shared=True)
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                held.callback(Guard(path, shared=True).close)
         yield

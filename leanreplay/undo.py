@@ -56,7 +56,7 @@ def is_undo_file(name: str) -> bool:
     """Whether what stands there may be removed: it begins like an undo file, or a kill came before anything was in it."""
     try:
         fd = system.open_own(name, system.OPEN_READ)
-    except (OSError, FormatError):
+    except (FileNotFoundError, FormatError):
         return False
     try:
         start = system.read_at(fd, 8, 0)
@@ -460,6 +460,6 @@ class UndoLog:
             self._unlink(segment.path)
 
     def _unlink(self, name: str) -> None:
-        if is_undo_file(name):
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # one that stays is not believed, and its name is refused when it is needed
+            if is_undo_file(name):
                 os.unlink(name)

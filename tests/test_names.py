@@ -354,3 +354,16 @@ def test_a_stranger_where_parts_are_loaded(alien, name, here, beside, tmp_path):
         buffer.close()
     else:
         refuses(lambda: lr.open(here / "b", "r+"), here, beside)
+
+
+def test_a_buffer_that_only_others_may_write(tmp_path):
+    """The owner can write to what is made in the place of a file that nobody may write to."""
+    path = tmp_path / "a.h5"
+    lr.ReservoirBuffer(10, path, schema=SCHEMA).close()
+    os.chmod(path, 0o444)
+    with lr.open(path) as reader:
+        reader.save(tmp_path / "copy")
+    assert mode_of(tmp_path / "copy" / "buffer.h5") == 0o644
+    with lr.ReservoirBuffer(10, path, mode="w") as buffer:
+        feed(buffer)
+        assert mode_of(path) == 0o644
