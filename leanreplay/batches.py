@@ -53,6 +53,14 @@ def length(value: Any) -> int:
         return -1
 
 
+def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's function gives. Raises ArgumentError for a StopIteration, which would end somebody's loop in silence."""
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        raise ArgumentError(f"{what} raised StopIteration: an iterator that it reads from has come to its end") from error
+
+
 def check_call(cls: type, base: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Raise ArgumentError for arguments that a class of this package does not take; its `**options` are those of `base`."""
     own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .batches import Batch, Fetch, check_call, flat, integer, integers, plain_array, required, stack
+from .batches import Batch, Fetch, call, check_call, flat, integer, integers, plain_array, required, stack
 from .create import plan_file
 from .datasets import Items
 from .errors import (
@@ -1460,7 +1460,7 @@ def _apply(function: Any, value: Any, path: str, schema: Schema, convert: Conver
         return value
     if convert is None and _takes_tensors(function):  # torchvision's, for instance, hand arrays back as they are
         convert = importlib.import_module("leanreplay.torch.data").to_torch
-    return function(value if convert is None else convert(value, schema.bfloat16, None, path))
+    return call(f"the transform of {path}", function, value if convert is None else convert(value, schema.bfloat16, None, path))
 
 
 def _takes_tensors(function: Any) -> bool:

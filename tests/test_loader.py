@@ -47,7 +47,6 @@ from leanreplay import (  # noqa: E402
     SlidingWindowBuffer,
     StateError,
     WeightedReservoirBuffer,
-    WorkerError,
 )
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402
@@ -717,7 +716,7 @@ def test_a_transform_that_runs_out():
     buffer, numbers = make(), iter(range(3))
     seen = 0
     with ReplayLoader(buffer, SIZE, batch_transform=lambda batch: (next(numbers), batch)) as loader:
-        with pytest.raises(WorkerError, match="StopIteration") as caught:
+        with pytest.raises(ArgumentError, match="batch_transform raised StopIteration") as caught:
             for _ in loader:
                 seen += 1
         assert seen == 3 and isinstance(caught.value.__cause__, StopIteration)

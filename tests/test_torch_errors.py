@@ -13,15 +13,23 @@ from learner_oracle import batches, dense, sgd
 import leanreplay
 from leanreplay import ArgumentError, DependencyError, ReservoirBuffer
 from leanreplay.torch import (
+    AsyncReservoir,
     BufferDataset,
     CLSLearner,
     DERLearner,
     ERLearner,
+    InterleavedSampler,
+    InterleavedSamplerConfig,
+    MixedLoader,
     PODLearner,
     ReplayLearner,
+    ReplayLoader,
     ReplayLoss,
+    ShuffleSampler,
     SuperERLearner,
+    evaluate,
     features,
+    fit,
     sample,
 )
 
@@ -89,6 +97,69 @@ def test_a_dtype_that_torch_lacks(monkeypatch):
     for read in (lambda: sample(buffer, 3), lambda: BufferDataset(buffer)[0], lambda: learner.step(*batches(1, 6)[0])):
         with pytest.raises(ArgumentError, match=r"data/0: torch .* has no uint16; upgrade torch, or convert"):
             read()
+
+
+# -- StopIteration -------------------------------------------------------------------------------------------------------------
+
+
+class Ends:
+    """A data set of pairs; sample `at` raises StopIteration, as `next` of an iterator does that is exhausted."""
+
+    def __init__(self, at=7):
+        self.at = at
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        if i == self.at:
+            next(iter(()))
+        return torch.full((4,), float(i)).double(), i % 3
+
+
+def ends(value):
+    """A transform, collate function or the like that comes to its end."""
+    raise StopIteration
+
+
+def loops():
+    """Loops over user's functions that come to an end, each of which would end in silence or as an error of another kind."""
+    full, bad = ReservoirBuffer(20), ReservoirBuffer(20, transform=ends)
+    for buffer in (full, bad):
+        buffer.add(batches(1, 12)[0])
+    model, pairs = dense(), [Ends(99)[i] for i in range(12)]
+    learner = ERLearner(model, sgd(model), ReservoirBuffer(20))
+    interleaved = InterleavedSamplerConfig(batch_size=4, max_epochs=1)
+
+    def through(dataset, collator=None):
+        return InterleavedSampler(ShuffleSampler(dataset, seed=0), interleaved, train_collator=collator).get_data_loader(num_workers=0)
+
+    return {
+        "DataLoader": lambda: list(torch.utils.data.DataLoader(BufferDataset(bad), batch_size=4)),
+        "BufferDataset": lambda: list(torch.utils.data.DataLoader(BufferDataset(full, batch_transform=ends), batch_size=4)),
+        "ReplayLoader": lambda: list(ReplayLoader(bad, 4, batches=2)),
+        "MixedLoader": lambda: list(MixedLoader([batches(1, 6)[0]], bad, 4)),
+        "MixedLoader, batch": lambda: list(MixedLoader([batches(1, 6)[0]], full, 4, batch_transform=ends)),
+        "fit": lambda: fit(learner, Ends(), progress=False),
+        "fit, collate": lambda: fit(learner, pairs, progress=False, train_collate_fn=ends),
+        "fit, validation": lambda: fit(learner, pairs, val_dataset=Ends(), progress=False),
+        "fit, transform": lambda: fit(learner, pairs, val_dataset=pairs, test_transform=ends, progress=False),
+        "evaluate": lambda: evaluate(model, [pairs, Ends()]),
+        "evaluate, target": lambda: evaluate(model, [pairs], target_transform=ends),
+        "InterleavedSampler": lambda: list(through(Ends())),
+        "InterleavedSampler, collator": lambda: list(through(pairs, ends)),
+        "AsyncReservoir": lambda: list(AsyncReservoir([1, 2, 3], float, 4, workers=1, executor="thread", collate_fn=ends)),
+        "learner": lambda: ERLearner(model, sgd(model), bad).step(*batches(1, 6)[0]),
+        "learner, transform": lambda: ERLearner(model, sgd(model), full, transform=ends).step(*batches(1, 6)[0]),
+    }
+
+
+@pytest.mark.parametrize("where", loops())
+def test_what_comes_to_its_end(where):
+    """StopIteration from a user's function is an error that names it, and ends no loop in silence."""
+    with pytest.raises(ArgumentError, match="raised StopIteration: an iterator that it reads from") as caught:
+        loops()[where]()
+    assert isinstance(caught.value.__cause__, StopIteration)
 
 
 # -- compiled models -----------------------------------------------------------------------------------------------------------

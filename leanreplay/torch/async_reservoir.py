@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, default_collate, default_convert
 
-from ..batches import integer, length, required, stack
+from ..batches import call, integer, length, required, stack
 from ..buffers import SlidingWindowBuffer
 from ..errors import ArgumentError, ModeError, SchemaError, StateError, WorkerError
 from ..format import STREAM_BITS
@@ -230,7 +230,7 @@ class AsyncReservoir:
         batch = entries if batched else entries[0]
         if self.collate_fn is None:
             return batch
-        return self.collate_fn(batch) if callable(self.collate_fn) else default_convert(batch)  # type: ignore[no-untyped-call]
+        return call("collate_fn", self.collate_fn, batch) if callable(self.collate_fn) else default_convert(batch)  # type: ignore[no-untyped-call]
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class AsyncReservoir:
         """From the source; _END at the end of each pass."""
         if self._items is None:
             mapped = not isinstance(self.source, Iterable)
-            self._items = (self.source[i] for i in range(len(self.source))) if mapped else iter(self.source)
+            self._items = (call("source", self.source.__getitem__, i) for i in range(len(self.source))) if mapped else iter(self.source)
             self._given = 0
         try:
             sample = next(self._items)

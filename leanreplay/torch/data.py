@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..batches import stack
+from ..batches import call, stack
 from ..buffers import DataBuffer, Reach
 from ..errors import ArgumentError
 from ..schema import Schema
@@ -116,7 +116,7 @@ def checked(name: str, function: Any) -> Any:
 def transformed(function: Function, batch: Any, n: int) -> Any:
     """A batch whose x, or all of it if it is no pair, went through a function of batches. n: how many samples."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    x = function(batch[0] if pair else batch)
+    x = call("batch_transform", function, batch[0] if pair else batch)
 
     def check(tensor: torch.Tensor) -> None:
         if tensor.shape[:1] != (n,):
@@ -128,7 +128,7 @@ def transformed(function: Function, batch: Any, n: int) -> Any:
 
 def per_sample(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
     """The function's results for each entry, stacked. It gets copies, as it may work in place."""
-    results = [function(value) for value in values.clone()]
+    results = [call(name, function, value) for value in values.clone()]
     try:
         return torch.stack([torch.as_tensor(result) for result in results])
     except (RuntimeError, TypeError, ValueError) as error:
@@ -137,7 +137,7 @@ def per_sample(function: Function, values: torch.Tensor, name: str) -> torch.Ten
 
 def per_batch(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
     """The function's result for all entries, (n, ...). It gets a copy."""
-    result = function(values.clone())
+    result = call(name, function, values.clone())
     if not isinstance(result, torch.Tensor) or result.shape[:1] != values.shape[:1]:
         got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise ArgumentError(f"{name}: it gets (n, ...) and must return a tensor (n, ...), n being {values.shape[0]}, got {got}")

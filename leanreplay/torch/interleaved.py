@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler, default_collate
 
-from ..batches import integer, length
+from ..batches import call, integer, length
 from ..errors import ArgumentError, ModeError, RowError, StateError
 from ..kernels import reservoir
 from ..keys import key_pair
@@ -289,7 +289,7 @@ class _Datasets(ConcatDataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         which, first, _ = self._place(index)
-        return which, self.datasets[which][index - first]
+        return which, call(f"dataset {which}", self.datasets[which].__getitem__, index - first)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Any]]:
         """A batch in one read, where its dataset can do that. All of a batch come from one dataset."""
@@ -297,7 +297,7 @@ class _Datasets(ConcatDataset[Any]):
         dataset: Any = self.datasets[which]
         if not callable(getattr(dataset, "__getitems__", None)) or min(indices) < first or max(indices) >= end:
             return [self[i] for i in indices]
-        return [(which, sample) for sample in dataset.__getitems__([i - first for i in indices])]
+        return [(which, sample) for sample in call(f"dataset {which}", dataset.__getitems__, [i - first for i in indices])]
 
 
 class _Collator:
@@ -310,7 +310,8 @@ class _Collator:
         which = {number for number, _ in items}
         if len(which) != 1:
             raise ArgumentError(f"a batch must come from one dataset, got samples of datasets {sorted(which)}; use batch_sampler as it is")
-        return self.collators[which.pop()]([sample for _, sample in items])
+        number = which.pop()
+        return call(f"the collator of dataset {number}", self.collators[number], [sample for _, sample in items])
 
 
 class _BatchSampler(Sampler[list[int]]):

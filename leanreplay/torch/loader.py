@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batches import integer, required
+from ..batches import call, integer, required
 from ..buffers import DataBuffer
-from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
+from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError
 from ..kernels import reservoir
 from ..store import refuse_within
 from .data import Function, bfloat16_fields, checked, each_tensor, per_batch, sample, to_torch
@@ -187,8 +187,6 @@ class ReplayLoader:
             error, job.error = job.error, None  # a cycle through the traceback would keep the loader, and its thread
             del job
             try:
-                if isinstance(error, StopIteration):  # would end the loop as if there were no more batches
-                    raise WorkerError("a transform raised StopIteration: an iterator that it reads from has come to its end") from error
                 raise error
             finally:
                 del error
@@ -231,7 +229,7 @@ class ReplayLoader:
         bits = bfloat16_fields(schema)
         tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
         if self.batch_transform is not None:
-            tensors = self.batch_transform(tensors)
+            tensors = call("batch_transform", self.batch_transform, tensors)
         return self._placed((tensors, told))  # type: ignore[no-any-return]
 
     def _placed(self, value: Any) -> Any:

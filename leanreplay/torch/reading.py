@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from ..batches import length
+from ..batches import call, length
 from ..errors import ArgumentError
 from .data import per_batch, per_sample
 
@@ -73,9 +73,10 @@ class Reader:
             return self.dataset.tensors[0][rows], self.dataset.tensors[1][rows]  # what collating would give, without a loop over samples
         which = indices.tolist()
         # Several samples in one read where the dataset can do that, as DataLoader does.
-        samples = self.dataset.__getitems__(which) if hasattr(self.dataset, "__getitems__") else [self.dataset[i] for i in which]
+        several: Any = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
+        samples = call(self.name, several, which)
         if self.collate is not None:
-            batch = self.collate(samples)
+            batch = call(f"{self.name}: the collate function", self.collate, samples)
         else:
             try:
                 batch = default_collate(samples)
