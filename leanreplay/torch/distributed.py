@@ -71,6 +71,57 @@ def uncompiled(model: torch.nn.Module) -> Any:
     return model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
 
 
+def check_reach(model: torch.nn.Module, outputs: torch.Tensor, total: torch.Tensor, first: bool) -> None:
+    """Raise ArgumentError for a loss whose gradients a DistributedDataParallel could not exchange.
+
+    outputs: of the pass through it; total: the loss, with other passes through the module in it. first: whether this is the first
+    loss of a task. Costs a walk through the graph: at each step only where the wrapper does that too.
+    """
+    if not isinstance(model, DistributedDataParallel) or not total.requires_grad or getattr(model, "static_graph", False):
+        return
+    find = model.find_unused_parameters
+    if not find and not first:
+        return
+    trained = {p: name for name, p in model.module.named_parameters() if p.requires_grad}
+    reached = _reached(total)
+    if reached is None:
+        return
+    if not find:
+        missing = [name for p, name in trained.items() if p not in reached]
+        if missing:
+            raise ArgumentError(
+                f"this loss does not reach {len(missing)} parameters ({', '.join(missing[:5])}), for whose gradients a "
+                "DistributedDataParallel would wait: wrap the model with find_unused_parameters=True (fit keeps a wrapper that is there), "
+                "or freeze them with requires_grad_(False)"
+            )
+        return
+    through = _reached(outputs) or set()
+    others = [name for p, name in trained.items() if p in reached and p not in through]
+    if others:
+        raise ArgumentError(
+            f"replayed samples reach {len(others)} parameters that the batch from the stream does not ({', '.join(others[:5])}), and which "
+            "a DistributedDataParallel therefore leaves out: let every pass compute all heads, and choose among their outputs, or use a "
+            "method with one pass for both, such as ERLearner"
+        )
+
+
+def _reached(tensor: torch.Tensor) -> set[torch.Tensor] | None:
+    """The leaves that a backward pass reaches; None where the graph does not tell."""
+    found: set[torch.Tensor] = set()
+    seen, todo = set(), [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():  # makes its graph only during the backward pass
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.add(leaf)
+        todo.extend(following for following, _ in node.next_functions)
+    return found
+
+
 @contextlib.contextmanager
 def parallel(learner: Any) -> Iterator[None]:
     """The learner's model in a DistributedDataParallel, for a while. One that is in one already stays as it is."""

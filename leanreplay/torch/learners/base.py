@@ -20,7 +20,7 @@ from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
 from ..data import bfloat16_fields, checked, per_batch, per_sample, to_torch
-from ..distributed import unwrapped
+from ..distributed import check_reach, unwrapped
 from . import checks
 from .replay import Replay, Statistics, check_layers, forward
 from .term import Term, fraction, number
@@ -85,8 +85,9 @@ class ReplayLearner:
     over the batch (x, y) from the stream and what the terms make of draws from the buffer; after the step the batch is offered to the
     buffer, so a draw never holds samples of its own step. While the buffer is empty there are no terms.
 
-    model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper,
-    which is what its gradient exchange needs. optimizer: over the model's parameters.
+    model: with parameters, and outputs (n, ...); in a DistributedDataParallel only the stream's pass goes through the wrapper, which is
+        what its gradient exchange needs; a model with heads that a pass does not use needs find_unused_parameters=True there.
+    optimizer: over the model's parameters.
     buffer: of pairs (x, y); any that asks for no features or weights, the papers use a `ReservoirBuffer`. One that holds samples must
         hold what the terms store. An `ExperienceBalancedBuffer` gets tasks as experiences, so `on_task_start` must be called before the
         first batch of each: a task that is a number is the experience of that number; one of another name, or of none, is the next one.
@@ -206,6 +207,7 @@ class ReplayLearner:
         self._check_terms()
         self.steps = 0
         self.task: int | str | None = None
+        self._task_begins = True  # until the first loss
         self._by_task = isinstance(buffer, ExperienceBalancedBuffer)
         self._experience: int | None = None  # of the task that is going on
         self._experiences: dict[str, int] = {}  # of all tasks that have names
@@ -507,6 +509,9 @@ class ReplayLearner:
                 total = self._weigh(*mean_of, draws, n)
             finally:
                 self._ignored = None
+        if self.model is not self.module:
+            check_reach(self.model, both.outputs, total, self._task_begins)
+            self._task_begins = False
         if new:  # last, as terms say more clearly what is wrong
             if self._store:
                 self._check_stored(x, y, stored)
@@ -677,7 +682,7 @@ class ReplayLearner:
             term.on_task_start(self)
         if isinstance(self.buffer, ExperienceBalancedBuffer):
             self._experience = self._number(self.buffer, task)
-        self.task = task
+        self.task, self._task_begins = task, True
 
     def on_task_end(self) -> None:
         """To be called after the last step of a task."""

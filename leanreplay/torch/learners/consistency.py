@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from ...errors import ArgumentError, StateError
-from .replay import Replay, forward
+from .replay import Replay, check_initialized, forward
 from .term import Term, fraction, key, mean_square
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ class Consistency(Term):
 
         theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
 
-    Copies stay in train mode, without gradients; only parameters are averaged. A model that grew lets its copies grow: what is new
-    starts as the model's.
+    Copies stay in train mode, without gradients; only parameters are averaged. Parameters that are integers are the model's, and so are
+    buffers of integers and bools, but those of batch norm. A model that grew lets its copies grow: what is new starts as the model's.
+    A model that `copy.deepcopy` cannot copy, or that has lazy layers without weights yet, is an ArgumentError.
     """
 
     needs_labels = True
@@ -57,8 +59,9 @@ class Consistency(Term):
     def attach(self, learner: ReplayLearner) -> None:
         if self._learner is not None:
             raise ArgumentError(f"the term {self.name!r} already belongs to a learner; make another one")
-        self._learner = learner
+        check_initialized(learner.module, self.name)
         self.copies = {which: _copy(learner.module) for which in ("stable", "plastic")}
+        self._learner = learner
 
     def modules(self) -> Iterable[torch.nn.Module]:
         return self.copies.values()
@@ -96,14 +99,22 @@ class Consistency(Term):
                 with torch.no_grad():
                     mine: list[torch.Tensor] = list(model.parameters())
                     theirs: list[torch.Tensor] = list(learner.module.parameters())
+                    if not all(map(_averages, mine)):
+                        pairs = list(zip(mine, theirs, strict=True))
+                        for m, t in pairs:
+                            if not _averages(m):
+                                m.copy_(t)
+                        mine, theirs = ([p[i] for p in pairs if _averages(p[0])] for i in range(2))
                     torch._foreach_mul_(mine, a)
                     torch._foreach_add_(mine, theirs, alpha=1 - a)
+                    for m, t in _whole_numbers(model, learner.module):
+                        m.copy_(t)
 
     def _follow(self, model: torch.nn.Module) -> None:
         """Let the copies have the model's shapes and device."""
         for which, old in self.copies.items():
             mine, theirs = list(old.parameters()), list(model.parameters())
-            if len(mine) == len(theirs) and all(m.shape == t.shape and m.device == t.device for m, t in zip(mine, theirs, strict=True)):
+            if len(mine) == len(theirs) and all(_alike(m, t) for m, t in zip(mine, theirs, strict=True)):
                 continue
             self.copies[which] = new = _copy(model)
             kept = old.state_dict()
@@ -133,4 +144,29 @@ class Consistency(Term):
 
 
 def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(model).train().requires_grad_(False)
+    try:
+        return copy.deepcopy(model).train().requires_grad_(False)
+    except Exception as error:
+        raise ArgumentError(
+            f"this method keeps slow copies of the model, but {type(model).__name__} cannot be copied with copy.deepcopy: {error!r:.200}; "
+            "keep what cannot be copied out of the module, give it a __deepcopy__, or use a method without copies, such as DERLearner"
+        ) from error
+
+
+def _averages(tensor: torch.Tensor) -> bool:
+    """Whether means of it mean something."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _alike(m: torch.Tensor, t: torch.Tensor) -> bool:
+    return m.shape == t.shape and m.dtype == t.dtype and m.device == t.device
+
+
+def _whole_numbers(mine: torch.nn.Module, theirs: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers of a copy and the model's that are integers or bools, masks of classes for instance; batch norm counts for itself."""
+    for m, t in zip(mine.modules(), theirs.modules(), strict=False):
+        if m._buffers and not isinstance(m, _NormBase):
+            for name, buffer in m._buffers.items():
+                other = t._buffers.get(name)
+                if buffer is not None and other is not None and not _averages(buffer) and _alike(buffer, other):
+                    yield buffer, other

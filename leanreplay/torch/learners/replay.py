@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from ...errors import ArgumentError
 from ..data import to_torch
@@ -208,6 +209,7 @@ class Statistics:
             with torch.no_grad():
                 torch._foreach_copy_(self._before, found)
         else:
+            found = [b for b in found if not is_lazy(b)]
             self._now, self._before = found, [b.detach().clone() for b in found]
 
     def put_back(self) -> None:
@@ -215,6 +217,16 @@ class Statistics:
         with torch.no_grad():
             for now, before in zip(self._now, self._before, strict=True):
                 now.copy_(before)
+
+
+def check_initialized(model: torch.nn.Module, term: str) -> None:
+    """Raise ArgumentError for a model with lazy layers that have no weights yet."""
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise ArgumentError(
+            f"the term {term!r} needs the model's weights, but {lazy[0]} of {type(model).__name__} is lazy and has no shape yet: pass a "
+            "batch through the model before, model(x)"
+        )
 
 
 def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from ...errors import ArgumentError, StateError
-from .replay import Forward, Replay, check_layers
+from .replay import Forward, Replay, check_initialized, check_layers
 from .term import Term, fraction, key, mean_square, number
 
 if TYPE_CHECKING:
@@ -162,6 +162,9 @@ class ShrinkAndPerturb(Term):
         super().__init__(name, 0.0, None)
         self.shrink_factor, self.sigma = fraction("shrink_factor", shrink_factor), number("sigma", sigma)
         self.starts = 0
+
+    def attach(self, learner: ReplayLearner) -> None:
+        check_initialized(learner.module, self.name)
 
     def on_task_start(self, learner: ReplayLearner) -> None:
         generator = torch.Generator().manual_seed(key(self.name, learner.seed, self.starts))
