@@ -381,9 +381,11 @@ class Store:
 
     def __del__(self) -> None:
         # A reader drops a store whose file was replaced; a read of it further up, within which a signal handler came, keeps it open.
-        if getattr(self, "_made", False):
-            with contextlib.suppress(Exception):
+        try:  # when the interpreter ends, contextlib may be empty already
+            if getattr(self, "_made", False):
                 self.close()
+        except Exception:
+            pass
 
     @property
     def link(self) -> str:

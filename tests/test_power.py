@@ -211,7 +211,10 @@ def test_pages_lost_since_the_last_flush(kind: str, folder: str, monkeypatch: py
         seen, wrong = examine(path, kind, "r", note)
         if how == "all" and kind != "infinite":
             assert (seen, wrong) == (flushed, 0), note
-        examine(path, kind, "r+", note)
+        try:
+            examine(path, kind, "r+", note)
+        except leanreplay.CorruptionError as error:  # parts with a gap between them are not opened for writing
+            assert kind == "infinite" and wrong and "there is a part after it" in str(error), note
         restored += seen == flushed and not wrong
         torn += wrong > 0
     assert restored > TRIALS // 20
