@@ -549,7 +549,7 @@ def damage_json(text):
         (damage_json("{"), lr.FormatError, "state.json"),
         (damage_json("[]"), lr.FormatError, "state.json"),
         (damage_json("[" * 100000), lr.FormatError, "state.json"),
-        (damage_json('{"draws": {"sample": -1}}'), lr.FormatError, "draws"),
+        (damage_json('{"format": 1, "draws": {"sample": -1}}'), lr.FormatError, "draws"),
         (damage_json('{"draws": {"sample": "x"}}'), lr.FormatError, "state.json"),
         (damage_json('{"draws": 5}'), lr.FormatError, "state.json"),
     ],
