@@ -11,6 +11,7 @@ import json
 import operator
 import os
 import re
+import shutil
 import sys
 import threading
 import uuid
@@ -193,14 +194,15 @@ class DataBuffer:
         self._policy: Policy | None = None
         self._policy_at = -1
         try:
-            try:
-                self._open(schema)
-            except LockedError:
-                if self._writer_here() is None:
-                    raise
-                gc.collect()  # a buffer that nobody refers to any more, but for itself, closes
-                self._unlock()
-                self._open(schema)
+            with system.storage_errors(f"opening {self.path or 'a buffer in memory'}"):
+                try:
+                    self._open(schema)
+                except LockedError:
+                    if self._writer_here() is None:
+                        raise
+                    gc.collect()  # a buffer that nobody refers to any more, but for itself, closes
+                    self._unlock()
+                    self._open(schema)
         except LockedError as error:
             self.close()
             raise self._locked(error) from None
@@ -224,6 +226,7 @@ class DataBuffer:
         if where is not None and mode != "r" and self._locking:
             with system.storage_errors(f"opening {self.path} for writing"):
                 self._lock_fd = system.lock(where, system.status(where))
+                self._remove_leftovers(where)
         exists = self._exists()
         if mode == "x" and exists:
             raise ExistsError(f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'")
@@ -273,6 +276,13 @@ class DataBuffer:
             f"{other._mode!r}); close() that object first, or `del` its name if a cell of a notebook is run again; or read with mode='r'"
         )
 
+    def _remove_leftovers(self, where: str) -> None:
+        """Remove what killed writers of this file left, and killed savers if it is a copy."""
+        system.remove_temporaries(where)
+        if os.path.basename(where) == "buffer.h5":
+            with system.users_of(os.path.dirname(where)) as users:
+                users.alone(lambda: system.remove_temporaries(where + ".saved"))
+
     def _open_store(self) -> Any:
         assert self._where is not None
         return Store.open(self._where, writable=self._mode != "r", name=self._where, **self._options)
@@ -300,7 +310,7 @@ class DataBuffer:
 
     def _exists(self) -> bool:
         """Whether there is something to open."""
-        return self._where is not None and os.path.lexists(self._where)
+        return self._where is not None and system.exists(self._where)
 
     def _params_given(self) -> dict[str, Any]:
         """A subclass's own parameters, None where not given: they stand in the file, and are compared on opening."""
@@ -340,8 +350,6 @@ class DataBuffer:
         seed, stream = self._seed, self._stream
         assert seed is not None and stream is not None
         table, pieces = self._plan_file(self._params_given(), self.max_size, seed, stream, schema, self._uuid)
-        if self._lock_fd is not None:
-            system.remove_temporaries(str(self._where))
         replace = self._mode == "w" or _is_left_over(self._where, self._uuid)
         with self._replacing_file() if replace else contextlib.nullcontext():
             self._store = self._new_store(self._where, table, pieces, replace)
@@ -1177,8 +1185,6 @@ class DataBuffer:
                 new.commit(store.seen, state, log=log)
 
         store.stay()
-        if self._lock_fd is not None:
-            system.remove_temporaries(str(self._where))
         self._replacing = True
         heir_of = store if keep_points else None
         created = Store.create(self._where, table, pieces, replace=True, fill=fill, heir_of=heir_of, **self._options)
@@ -1285,38 +1291,37 @@ class DataBuffer:
                         held.enter_context(system.replacing(copy, name))
                     except LockedError as error:
                         raise self._locked(error, copy) from None
-                state = {
-                    "format": 1,
-                    "kind": self.kind,
-                    "draws": {"sample": self._drawn},
-                    "copies": self._copies,
-                    "state": store.mark_name(),
-                }
-                state |= self._copy_to(store, folder)
-                text = json.dumps(state)
-                fd, temp = system.temporary(os.path.join(folder, "state.json"), store.status)
-                try:
-                    system.write_all(fd, text.encode(), 0)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                system.publish(temp, os.path.join(folder, "state.json"), replace=True)
-                system.sync_folder(os.path.join(folder, "state.json"))
-                self._remove_older(folder, state)
+                users = held.enter_context(system.users_of(folder))
+                users.alone(lambda: _remove_leftovers(folder))
+                self._save_to(store, folder)
+                users.alone(lambda: _remove_leftovers(folder))
 
     def _saved_in(self, folder: str) -> list[tuple[str, str]]:
         """Of each copy that a save into a folder replaces: the file that its writer locks, and the name of his other lock."""
         path = os.path.join(folder, "buffer.h5")
         return [(path, path)]
 
-    def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
-        """Make the copy; what state.json, written afterwards, needs to say of it."""
+    def _save_to(self, store: Any, folder: str) -> None:
+        """Make a copy. Until the new file has its name, state.json speaks of both copies, and each has draws of its own there."""
         path = os.path.join(folder, "buffer.h5")
-        _copy_store(store, path, replace=True, model=store.status)
-        return {}
+        temp = _copy_aside(store, path + ".saved", store.status)
+        try:
+            state = self._copy_state(store)
+            older = [s for s in _saved_states(folder) if not _same_copy(s, state)]
+            _write_state(folder, state | {"older": older}, store.status)
+            system.publish(temp, path, True)
+        except BaseException:
+            system.discard(temp)
+            raise
+        system.sync_folder(path)
+        if older:
+            with contextlib.suppress(OSError):  # which is only longer than it need be
+                _write_state(folder, state, store.status)
 
-    def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
-        """Remove what an older copy left."""
+    def _copy_state(self, store: Any) -> dict[str, Any]:
+        """What state.json tells of a copy, and by which it knows its file."""
+        draws = {"draws": {"sample": self._drawn}, "copies": self._copies}
+        return {"format": 1, "kind": self.kind, **draws, "uuid": self._uuid, "max_size": self.max_size, "state": store.mark_name()}
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Replace this buffer's contents by a copy that `save` made, draws included. Ends all restore points.
@@ -1328,25 +1333,18 @@ class DataBuffer:
             if store is not None:
                 store.stay()
             folder = system.checked_path(folder, "folder")
-            try:
-                with open(system.open_own(os.path.join(folder, "state.json"), system.OPEN_READ), encoding="utf-8") as file:
-                    state = json.load(file)
-                if state["format"] != 1:
-                    raise ValueError(f"format {state['format']!r:.100}, but this release reads 1")
-                counts = _counts(state)
-            except FileNotFoundError:
-                raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
-            except OSError as error:
+            with contextlib.ExitStack() as stack:
                 with system.storage_errors(f"loading from {folder}"):
-                    raise error
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                raise FormatError(f"{folder}/state.json: {error}") from None
-            self._replacing = True
-            with system.storage_errors(f"loading from {folder}"):
-                self._copy_from(store, folder, state)
-            self._policy_at = -1
-            self._replacing = False
-            self._set_counts(*(counts if state.get("state") == self._store.mark_name() else (0, 0)))
+                    if os.path.isdir(folder):
+                        stack.enter_context(system.users_of(folder)).alone(lambda: _remove_leftovers(folder))
+                    states = _saved_states(folder, strict=True)
+                    counts = [_counts(state) for state in states]
+                    self._replacing = True
+                    self._copy_from(store, folder, states[0])
+                self._policy_at = -1
+                self._replacing = False
+                now = self._copy_state(self._store)
+                self._set_counts(*next((c for s, c in zip(states, counts, strict=True) if _same_copy(s, now)), (0, 0)))
 
     def _compare(self, table: Table, path: str) -> None:
         """Raise MismatchError unless a saved file fits this buffer."""
@@ -1364,17 +1362,26 @@ class DataBuffer:
         path = os.path.join(folder, "buffer.h5")
         if os.path.realpath(path) == self._where:
             raise ArgumentError(f"load from another folder: {path} is this buffer itself")
+        if not system.exists(path):
+            raise MissingError(f"{path} does not exist: there is no whole copy made by save() in {folder}; load another one")
         saved = Store.open(path, writable=False, name=path)
         try:
             self._compare(saved.table, path)
             if self._where is None:
-                fd = system.memory_file("leanreplay", saved.table.file_size)
-                saved.copy_to(fd)
-                created = Store(None, fd, saved.table, True, self._durable, self._points)
-                created.recover()
+                created = _copy_to_memory(saved, self._durable, self._points)
             else:
-                guard = _copy_store(saved, self._where, replace=True, guard=self._locking)
-                created = Store.open(self._where, writable=True, name=self._where, **self._options | {"guard": guard or False})
+                temp = _copy_aside(saved, self._where, system.status(self._where) or saved.status)
+                try:  # mapped, and locked, before it has its name: from then on nothing can fail
+                    created = Store.open(temp, writable=True, name=self._where, **self._options)
+                    try:
+                        system.publish(temp, self._where, True)
+                    except BaseException:
+                        created.close()
+                        raise
+                except BaseException:
+                    system.discard(temp)
+                    raise
+                system.sync_folder(self._where)
                 created.drop_points()
         finally:
             saved.close()
@@ -1651,9 +1658,8 @@ def _is_left_over(path: str | None, identity: str) -> bool:
     return same
 
 
-def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | None = None, guard: bool = False) -> system.Guard | None:
-    """Copy a store's file so that it appears whole under another name, with the mode of `model`, what stands there, or the store."""
-    model = model or system.status(path) or store.status
+def _copy_aside(store: Any, path: str, model: os.stat_result | None) -> str:
+    """Copy a store's file, with mode and owner of `model`, to a temporary one for a path, whole and durable; its name."""
     for _ in range(100):
         before = store.sequence
         fd, temp = system.temporary(path, model)
@@ -1665,16 +1671,95 @@ def _copy_store(store: Any, path: str, replace: bool, model: os.stat_result | No
                 os.close(fd)
             store.ready()
             if store.writable or (store.sequence == before and not store.pending()):
-                held = system.Guard(temp) if guard else None  # before it appears
-                system.publish(temp, path, replace)
-                system.sync_folder(path)
-                return held
+                return temp
             os.unlink(temp)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temp)
+            system.discard(temp)
             raise
     raise ModeError(f"{store.path} is being written to; save it from the process that writes, or close that first")
+
+
+def _copy_store(store: Any, path: str, model: os.stat_result | None = None) -> None:
+    """Copy a store's file so that it appears whole under another name, with mode and owner of `model`, or its own."""
+    temp = _copy_aside(store, path, model or store.status)
+    try:
+        system.publish(temp, path, True)
+    except BaseException:
+        system.discard(temp)
+        raise
+    system.sync_folder(path)
+
+
+def _copy_to_memory(store: Any, durable: bool, points: int) -> Store:
+    """A copy of a store in memory."""
+    fd = system.memory_file("leanreplay", store.table.file_size)
+    created = None
+    try:
+        store.copy_to(fd)
+        created = Store(None, fd, store.table, True, durable, points)
+        created.recover()
+        return created
+    except BaseException:
+        if created is not None:
+            created.close()
+        else:
+            os.close(fd)
+        raise
+
+
+def _saved_states(folder: str, strict: bool = False) -> list[dict[str, Any]]:
+    """What state.json says: of the last copy, then of older ones. strict: errors for one that is missing or damaged."""
+    try:
+        opener = lambda path, _: system.open_own(path, system.OPEN_READ)  # noqa: E731
+        with open(os.path.join(folder, "state.json"), encoding="utf-8", opener=opener) as file:
+            state = json.load(file)
+        if state["format"] != 1:
+            raise ValueError(f"format {state['format']!r:.100}, but this release reads 1")
+        states = [state, *state.pop("older", [])]
+        for one in states:
+            _counts(one)
+        return states
+    except FileNotFoundError:
+        if strict:
+            raise MissingError(f"{folder} holds no copy made by save(): there is no state.json in it") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if strict:
+            raise FormatError(f"{folder}/state.json: {error}; load another copy") from None
+    return []
+
+
+def _same_copy(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two states of `save` are of files that hold the same."""
+    return all(one.get(name) == other[name] for name in ("uuid", "max_size", "state"))
+
+
+def _write_state(folder: str, state: Mapping[str, Any], model: os.stat_result | None) -> None:
+    """Put state.json into a folder, whole and durable."""
+    path = os.path.join(folder, "state.json")
+    fd, temp = system.temporary(path, model)
+    try:
+        try:
+            system.write_all(fd, json.dumps(state).encode(), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        system.publish(temp, path, True)
+    except BaseException:
+        system.discard(temp)
+        raise
+    system.sync_folder(path)
+
+
+def _remove_leftovers(folder: str) -> None:
+    """Remove what killed savers left in a folder, and what older copies did, while nobody saves or loads there."""
+    system.remove_temporaries(os.path.join(folder, "buffer.h5.saved"))
+    system.remove_temporaries(os.path.join(folder, "state.json"))
+    states = _saved_states(folder)
+    named = {state.get("parts") for state in states}
+    for name in os.listdir(folder):
+        unknown = re.fullmatch("parts-[0-9a-f]{8}", name) and name not in named
+        if unknown and (states or not os.path.lexists(os.path.join(folder, "state.json"))):  # else a damaged one may name it
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 _BUFFERS = weakref.WeakSet()

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,19 @@ import numpy.typing as npt
 
 from . import system
 from .batches import integer
-from .buffers import DataBuffer, Rule, _copy_store, _is_left_over, optional_int
+from .buffers import DataBuffer, Rule, _copy_store, _copy_to_memory, _is_left_over, _write_state, optional_int
 from .create import plan_file
-from .errors import ArgumentError, CorruptionError, ExistsError, FormatError, MissingError, ModeError, RecoveryError, RowError, StateError
+from .errors import (
+    ArgumentError,
+    CorruptionError,
+    ExistsError,
+    FormatError,
+    MissingError,
+    ModeError,
+    RecoveryError,
+    RowError,
+    StateError,
+)
 from .format import STREAM_BITS, Table
 from .policies import AppendPolicy
 from .schema import Schema
@@ -121,7 +132,7 @@ class Parts:
         for store in self.stores:
             store.ready()
         if not self.writable and self.folder is not None and self.stores[-1].seen == self.rows:
-            while os.path.lexists(path := part_path(self.folder, number := len(self.stores))):
+            while system.exists(path := part_path(self.folder, number := len(self.stores))):
                 part = open_part(path, number, self.stores[0], writable=False)
                 part.release()
                 self.stores[number : number + 1] = [part]  # not appended: a signal handler that reads may have put it there, too
@@ -250,6 +261,7 @@ class Parts:
         for store, name in zip(reversed(self.stores), reversed(names), strict=True):
             store.rollback(name, 0)
 
+    @system.storage_errors("removing parts of an InfiniteBuffer")
     def _cut(self, parts: int) -> None:
         """Remove the parts from this number on, the last first. After an exception within, `ready` ends it."""
         self._parts = parts
@@ -303,6 +315,7 @@ def part_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.h5")
 
 
+@system.storage_errors("looking for the parts of an InfiniteBuffer")
 def parts_there(folder: str) -> int:
     """How many parts are in a folder. Raises FormatError unless they are regular files of numbers from 0 on; touches nothing."""
     found = {}
@@ -326,9 +339,11 @@ def parts_there(folder: str) -> int:
 
 def own_folder(path: str) -> bool:
     """Whether there is a folder under a name of ours. Raises FormatError for anything else there."""
-    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
+    if not system.exists(path):
+        return False
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise FormatError(f"{path} is no folder of ours; move it away, nothing was changed")
-    return os.path.isdir(path)
+    return True
 
 
 def is_loading(folder: str) -> bool:
@@ -338,10 +353,10 @@ def is_loading(folder: str) -> bool:
 
 def remove_points(path: str) -> None:
     """Remove the restore points of a part."""
-    for _, name in undo_files(path):
-        with contextlib.suppress(OSError):  # one that stays is not believed: it is of another file
+    with contextlib.suppress(OSError):  # one that stays is not believed: it is of another file
+        for _, name in undo_files(path):
             if is_undo_file(name):
-                os.unlink(name)
+                system.discard(name)
 
 
 def open_part(path: str, number: int, first: Store | None, **options: Any) -> Store:
@@ -370,7 +385,7 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
     try:
         with open(system.open_own(os.path.join(fresh, "count"), system.OPEN_READ), encoding="ascii") as file:
             count = int(file.read())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         shutil.rmtree(fresh, ignore_errors=True)  # emptied already
         return None
     for entry in os.scandir(fresh):
@@ -429,6 +444,7 @@ class InfiniteBuffer(DataBuffer):
                     system.make_folders(where)
                 if os.path.isdir(where) and self._locking:
                     self._lock_fd = system.lock(os.path.join(where, "parts"), system.status(part_path(where, 0)))
+                    self._remove_leftovers(where)
         if where is not None and os.path.lexists(where) and not os.path.isdir(where):
             raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
         parts = where is not None and os.path.isdir(where) and (is_loading(where) or parts_there(where) > 0)
@@ -452,8 +468,12 @@ class InfiniteBuffer(DataBuffer):
     def _file(self) -> str | None:
         return None if self._where is None else part_path(self._where, 0)
 
+    def _remove_leftovers(self, where: str) -> None:
+        shutil.rmtree(os.path.join(where, _LOADING + ".tmp"), ignore_errors=True)
+        system.remove_temporaries(part_path(where, parts_there(where)))
+
     def _exists(self) -> bool:
-        return self._where is not None and os.path.exists(part_path(self._where, 0))
+        return self._where is not None and system.exists(part_path(self._where, 0))
 
     def _params_given(self) -> dict[str, Any]:
         return {"rows_per_part": self._rows_per_part}
@@ -479,6 +499,7 @@ class InfiniteBuffer(DataBuffer):
         super()._adopt(schema)
         self._rows_per_part = self._store.rows
 
+    @system.storage_errors("opening the parts of an InfiniteBuffer")
     def _open_store(self) -> Parts:
         where = self._where
         assert where is not None
@@ -529,10 +550,8 @@ class InfiniteBuffer(DataBuffer):
             return store
         path = part_path(folder, number)
         ours = not os.path.islink(path) and _is_left_over(path, self._uuid)
-        if os.path.lexists(path) and not ours:
+        if not ours and system.exists(path):
             raise FormatError(f"{path} is where the next part goes, and it is none of this buffer; move it away, nothing was changed")
-        if self._lock_fd is not None:
-            system.remove_temporaries(path)
         return self._new_store(path, table, pieces, ours, model)
 
     def _create(self, schema: Schema) -> None:
@@ -558,12 +577,16 @@ class InfiniteBuffer(DataBuffer):
             own_folder(fresh + ".tmp")
             shutil.rmtree(fresh + ".tmp", ignore_errors=True)
             os.mkdir(fresh + ".tmp")
-            make(fresh + ".tmp")
-            with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
-                file.write(str(count))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(fresh + ".tmp", fresh)
+            try:
+                make(fresh + ".tmp")
+                with open(os.path.join(fresh + ".tmp", "count"), "w", encoding="ascii") as file:
+                    file.write(str(count))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(fresh + ".tmp", fresh)
+            except BaseException:
+                shutil.rmtree(fresh + ".tmp", ignore_errors=True)
+                raise
             system.sync_folder(fresh)
         self._store = self._open_store()
 
@@ -593,20 +616,20 @@ class InfiniteBuffer(DataBuffer):
         found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
         return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found if own_folder(copy)]
 
-    def _copy_to(self, store: Any, folder: str) -> dict[str, Any]:
+    def _save_to(self, store: Any, folder: str) -> None:
         """Into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
         if os.path.realpath(folder) == self._where:
             raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
         name = f"parts-{secrets.token_hex(4)}"
-        os.mkdir(os.path.join(folder, name))
-        for i, part in enumerate(store.stores):
-            _copy_store(part, part_path(os.path.join(folder, name), i), replace=True, model=store.status)
-        return {"parts": name}
-
-    def _remove_older(self, folder: str, state: Mapping[str, Any]) -> None:
-        for name in os.listdir(folder):
-            if re.fullmatch("parts-[0-9a-f]{8}", name) and name != state["parts"]:
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        fresh = os.path.join(folder, name)
+        os.mkdir(fresh)
+        try:
+            for i, part in enumerate(store.stores):
+                _copy_store(part, part_path(fresh, i), store.status)
+            _write_state(folder, self._copy_state(store) | {"parts": name}, store.status)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
 
     def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:
         """On disk: a complete copy first, in a subfolder; from the moment that this gets its name, the load counts as done."""
@@ -631,11 +654,8 @@ class InfiniteBuffer(DataBuffer):
         if self._where is None:
             stores = []
             for part in saved:
-                fd = system.memory_file("leanreplay", part.table.file_size)
-                part.copy_to(fd)
-                stores.append(Store(None, fd, part.table, True, self._durable, self._points))
+                stores.append(_copy_to_memory(part, self._durable, self._points))
                 stores[-1].release()
-                stores[-1].recover()
             self._store, self._uuid = Parts(None, stores, self._make_part), saved[0].table.uuid
             if store is not None:
                 store.close()
@@ -643,7 +663,7 @@ class InfiniteBuffer(DataBuffer):
 
         def copy(folder: str) -> None:
             for i, part in enumerate(saved):
-                _copy_store(part, part_path(folder, i), replace=True, model=None if store is None else store.status)
+                _copy_store(part, part_path(folder, i), None if store is None else store.status)
 
         self._replace_parts(len(saved), copy)
         self._uuid = saved[0].table.uuid

@@ -230,7 +230,7 @@ def _check_places(inputs: Sequence[_Input], path: Any) -> None:
             output = os.stat(system.checked_path(path))
     seen: list[tuple[os.stat_result, str]] = []
     for one in inputs:
-        with one.store.file() as fd:
+        with system.storage_errors(f"looking at {one.name}"), one.store.file() as fd:
             status = os.fstat(fd)
         if output is not None and os.path.samestat(output, status):
             raise ArgumentError(f"{one.name} is the output and an input; merge into another file, then rename it")

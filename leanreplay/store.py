@@ -27,7 +27,7 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from . import system
 from .create import hash_structure
-from .errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError
+from .errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError, StorageError
 from .format import (
     BUCKETS,
     H_DIGESTS,
@@ -124,10 +124,11 @@ def _open_file(path: str, writable: bool, follow: bool = False) -> tuple[int, Ta
         with system.storage_errors(f"opening {path}"):
             raise error
     try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise FormatError(f"{path}: no regular file")
-        return fd, decode(lambda at, n: system.read_at(fd, n, at), found.st_size, path)
+        with system.storage_errors(f"reading {path}"):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise FormatError(f"{path}: no regular file")
+            return fd, decode(lambda at, n: system.read_at(fd, n, at), found.st_size, path)
     except BaseException:
         os.close(fd)
         raise
@@ -150,7 +151,7 @@ class Store:
         self._stood = os.fstat(fd)  # when the file was last seen under its name
         self._look = _NEVER  # when to look again, at the latest; only a writer's file that has its name must stay under it
         self._inode = self._stood.st_ino
-        self._map: mmap.mmap | None = system.map_file(fd, table.file_size, writable)
+        self._map: mmap.mmap | None = system.map_file(fd, table.file_size, writable, path or "a buffer in memory")
         self._mem: Bytes = np.frombuffer(self._map, np.uint8)
         self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
         self._view.flags.writeable = False
@@ -279,6 +280,7 @@ class Store:
         self._settled = self._checked = True
 
     @staticmethod
+    @system.storage_errors("opening a buffer")
     def open(
         path: str, *, writable: bool, durable: bool = False, points: int = 2, name: str | None = None, guard: system.Guard | bool = False
     ) -> Store:
@@ -350,9 +352,11 @@ class Store:
         assert self.path is not None
         fd = -1
         try:
+            same = False
             with system.storage_errors(f"opening {self.path} again"), contextlib.suppress(FileNotFoundError):
                 fd = os.open(self.path, system.OPEN_WRITE if self.writable else system.OPEN_READ)
-            if fd < 0 or os.fstat(fd).st_ino != self._inode:
+                same = os.fstat(fd).st_ino == self._inode
+            if not same:
                 raise ModeError(f"{self.path}: the file of this buffer is gone from under this name; put it back, or open the buffer again")
             yield fd
         finally:
@@ -666,10 +670,10 @@ class Store:
         deadline = time.monotonic() + _PATIENCE
         while True:
             now, known = self._now, self._live_rows
-            size, sequence = now[H_SIZE], now[H_SEQ]
+            size, state = now[H_SIZE], now[H_STATE]  # the sequence comes again after a commit that could not be made durable
             if size == now[H_HIGH]:
                 return None
-            if known is not None and known[0] == sequence:
+            if known is not None and known[0] == state:
                 return known[1]
             found, n = np.empty(size, np.int64), 0
             for start, positions, _ in self.pieces():
@@ -677,10 +681,10 @@ class Store:
                 part = found[n : n + live.shape[0]]
                 np.add(live[: part.shape[0]], start, out=part)
                 n += live.shape[0]
-            if n == size and self._now[H_SEQ] == sequence:
-                self._live_rows = (sequence, found)
+            if n == size and self._now[H_STATE] == state:
+                self._live_rows = (state, found)
                 return found
-            if self._now[H_SEQ] == sequence or time.monotonic() > deadline:
+            if self._now[H_STATE] == state or time.monotonic() > deadline:
                 # A reader may have met a commit or rollback under way; `sample` tries again after a RowError.
                 raise (CorruptionError if self.writable else RowError)(
                     f"{self.path or 'this buffer'}: {n} live rows, but the header counts {size}; "
@@ -1145,9 +1149,16 @@ class Store:
         return NO_LOG
 
     def _write_header(self, words: Words) -> None:
-        kernel.seal_block(self._mem, HEADERS[words.item(H_SEQ) % 2], words, H_STATE)
-        if self.durable:
-            self._sync()
+        """Make a state the one in force. Where it cannot be made durable it is not: the error then agrees with `seen`."""
+        slot = slice(at := HEADERS[words.item(H_SEQ) % 2], at + 8 * HEADER_WORDS)
+        before = self._mem[slot].copy() if self.durable else None
+        kernel.seal_block(self._mem, slot.start, words, H_STATE)
+        if before is not None:
+            try:
+                self._sync()
+            except StorageError:
+                self._mem[slot] = before
+                raise
 
     def _extend_journal(self, rows: int) -> None:
         """Get the pages for the journal of a commit that overwrites so many rows, all at once; what stands there is void."""
@@ -1272,7 +1283,7 @@ class Store:
         self._settled = self._synced = False
         self._log.close_tail(int(self.head[H_STATE]))
         if self.durable:
-            self._log.sync()
+            self._log.sync(everything=True)
         self._write_target(target, target.number + 1)
         self._apply_rollback(target, frames)
         self._log.rewind(target)
@@ -1326,7 +1337,7 @@ class Store:
             work = self.head.copy()
             work[H_SEQ] += np.uint64(1)
             work[H_TARGET] = _GONE
-            self._write_header(work)
+            kernel.seal_block(self._mem, HEADERS[work.item(H_SEQ) % 2], work, H_STATE)
 
     # -- auditing ----------------------------------------------------------------------------------------------------
 

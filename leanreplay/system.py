@@ -18,7 +18,8 @@ import stat
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -97,12 +98,30 @@ def memory_file(name: str, size: int) -> int:
         fd, path = tempfile.mkstemp(prefix="leanreplay-")
         with contextlib.suppress(OSError):
             os.unlink(path)
-    os.ftruncate(fd, size)
+    try:
+        os.ftruncate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
-def map_file(fd: int, size: int, writable: bool) -> mmap.mmap:
-    """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python 3.13 on, it keeps none of its own."""
+def map_file(fd: int, size: int, writable: bool, name: str) -> mmap.mmap:
+    """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python 3.13 on, it keeps none of its own.
+
+    Raises StorageError where the system refuses.
+    """
+    try:
+        return _map(fd, size, writable)
+    except (OSError, ValueError, OverflowError) as error:
+        number = getattr(error, "errno", None) or errno.EINVAL
+        hint = "see the system's message"
+        if number == errno.ENOMEM:  # it is not memory that lacks: a mapped file takes none
+            hint = "a limit of this process is reached: raise it (ulimit -v, vm.max_map_count), or close other buffers"
+        raise StorageError(number, f"mapping {size} bytes of {name}: {getattr(error, 'strerror', error)}; {hint}") from error
+
+
+def _map(fd: int, size: int, writable: bool) -> mmap.mmap:
     access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
     if sys.version_info >= (3, 13) and os.name == "posix":
         return mmap.mmap(fd, size, access=access, trackfd=False)
@@ -261,6 +280,18 @@ def advise(view: mmap.mmap, advice: str, start: int, stop: int) -> None:
             view.madvise(option, start, stop - start)
 
 
+def exists(path: str) -> bool:
+    """Whether anything stands under a name. Raises StorageError where that cannot be known, which os.path takes for a no."""
+    try:
+        with storage_errors(f"looking for {path}"):
+            os.lstat(path)
+    except StorageError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
 def status(path: str) -> os.stat_result | None:
     """What stands under a name, links not followed; None for nothing."""
     try:
@@ -284,18 +315,22 @@ def open_own(path: str, flags: int) -> int:
     """Open a file that stands under a name of ours. Raises FormatError for anything but a regular file, and does not touch that."""
     refuse_alien(path)
     fd = os.open(path, flags)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):  # it has just come
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # it has just come
+            refuse_alien(path)
+        return fd
+    except BaseException:
         os.close(fd)
-        refuse_alien(path)
-    return fd
+        raise
 
 
 def create(path: str, model: os.stat_result | None) -> int:
     """Make a file, with mode and owner of another one, if given: who may not read that one cannot read this one at any moment."""
     fd = os.open(path, OPEN_NEW, 0o666 if model is None else 0o600)
     if model is not None and hasattr(os, "fchown"):
-        mode, mine = model.st_mode & 0o777 | 0o600, os.fstat(fd)  # its owner is to write to it
+        mode = model.st_mode & 0o777 | 0o600  # its owner is to write to it
         with contextlib.suppress(OSError):  # the user's own owner is the best that most users can give
+            mine = os.fstat(fd)
             if mine.st_gid != model.st_gid:
                 try:
                     os.fchown(fd, -1, model.st_gid)
@@ -324,6 +359,55 @@ def remove_temporaries(path: str) -> None:
                 os.unlink(temp)
 
 
+def discard(temp: str) -> None:
+    """Remove a temporary file after an error, as far as that can be."""
+    with contextlib.suppress(OSError):
+        os.unlink(temp)
+
+
+class Users:
+    """Those who save into a folder or load from it share a lock on it, so that who is alone can clear up after killed ones."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def lock(self, how: str) -> bool:
+        """Take the lock "SH" or "EX", or let it go, "UN". False where another has it, or where there are no such locks."""
+        try:
+            import fcntl
+
+            fcntl.flock(self._fd, getattr(fcntl, f"LOCK_{how}") | fcntl.LOCK_NB)
+        except (ImportError, OSError):
+            return False
+        return True
+
+    def alone(self, clear: Callable[[], None]) -> None:
+        """Call a function, whose failures do not matter, unless others use the folder."""
+        if self._fd >= 0 and self.lock("EX"):
+            with contextlib.suppress(OSError):
+                clear()
+            self.lock("SH")
+
+
+@contextlib.contextmanager
+def users_of(folder: str) -> Iterator[Users]:
+    """Be one of those who use a folder, for the time of a block."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | _COMMON)
+    except OSError:  # Windows
+        fd = -1
+    users = Users(fd)
+    try:
+        deadline = time.monotonic() + 1.0
+        while fd >= 0 and not users.lock("SH") and time.monotonic() < deadline:
+            time.sleep(0.01)  # another is clearing up; where there are no such locks, once a copy
+        yield users
+    finally:
+        if fd >= 0:
+            users.lock("UN")  # a child forked meanwhile has the descriptor too
+            os.close(fd)
+
+
 def publish(temp: str, path: str, replace: bool) -> None:
     """Give a complete file its name. Without `replace` an existing one is refused, atomically: of two creators one wins."""
     if replace:
@@ -344,7 +428,7 @@ def publish(temp: str, path: str, replace: bool) -> None:
                 raise ExistsError(f"{path} exists; open it with mode='r+' or 'a', or replace it with mode='w'") from None
             os.replace(temp, path)
             return
-        os.unlink(temp)
+        discard(temp)
 
 
 def lock(path: str, model: os.stat_result | None = None) -> int:

@@ -10,7 +10,6 @@ commit further. Before anything is changed, the rows to restore must add up to t
 from __future__ import annotations
 
 import contextlib
-import glob
 import mmap
 import os
 import re
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import system
-from .errors import FormatError, StateError
+from .errors import FormatError, StateError, StorageError
 from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table, header_problem
 from .kernels import rows as kernel
 
@@ -44,12 +43,14 @@ Bytes = npt.NDArray[np.uint8]
 
 def undo_files(path: str) -> list[tuple[int, str]]:
     """Numbers and names of the undo files of a buffer's file, in order."""
-    found = []
-    for name in glob.glob(glob.escape(path) + ".undo.*"):
-        match = re.fullmatch(r"\d{1,15}", name[len(path) + 6 :])
-        if match:
-            found.append((int(match[0]), name))
-    return sorted(found)
+    folder, name = os.path.split(path)
+    with system.storage_errors(f"looking for the restore points of {path}"):
+        try:
+            names = os.listdir(folder or ".")
+        except FileNotFoundError:
+            names = []
+    found = (re.fullmatch(re.escape(name) + r"\.undo\.(\d{1,15})", one) for one in names if one.startswith(name))
+    return sorted((int(match[1]), os.path.join(folder, match[0])) for match in found if match)
 
 
 def is_undo_file(name: str) -> bool:
@@ -102,7 +103,9 @@ class Segment:
         with system.storage_errors(f"opening {self.path} again"):
             fd = os.open(self.path, system.OPEN_WRITE)
         try:
-            if os.fstat(fd).st_ino != self.inode:
+            with system.storage_errors(f"looking at {self.path}"):
+                same = os.fstat(fd).st_ino == self.inode
+            if not same:
                 raise StateError(f"{self.path}: another file stands under this name now; put the buffer's own back")
             yield fd
         finally:
@@ -129,7 +132,7 @@ class Segment:
             return []
         if self.path is not None:
             with self.file() as fd:
-                view = system.map_file(fd, _FRAMES + self.length, False)
+                view = system.map_file(fd, _FRAMES + self.length, False, self.path)
             return [(np.frombuffer(view, np.uint8), _FRAMES, _FRAMES + self.length)]
         ends = [start for start, _ in self.chunks[1:]] + [self.length]
         found = []
@@ -184,13 +187,7 @@ class UndoLog:
     def attach(self, head: Words) -> None:
         """Take over the segments of an earlier writer, as far as they lead up to this header; the others are removed."""
         self._refuse_aliens()
-        segments: list[Segment] = []
-        for number, name in self._paths():
-            segment = self._load(number, name)
-            if segment is None:
-                self._unlink(name)
-            else:
-                segments.append(segment)
+        segments = self._load_all()
         here = (int(head[H_STATE]), int(head[H_PREVIOUS]))
         chain: list[Segment] = []
         for segment in reversed(segments):
@@ -208,6 +205,9 @@ class UndoLog:
         for segment in segments:
             if not any(segment is s for s in chain):
                 self._remove(segment)
+        for number, name in self._paths():
+            if not any(number == s.number for s in chain):
+                self._unlink(name)
         if self.segments and self.segments[-1].state == here[0]:
             self._write_tail(self.segments[-1], here[0], 0)
         if not self._kept:
@@ -216,22 +216,38 @@ class UndoLog:
     def attach_for_rollback(self, head: Words) -> None:
         """Take over the segments for finishing a rollback that was cut off. Changes nothing on disk."""
         self._refuse_aliens()
-        self.segments = []
-        for number, name in self._paths():
-            segment = self._load(number, name)
-            if segment is not None:
-                self.segments.append(segment)
+        self.segments = self._load_all()
         for older, newer in zip(self.segments[:-1], self.segments[1:], strict=True):
             if older.before != newer.state:
                 self.segments = self.segments[self.segments.index(newer) :]
         if not self.segments or self.segments[-1].before != int(head[H_PREVIOUS]):
             self.forget()
 
-    def _load(self, number: int, name: str) -> Segment | None:
+    def _load_all(self) -> list[Segment]:
+        """The segments beside the buffer that are whole, oldest first. One that cannot be read now is an error: later it could be."""
+        self.forget()
+        segments: list[Segment] = []
         try:
-            fd = os.open(name, system.OPEN_WRITE)
-        except OSError:
-            return None
+            with system.storage_errors(f"reading the restore points of {self.path}"):
+                for number, name in self._paths():
+                    with contextlib.suppress(FileNotFoundError):
+                        fd = system.open_own(name, system.OPEN_WRITE)
+                        try:
+                            segment = self._load(fd, number, name)
+                        except BaseException:
+                            os.close(fd)
+                            raise
+                        if segment is None:
+                            os.close(fd)
+                        else:
+                            segments.append(segment)
+        except BaseException:
+            for segment in segments:
+                segment.close()
+            raise
+        return segments
+
+    def _load(self, fd: int, number: int, name: str) -> Segment | None:
         block = np.frombuffer(system.read_at(fd, _FRAMES, 0).ljust(_FRAMES, b"\0"), np.uint8)
         control = np.zeros(_CONTROL_WORDS, np.uint64)
         segment = None
@@ -248,8 +264,6 @@ class UndoLog:
             bad_head = again[H_STATE] != segment.head[H_STATE] or header_problem(segment.head, self.table)
             if best < 0 or bad_head or _FRAMES + segment.length > os.fstat(fd).st_size:
                 segment = None
-        if segment is None:
-            os.close(fd)
         return segment
 
     # -- writing -----------------------------------------------------------------------------------------------------
@@ -428,10 +442,12 @@ class UndoLog:
         self._write_tail(self.segments[-1], state, self.segments[-1].length)
 
     def rewind(self, target: Segment) -> None:
-        """After the rows went back to a point: drop the newer ones, and start this one's frames anew."""
+        """After the rows went back to a point: drop the newer ones, and start this one's frames anew. That is clearing up: no errors."""
         while self.segments[-1] is not target:
             self._remove(self.segments.pop())
-        self._write_tail(target, target.state, 0)
+        with contextlib.suppress(StorageError, StateError):  # `attach` knows a point that the buffer is at, whatever its tail says
+            self._write_tail(target, target.state, 0)
+        target.before, target.length = target.state, 0
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -439,8 +455,9 @@ class UndoLog:
         """Remove all restore points, those of other files under this name too."""
         while self.segments:
             self._remove(self.segments.pop())
-        for _, name in self._paths():
-            self._unlink(name)
+        with contextlib.suppress(StorageError):
+            for _, name in self._paths():
+                self._unlink(name)
 
     def release(self) -> None:
         """Keep no descriptor of a file open from now on."""
@@ -455,11 +472,16 @@ class UndoLog:
             self.segments.pop().close()
 
     def _remove(self, segment: Segment) -> None:
+        if segment.path is not None and not self._unlink(segment.path):
+            with contextlib.suppress(OSError, StateError), segment.file() as fd:  # it stays, but must not be taken for one in use
+                system.write_all(fd, bytes(_FRAMES), 0)
         segment.close()
-        if segment.path is not None:
-            self._unlink(segment.path)
 
-    def _unlink(self, name: str) -> None:
-        with contextlib.suppress(OSError):  # one that stays is not believed, and its name is refused when it is needed
+    def _unlink(self, name: str) -> bool:
+        """Remove a file; False where the system refuses, which must not end what is done already: `mark` and `attach` try again."""
+        try:
             if is_undo_file(name):
                 os.unlink(name)
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return True

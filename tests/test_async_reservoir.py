@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import logging
@@ -1153,3 +1154,37 @@ def test_workers_end_with_a_killed_parent(tmp_path, method):
     assert gone(children)
     for pipe in (run.stdout, run.stderr):
         pipe.close()
+
+
+@pytest.mark.parametrize(("executor", "number"), [("thread", 0), ("process", 0), ("process", 1)])
+def test_threads_that_cannot_start(executor, number, monkeypatch):
+    """No more threads, for the pool or for the queue that the pool's own thread feeds: an error, no hang; later it works."""
+    real, calls = threading.Thread.start, []
+
+    def start(thread):
+        calls.append(thread)
+        if len(calls) == number + 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(async_reservoir, "_LOOK", 0.1)
+    monkeypatch.setattr(async_reservoir, "_PATIENCE", 0.2)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with AsyncReservoir(list(range(10)), abs, 2, executor=executor, min_reservoir_samples=2) as reservoir:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises(WorkerError, match="cannot start" if number == 0 else "ended unexpectedly"):
+                list(reservoir)
+        assert len(list(reservoir)) == 2
+
+
+def test_processes_that_cannot_start(monkeypatch):
+    def fork():
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with AsyncReservoir(list(range(10)), abs, 2, mp_context="fork", min_reservoir_samples=2) as reservoir:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fork", fork)
+            with pytest.raises(WorkerError, match=r"cannot start: .*ulimit"):
+                list(reservoir)
+        assert len(list(reservoir)) == 2

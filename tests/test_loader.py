@@ -1604,3 +1604,19 @@ def test_mixed_device():
     buffer.add(samples(0, 40))
     for x, y, is_replay, meta in MixedLoader(stream(2), buffer, 3, device="meta"):
         assert {t.device.type for t in (x, y, is_replay, *meta.values())} == {"meta"} and x.shape == (7, 5)
+
+
+def test_a_thread_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more threads: an error of the library that names the limit, and the same loader goes on once there are."""
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ReservoirBuffer(10) as buffer:
+        buffer.add(np.arange(20))
+        with ReplayLoader(buffer, 4) as loader:
+            with monkeypatch.context() as patched:
+                patched.setattr(threading.Thread, "start", start)
+                with pytest.raises(WorkerError, match="ulimit -u"):
+                    next(iter(loader))
+            assert next(iter(loader))[0].shape == (4,)

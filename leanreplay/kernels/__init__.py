@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numba
@@ -13,7 +14,7 @@ def njit(function: Any) -> Any:
     """`numba.njit` as all kernels are compiled: without the interpreter's lock, dividing as NumPy does, cached on disk.
 
     A helper, with an underscore in front, exists within the kernels that call it alone: an entry from Python and a place in the cache
-    would be half of its compile time. Where no folder for a cache can be written, Numba itself raises, at import: then without.
+    would be half of its compile time. Where a cache cannot be had, kernels work without.
     """
     if function.__name__.startswith("_"):
         return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
@@ -35,6 +36,49 @@ def entry(helper: Any) -> Any:
     """A helper as a kernel of its own, for callers that want it alone; those that never do, never compile it."""
     function = getattr(helper, "py_func", helper)
     try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:
+        kernel = numba.njit(cache=True, **_OPTIONS)(function)
+        if hasattr(kernel, "_cache"):  # private; and with NUMBA_DISABLE_JIT there is none
+            kernel._cache = _Cache(kernel._cache)
+        return kernel
+    except (RuntimeError, OSError, ValueError) as error:  # no folder for a cache can be written
+        _warn(error)
         return numba.njit(**_OPTIONS)(function)
+
+
+class _Cache:
+    """Numba's cache of one kernel. What goes wrong with its files, at the kernel's first call, ends nothing: then it is compiled."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return self._cache.load_overload(*arguments)
+        except Exception:  # a damaged file can raise anything
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        try:
+            try:
+                self._cache.save_overload(*arguments)
+            except OSError:
+                raise
+            except Exception:  # a damaged index, which Numba would read before each write
+                self._cache.flush()
+                self._cache.save_overload(*arguments)
+        except Exception as error:
+            _warn(error)
+
+
+_warned: list[Exception] = []
+
+
+def _warn(error: Exception) -> None:
+    """Say once why kernels are not cached."""
+    if not _warned:
+        _warned.append(error)
+        text = f"Numba cannot keep compiled kernels ({error}), so every process compiles them again, which takes seconds to minutes"
+        warnings.warn(f"{text}; set NUMBA_CACHE_DIR to a folder with free space that can be written", stacklevel=3)

@@ -33,7 +33,7 @@ from torch.utils.data import Subset, default_collate, default_convert
 
 from ..batches import call, integer, length, required, stack
 from ..buffers import SlidingWindowBuffer
-from ..errors import ArgumentError, ModeError, SchemaError, StateError, WorkerError
+from ..errors import ArgumentError, LeanReplayError, ModeError, SchemaError, StateError, WorkerError
 from ..format import STREAM_BITS
 from ..keys import key_pair
 from .data import BufferDataset
@@ -266,9 +266,9 @@ class AsyncReservoir:
         return sample
 
     def _submit(self, sample: Any) -> None:
-        if self._pool is None:
-            self._pool = self._start()
         try:
+            if self._pool is None:
+                self._pool = self._start()
             if self.executor == "thread":
                 job: Future[Any] = self._pool.submit(_attempt, self.function, sample)
             else:
@@ -278,6 +278,14 @@ class AsyncReservoir:
                     job = self._pool.submit(_job, packed, seed)
         except BrokenExecutor as error:
             raise self._killed() from error
+        except LeanReplayError:
+            raise
+        except (OSError, RuntimeError) as error:
+            self._stop()
+            raise WorkerError(
+                f"a worker cannot start: {error}; use fewer workers, or raise the limits of processes and descriptors (ulimit -u, -n). "
+                "The jobs under way are lost"
+            ) from error
         self._jobs[job] = self._number, sample
         self._number += 1
         if not self.deterministic:
@@ -303,7 +311,7 @@ class AsyncReservoir:
                 if stuck:
                     raise self._killed()
                 # The pool notices a dead worker at once, unless it died while sending: then the pool waits for the rest.
-                stuck = self._processes.one_ended()
+                stuck = self._processes.one_ended(self._pool)
                 if not wait and not stuck:
                     return None
                 wait = True
@@ -573,7 +581,11 @@ class _Processes:
     def started(self) -> list[Any]:
         return [process for process in self._made if process.pid is not None]
 
-    def one_ended(self) -> bool:
+    def one_ended(self, pool: Any) -> bool:
+        """Whether a process has, or the pool's thread, which does when it cannot start another one."""
+        manager = getattr(pool, "_executor_manager_thread", None)
+        if manager is not None and not manager.is_alive():
+            return True
         return bool(first_ready([process.sentinel for process in self.started()], 0)) if self._made else False
 
     def end(self, pool: ProcessPoolExecutor) -> None:

@@ -208,7 +208,10 @@ class ReplayLoader:
             number = self._delivered + len(self._planned)
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(target=_work, args=(self._queue,), name="leanreplay-loader", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise WorkerError(f"the loader's thread cannot start: {error}; raise the limit of threads (ulimit -u)") from error
                 self._thread = thread
             with self.buffer._lock:
                 job = _Job(self.buffer, functools.partial(self._rows, number), self._finish)
