@@ -508,9 +508,9 @@ class InfiniteBuffer(DataBuffer):
         if writable:
             guard = finish_loading(where, bool(guard)) or guard
         else:
-            deadline = time.monotonic() + 1.0
+            waiting = system.Patience(part_path(where, 0), 1.0)
             while is_loading(where) and os.path.exists(os.path.join(where, _LOADING, "count")):
-                if time.monotonic() > deadline:
+                if waiting.over() and not system.has_writer(part_path(os.path.join(where, _LOADING), 0)):
                     raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
                 time.sleep(0.005)
         stores: list[Store] = []

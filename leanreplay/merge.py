@@ -195,9 +195,9 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
             raise _refused([name], "InfiniteBuffer", AppendPolicy)
         store = Store.open(os.path.realpath(name), writable=False, name=os.path.abspath(name))
         stack.callback(store.close)
-    deadline = time.monotonic() + _PATIENCE
+    waiting = system.Patience(store.guarded, _PATIENCE)
     while not store.writable and store.pending():
-        if time.monotonic() > deadline:
+        if waiting.over():
             raise RecoveryError(f"{name}: a commit was cut off; open it for writing once (leanreplay.open(path, 'r+')), to undo it")
         time.sleep(0.001)
         store.refresh()

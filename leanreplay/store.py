@@ -148,6 +148,8 @@ class Store:
         self.path, self.table, self.writable, self.durable = path, table, writable, durable
         self._fd = fd
         self._guard: system.Guard | None = None
+        part = path is not None and table.params.get("first")
+        self.guarded = os.path.join(os.path.dirname(str(path)), "part-000000.h5") if part else path  # the file that has the writer's lock
         self._stood = os.fstat(fd)  # when the file was last seen under its name
         self._look = _NEVER  # when to look again, at the latest; only a writer's file that has its name must stay under it
         self._inode = self._stood.st_ino
@@ -500,7 +502,7 @@ class Store:
         raw = self._raw_headers()
         if raw == self._known:  # nothing was written since: a tenth of the cost
             return
-        deadline = time.monotonic() + _PATIENCE
+        deadline, waiting = time.monotonic() + _PATIENCE, system.Patience(self.guarded, _PATIENCE)
         while True:
             try:
                 head = self._newest()
@@ -513,7 +515,7 @@ class Store:
                     self._now = head.data
                     self._known = known  # afterwards: should a signal handler come between, this is not what stands there, or right
                     return
-                if time.monotonic() > deadline:
+                if waiting.over():
                     raise RecoveryError(f"{self.path}: a rollback was cut off; open it for writing once, to finish it")
             time.sleep(0.001)
             raw = self._raw_headers()

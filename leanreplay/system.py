@@ -19,6 +19,7 @@ import struct
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -498,6 +499,8 @@ class Guard:
         try:
             if not self._lock(path, shared):
                 self.close()
+            elif not shared:
+                _GUARDS.add(self)
         except BaseException:
             self.close()
             raise
@@ -534,6 +537,46 @@ class Guard:
             self.close()
         except Exception:
             pass
+
+
+_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
+
+
+def has_writer(path: str) -> bool:
+    """Whether another process has a file open for writing. False where that cannot be known; asking takes no lock, so disturbs nobody."""
+    if not LINUX or sys.maxsize < 2**32:
+        return False
+    import fcntl
+
+    try:
+        fd = os.open(path, OPEN_READ)
+    except OSError:
+        return False
+    try:
+        question = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 2**62, 1, 0)
+        answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
+        mine = any(guard.fd >= 0 and os.path.sameopenfile(guard.fd, fd) for guard in list(_GUARDS))  # that would be to wait for oneself
+        return bool(answer[0] != fcntl.F_UNLCK) and not mine
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+class Patience:
+    """How long a reader waits for a change of a file to end: some seconds, and on as long as the writer lives, however slow its disk is."""
+
+    def __init__(self, path: str | None, seconds: float) -> None:
+        self.path, self.seconds, self._until = path, seconds, time.monotonic() + seconds
+
+    def over(self) -> bool:
+        """Whether it makes no sense to go on waiting."""
+        if time.monotonic() <= self._until:
+            return False
+        if self.path is None or not has_writer(self.path):
+            return True
+        self._until = time.monotonic() + min(self.seconds, 0.1)
+        return False
 
 
 @contextlib.contextmanager

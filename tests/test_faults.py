@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -38,8 +39,9 @@ CALLS = [
 class Faults:
     """Counts the library's system calls; the one at `at` fails with the error `number`. Python's own, numba's and h5py's are left alone."""
 
-    def __init__(self, patched: pytest.MonkeyPatch) -> None:
+    def __init__(self, patched: pytest.MonkeyPatch, kill: bool = False) -> None:
         self.made: list[str] = []
+        self.kill = kill  # the process, instead
         self.at, self.number = -1, 0
         self.active = False
         for module, names in CALLS:
@@ -51,6 +53,8 @@ class Faults:
         def call(*arguments: Any, **options: Any) -> Any:
             if self.active and self._ours():
                 self.made.append(name)
+                if len(self.made) - 1 == self.at and self.kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 if len(self.made) - 1 == self.at:
                     raise OSError(self.number, os.strerror(self.number))
             return real(*arguments, **options)

@@ -1,0 +1,96 @@
+"""Readers wait for a change that a living writer makes, however long that takes; a killed one they do not wait for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+from children import child, outcome, result
+from test_faults import batch, contents, make
+
+import leanreplay
+from leanreplay import RecoveryError, merge, system
+from leanreplay import store as store_module
+
+pytest.importorskip("fcntl")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.skipif(not system.LINUX, reason="locks of open files")]
+
+
+def stopped_writer(kind: str, path: str) -> tuple[int, int, Any]:
+    """A process that has stopped in the middle of going back from 40 samples to 30; its pid and pipe, and what it is going to hold."""
+    with make(kind, path) as buffer:
+        buffer.add(batch(0, 30))
+        wanted = contents(buffer)
+
+    def work(_: int) -> int:
+        real = store_module.Store._apply_rollback
+
+        def apply(*arguments: Any) -> None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            real(*arguments)
+
+        with leanreplay.open(path, mode="r+") as buffer:
+            state = buffer.state_dict()
+            buffer.add(batch(30, 40))
+            store_module.Store._apply_rollback = apply  # type: ignore[method-assign]
+            buffer.load_state_dict(state)
+            return buffer.seen
+
+    pid, pipe = child(work)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    return pid, pipe, wanted
+
+
+@pytest.mark.parametrize("kind", ["reservoir", "balanced", "infinite"])
+def test_a_writer_that_is_slow(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer stands still in the middle of a rollback for many times the patience: a reader waits, and gets the right rows."""
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    path = str(tmp_path / "b.h5")
+    pid, pipe, wanted = stopped_writer(kind, path)
+    later = threading.Timer(0.4, os.kill, (pid, signal.SIGCONT))
+    later.start()
+    with leanreplay.open(path) as reader:
+        assert contents(reader) == wanted
+        assert reader.check() == []
+    later.join()
+    assert result(pid, pipe) == 30
+
+
+@pytest.mark.parametrize("kind", ["reservoir", "infinite"])
+def test_a_writer_that_is_killed(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody will end that rollback: an error says who could."""
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    path = str(tmp_path / "b.h5")
+    pid, pipe, wanted = stopped_writer(kind, path)
+    os.kill(pid, signal.SIGKILL)
+    assert outcome(pid, pipe)[0] == signal.SIGKILL
+    with pytest.raises(RecoveryError, match="open it for writing once"):
+        leanreplay.open(path)
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert contents(buffer) == wanted
+
+
+def test_merge_waits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    path = str(tmp_path / "b.h5")
+    pid, pipe, wanted = stopped_writer("reservoir", path)
+    later = threading.Timer(0.4, os.kill, (pid, signal.SIGCONT))
+    later.start()
+    with merge([path]) as merged:
+        assert merged.seen == wanted[0]
+    later.join()
+    assert result(pid, pipe) == 30
+
+
+def test_who_has_a_writer(tmp_path: Any) -> None:
+    """Only another process counts: nobody is to wait for himself."""
+    path = str(tmp_path / "b.h5")
+    with make("reservoir", path) as buffer:
+        buffer.add(batch(0, 9))
+        assert not system.has_writer(path)
+        assert result(*child(lambda _: system.has_writer(path)))
+        assert not system.has_writer(str(tmp_path / "other"))
+    assert not result(*child(lambda _: system.has_writer(path)))
