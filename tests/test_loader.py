@@ -47,6 +47,7 @@ from leanreplay import (  # noqa: E402
     SlidingWindowBuffer,
     StateError,
     WeightedReservoirBuffer,
+    WorkerError,
 )
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
 from leanreplay.torch import loader as module  # noqa: E402

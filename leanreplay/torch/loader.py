@@ -17,7 +17,7 @@ import torch
 
 from ..batches import call, integer, required
 from ..buffers import DataBuffer
-from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError
+from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
 from ..store import refuse_within
 from .data import Function, bfloat16_fields, checked, each_tensor, per_batch, sample, to_torch
