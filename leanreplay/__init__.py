@@ -36,6 +36,7 @@ from .errors import (
     SchemaError,
     StateError,
     StorageError,
+    VolatileStateWarning,
     WorkerError,
 )
 from .infinite import InfiniteBuffer
@@ -107,6 +108,7 @@ __all__ = [
     "SlidingWindowPolicy",
     "StateError",
     "StorageError",
+    "VolatileStateWarning",
     "WeightedReservoirBuffer",
     "WeightedReservoirPolicy",
     "WorkerError",

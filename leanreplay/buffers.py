@@ -42,6 +42,7 @@ from .errors import (
     SchemaError,
     StateError,
     StorageError,
+    VolatileStateWarning,
 )
 from .format import KINDS, MAX_STREAM, STREAM_BITS, Table
 from .kernels import reservoir
@@ -188,6 +189,7 @@ class DataBuffer:
         self._set_counts(0, 0)
         self._draw_keys: dict[str, tuple[np.uint64, np.uint64]] = {}
         self._marked = False
+        self._may_warn = True  # of a state that no other process can load; not where a copy of the buffer goes with it
         self._closed = False
         self._replacing = False  # while `resize` and the like put another file under the name
         self._start()
@@ -1202,9 +1204,19 @@ class DataBuffer:
         """Mark a restore point and describe it: a small dict of plain values, to be kept in a checkpoint.
 
         From now on the old bytes of rows that change are kept in a file beside the buffer, each once. Costs under a millisecond.
+        The state of a buffer in memory can be loaded while its process lives, as the samples are not in it: the first call says so in
+        a VolatileStateWarning. To resume in another process give the buffer a path, or use `save` and `load`.
         """
         with self._lock:
             store = self._require_writable()
+            if self._where is None and self._may_warn and store is not None and store.seen:
+                self._may_warn = False
+                warnings.warn(
+                    "the state of a buffer in memory can be loaded only while this process lives: the samples are not in it; give the "
+                    "buffer a path to resume in another process, or copy it with save(folder)",
+                    VolatileStateWarning,
+                    stacklevel=_outside(),
+                )
             self._marked = True
             return {
                 "format": 1,
@@ -1223,9 +1235,9 @@ class DataBuffer:
         Raises StateError, and changes nothing, for a state of another buffer, one that the buffer is behind of, or one whose
         restore point is gone. Costs a copy of the rows that changed since.
 
-        >>> import numpy as np
+        >>> import numpy as np, os, tempfile
         >>> from leanreplay import ReservoirBuffer
-        >>> buffer = ReservoirBuffer(2)
+        >>> buffer = ReservoirBuffer(2, os.path.join(tempfile.mkdtemp(), "replay.h5"))
         >>> buffer.add(np.arange(5.0))
         >>> state = buffer.state_dict()
         >>> buffer.add(np.arange(5.0, 100.0))
@@ -1625,6 +1637,14 @@ def _loading(copy: str) -> str:
     processes = sys.modules.get("multiprocessing.process")
     number = () if processes is None else processes.current_process()._identity
     return f" in {_process}/{'.'.join(map(str, number))} {times}"
+
+
+def _outside() -> int:
+    """For `warnings.warn`, the `stacklevel` of the code that called into this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _worker() -> str:

@@ -87,3 +87,7 @@ class WorkerError(LeanReplayError, RuntimeError):
 
 class CapacityWarning(UserWarning):
     """`resize` cannot use the new rows, because samples were already dropped (the capacity rule)."""
+
+
+class VolatileStateWarning(UserWarning):
+    """`state_dict` of a buffer in memory: its samples end with the process, so no other process can load the state."""

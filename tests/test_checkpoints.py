@@ -6,6 +6,7 @@ torch.distributed.checkpoint reads the keys that the state of a fresh object has
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from leanreplay.torch import (
     SamplerIntervalConfig,
     ShuffleSampler,
     SuperERLearner,
+    fit,
 )
 
 KINDS = {
@@ -245,3 +247,58 @@ def test_accelerate_and_a_learner(tmp_path: Path) -> None:
     accelerator.load_state(str(tmp_path / "state"))
     made.model.load_state_dict(weights)
     assert made.steps == 4 and trained(made, 3, 4) == coming
+
+
+# -- buffers in memory ---------------------------------------------------------------------------------------------------
+
+
+def told(work: Any) -> list[Any]:
+    """The warnings of a VolatileStateWarning."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        work()
+    return [w for w in found if issubclass(w.category, leanreplay.VolatileStateWarning)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_buffer_in_memory_says_that_its_state_ends_with_the_process(kind: str, tmp_path: Path) -> None:
+    with KINDS[kind](None) as buffer, KINDS[kind](tmp_path / "b.h5") as on_disk:
+        assert told(buffer.state_dict) == []  # every buffer begins like this
+        feed(buffer)
+        feed(on_disk)
+        (first,) = told(buffer.state_dict)
+        assert first.filename == __file__
+        assert "path" in str(first.message)
+        assert "save(folder)" in str(first.message)
+        assert told(buffer.state_dict) == []
+        assert told(on_disk.state_dict) == []
+
+
+def test_a_warning_that_is_an_error_changes_nothing() -> None:
+    with ReservoirBuffer(60) as buffer:
+        feed(buffer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(leanreplay.VolatileStateWarning):
+                buffer.state_dict()
+            feed(buffer)
+            buffer.load_state_dict(buffer.state_dict())
+
+
+def test_learners_warn_and_fit_does_not_where_it_copies_the_buffer(tmp_path: Path) -> None:
+    def made() -> Any:
+        model = torch.nn.Linear(3, 2)
+        return ERLearner(model, torch.optim.SGD(model.parameters(), 0.1), ReservoirBuffer(20))
+
+    data = torch.rand(24, 3), torch.arange(24) % 2
+    learner = made()
+    learner.step(*data)
+    (first,) = told(learner.state_dict)
+    assert first.filename == __file__
+    learner = made()
+
+    def run() -> None:
+        fit(learner, data, max_epochs=1, batch_size=8, progress=False, output_state_folder=tmp_path, save_buffer=True)
+
+    assert told(run) == []
+    assert learner.buffer.seen == 24

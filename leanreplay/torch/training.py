@@ -228,6 +228,8 @@ def fit(
     output = None if output_state_folder is None else StateFolder(output_state_folder, "output_state_folder")
     if output is not None and buffer.path is None and not save_buffer:
         raise ArgumentError("output_state_folder: a buffer in memory ends with its process; give it a path, or save_buffer=True")
+    if save_buffer:
+        buffer._may_warn = False  # a copy goes with each state
     state = _initial_state(learner, input_state_folder, output, task_id)
     parts = {"model": model, "optimizer": optimizer, **({} if scheduler is None else {"scheduler": scheduler})}
     begun = state is not None and state["task_id"] == task_id
