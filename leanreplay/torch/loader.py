@@ -36,9 +36,12 @@ class _Job:
         self.error: BaseException | None = None
         self._read: Any = None
         self._copied = False
+        self._rows: Any = None
         try:
             self._rows = plan()
         except Exception as error:
+            if isinstance(error, RowError) and buffer.mode == "r":
+                return  # a reader met a rollback: it plans again when it copies
             self.error = error.with_traceback(None)  # whose frames would keep the loader
 
     def copy(self) -> None:
@@ -56,11 +59,13 @@ class _Job:
         for _ in range(100):
             store = self.buffer._require()
             try:
+                if self._rows is None:
+                    self._rows = self._plan()
                 return (store.table.schema, *store.read(self._rows), self._rows)
             except RowError:  # a reader may find that the writer has freed a row: its batches are not reproducible anyway
                 if store.writable:
                     raise
-                self._rows = self._plan()
+                self._rows = None
         raise RowError(f"{self.buffer.path}: rows keep being freed while they are read")
 
     def run(self) -> None:
