@@ -382,10 +382,8 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
     fresh, held = os.path.join(folder, _LOADING), None
     if not is_loading(folder):
         return None
-    try:
-        with open(system.open_own(os.path.join(fresh, "count"), system.OPEN_READ), encoding="ascii") as file:
-            count = int(file.read())
-    except (FileNotFoundError, ValueError):
+    count = _loading_count(folder, fresh)
+    if not count:
         shutil.rmtree(fresh, ignore_errors=True)  # emptied already
         return None
     for entry in os.scandir(fresh):
@@ -404,6 +402,30 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
     os.unlink(os.path.join(fresh, "count"))
     shutil.rmtree(fresh, ignore_errors=True)
     return held
+
+
+def _loading_count(folder: str, fresh: str) -> int:
+    """How many parts a load has, of which some are in place; 0 if none is under way. FormatError for a number that the parts belie.
+
+    Parts beyond it are about to be removed, so it is not believed alone.
+    """
+    path = os.path.join(fresh, "count")
+    with system.storage_errors(f"reading {path}"):
+        try:
+            fd = system.open_own(path, system.OPEN_READ)
+        except FileNotFoundError:
+            return 0
+        try:
+            text = system.read_at(fd, 32, 0)
+        finally:
+            os.close(fd)
+    count = int(text) if re.fullmatch(rb"[1-9][0-9]{0,14}", text) else 0
+    names = (re.fullmatch(r"part-(\d{6,})\.h5", name) for name in os.listdir(fresh))
+    last = max((int(m[1]) for m in names if m), default=count - 1)  # they leave in order
+    there = (any(os.path.lexists(part_path(where, n)) for where in (fresh, folder)) for n in range(count))
+    if not count or last != count - 1 or not all(there):
+        raise FormatError(f"{path} says {text!r}, but other parts are there; restore the folder from a copy")
+    return count
 
 
 class InfiniteBuffer(DataBuffer):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from .errors import CorruptionError
 from .format import POLICY_WORDS
 from .kernels import balance, reservoir
 from .keys import key_pair
@@ -97,6 +98,14 @@ class Policy:
         )
 
 
+def check_dense(live: int, positions: Ints) -> None:
+    """Raise CorruptionError for free rows among those in use: a reservoir fills rows in order, and would take one that is live."""
+    if live != positions.shape[0]:
+        raise CorruptionError(
+            f"{positions.shape[0] - live} free rows among those in use, which no reservoir leaves; restore the file from a copy"
+        )
+
+
 class ReservoirPolicy(Policy):
     """The `capacity` samples of the largest keys: a uniform sample without replacement of the stream (Vitter's problem, 1985).
 
@@ -118,6 +127,7 @@ class ReservoirPolicy(Policy):
             self._size = 0
             return
         self._size = reservoir.build_heap(positions, self._k0, self._k1, self._keys, self._rows)
+        check_dense(self._size, positions)
 
     def room(self, capacity: int) -> int:
         return min(capacity, self.state[0] or capacity)

@@ -15,7 +15,7 @@ from .errors import ArgumentError, CorruptionError, RowError, SchemaError
 from .format import Table
 from .kernels import weighted as kernel
 from .keys import key_pair
-from .policies import Policy
+from .policies import Policy, check_dense
 from .schema import Schema
 
 Ints = npt.NDArray[np.int64]
@@ -49,6 +49,7 @@ class WeightedReservoirPolicy(Policy):
             self._size = kernel.build_weighted_heap(positions, weights, self._k0, self._k1, self._keys, self._held, self._rows)
             if self._size < 0:
                 raise CorruptionError(f"the index holds weights that are not finite and above 0{_ADVICE}")
+            check_dense(self._size, positions)
 
     def room(self, capacity: int) -> int:
         return min(capacity, self.state[0] or capacity)

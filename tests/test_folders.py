@@ -327,3 +327,37 @@ def test_a_load_that_fails_leaves_what_w_is_to_replace_to_the_first_batch(tmp_pa
     with make(tmp_path / "old", "w", 0) as buffer:
         buffer.load(tmp_path / "copy of old")
         assert values(buffer) == list(range(9))
+
+
+COUNTS = ["", "0", "1", "3", "-1", "02", "2.0", "two", "2" * 40, "9" * 14, " 2", "2\n", "\0", "\u0661"]
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_count_that_the_parts_belie(tmp_path: Path, count: str, moved: int) -> None:
+    """How many parts a load has decides which others are removed: a number that cannot be removes nothing, and opens nothing."""
+    parts(tmp_path / "copied", 6, start=100).close()
+    parts(tmp_path / "b", 18).close()
+    fresh = tmp_path / "b" / ".loading"
+    fresh.mkdir()
+    for number in range(2):
+        target = tmp_path / "b" if number < moved else fresh
+        shutil.copy(infinite.part_path(str(tmp_path / "copied"), number), target)
+    (fresh / "count").write_text(count, encoding="utf-8")
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    for mode in ("r+", "a"):
+        with pytest.raises(FormatError, match="count says"):
+            InfiniteBuffer(tmp_path / "b", mode=mode)
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.suffix != ".lock") == [p for p in before if p.suffix != ".lock"]
+    (fresh / "count").write_text("2")
+    with leanreplay.open(tmp_path / "b", "r+") as buffer:
+        assert values(buffer) == [100.0 + i for i in range(6)] and buffer.check() == []
+
+
+def test_a_count_that_is_no_file(tmp_path: Path) -> None:
+    """A pipe under its name is an error, and nobody waits for it."""
+    parts(tmp_path / "b", 6).close()
+    (tmp_path / "b" / ".loading").mkdir()
+    os.mkfifo(tmp_path / "b" / ".loading" / "count")
+    with pytest.raises(leanreplay.LeanReplayError, match="count"):
+        leanreplay.open(tmp_path / "b", "r+")

@@ -15,6 +15,7 @@ import resource
 import signal
 import tempfile
 import traceback
+import tracemalloc
 import warnings
 
 import h5py  # noqa: F401  (loaded before children fork)
@@ -29,6 +30,7 @@ from leanreplay import format as fmt
 from leanreplay import merge as merge_module
 from leanreplay import store as store_module
 from leanreplay import undo as undo_module
+from leanreplay.create import plan_file
 from leanreplay.kernels import rows as kernel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="opens hostile files in forked children")
@@ -320,6 +322,19 @@ def test_rows(bases, kind):
     survive(bases[kind], rows_of)
 
 
+@pytest.mark.parametrize("kind", ["reservoir", "weighted"])
+def test_a_hole(bases, kind):
+    """A free row where the policy fills rows in order: it can be read, and is not fed, which would overwrite a live row."""
+    base = bases[kind]
+    base.lay_out(next(changed for (name, value, which), changed in rows_of(base) if (name, value, which.stop) == ("position", -1, 1)))
+    with lr.open(base.path, "r+") as buffer:
+        assert len(buffer) == CAPACITY - 1 and len(buffer.sample(5)[1]["idx"]) == 5
+        with pytest.raises(lr.CorruptionError, match="1 free rows among those in use"):
+            feed(buffer, buffer.seen, 3)
+        assert buffer.seen == 24
+    base.lay_out({})
+
+
 def undo_files(base):
     name = f"{base.main}.undo.0"
     data = base.files[name]
@@ -458,6 +473,34 @@ def test_state_of_a_copy(tmp_path, cls, text):
         with pytest.raises(lr.FormatError, match=r"state\.json"):
             buffer.load(tmp_path / "copy")
         assert buffer.seen == 30 and buffer.check() == []
+
+
+@pytest.mark.parametrize("free", [0, 1, 2**21, 2**22 - 5])
+def test_a_sparse_file(tmp_path, monkeypatch, free):
+    """A file of 80 KB on disk that claims 2**22 rows makes a reader get no memory for them."""
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.0)
+    path, rows = str(tmp_path / "replay.h5"), 2**22
+    schema = lr.Schema.from_sample((np.zeros(1, np.uint8), np.uint8(1)))
+    table, pieces = plan_file("ReservoirBuffer", {}, rows, 0, 0, schema)
+    head = np.zeros(fmt.HEADER_WORDS, np.uint64)
+    head[fmt.H_TAG], head[fmt.H_SEEN], head[fmt.H_SIZE], head[fmt.H_HIGH] = table.tag, rows, rows - free, rows
+    block = np.zeros(8 * fmt.HEADER_WORDS, np.uint8)
+    kernel.seal_block(block, 0, head, fmt.H_STATE)
+    with open(path, "wb") as file:
+        file.truncate(table.file_size)
+        for at, data in (*pieces, (fmt.HEADERS[0], block.tobytes())):
+            file.seek(at)
+            file.write(data)
+    tracemalloc.start()
+    try:
+        with lr.open(path) as buffer:
+            assert (len(buffer), buffer.seen) == (rows - free, rows)
+            for action in (lambda: buffer.sample(4), lambda: buffer.get([0, 5]), lambda: lr.merge([buffer], max_size=9)):
+                with pytest.raises(lr.LeanReplayError):
+                    action()
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20  # pieces of the index, not 8 bytes for each row
+    finally:
+        tracemalloc.stop()
 
 
 class Greedy(lr.SlidingWindowPolicy):

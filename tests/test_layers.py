@@ -20,7 +20,7 @@ PACKAGE = os.path.dirname(os.path.abspath(lr.__file__))
 # Which rooms each room may import. A new file has to be given its place here. `keys` hashes, `system` makes system calls.
 BOTTOM = {"errors", "kernels"}
 STORE = BOTTOM | {"schema", "format", "system", "create", "undo"}
-POLICIES = {"kernels", "keys", "format"}
+POLICIES = {"errors", "kernels", "keys", "format"}
 BUFFERS = STORE | {"store", "policies", "selection", "batches", "datasets", "keys"}
 CORE = BUFFERS | {"buffers", "infinite", "balanced", "parametric", "weighted", "merge"}
 MAY_IMPORT = {
