@@ -595,7 +595,8 @@ class DataBuffer:
         done for a batch that was seen before. In an InfiniteBuffer, and beyond half of what a commit may change, it is a commit before.
 
         Costs a copy of the samples that stay, and about 3 ns for one that does not. A batch that does not fit the schema
-        is refused as a whole (SchemaError). An empty batch does nothing.
+        is refused as a whole (SchemaError). An empty batch does nothing. After a StorageError `seen` says what is in: nothing of the
+        batch, or the first commits of one that takes several; `add(batch, at=position)` goes on without counting those twice.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -1287,6 +1288,7 @@ class DataBuffer:
         """Copy the whole buffer into a folder, made if missing; shares disk blocks where the file system can.
 
         A copy that stood there is replaced at once, when the new one is complete. Raises LockedError if somebody writes to that.
+        Killed at any moment, this leaves one of the two whole, each with its own draws. The next save, load or opening removes the rest.
         """
         with self._lock:
             store = self._require()
