@@ -11,7 +11,6 @@ import json
 import operator
 import os
 import re
-import shutil
 import sys
 import threading
 import uuid
@@ -1781,7 +1780,7 @@ def _remove_leftovers(folder: str) -> None:
     for name in os.listdir(folder):
         unknown = re.fullmatch("parts-[0-9a-f]{8}", name) and name not in named
         if unknown and (states or not os.path.lexists(os.path.join(folder, "state.json"))):  # else a damaged one may name it
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            system.remove_folder(os.path.join(folder, name))
 
 
 _BUFFERS = weakref.WeakSet()

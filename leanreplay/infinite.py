@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
 import weakref
@@ -384,7 +383,7 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
         return None
     count = _loading_count(folder, fresh)
     if not count:
-        shutil.rmtree(fresh, ignore_errors=True)  # emptied already
+        system.remove_folder(fresh)  # emptied already
         return None
     for entry in os.scandir(fresh):
         system.refuse_alien(entry.path)
@@ -400,7 +399,7 @@ def finish_loading(folder: str, guard: bool = False) -> system.Guard | None:
         os.unlink(part_path(folder, number))
     system.sync_folder(part_path(folder, 0))
     os.unlink(os.path.join(fresh, "count"))
-    shutil.rmtree(fresh, ignore_errors=True)
+    system.remove_folder(fresh)
     return held
 
 
@@ -491,7 +490,7 @@ class InfiniteBuffer(DataBuffer):
         return None if self._where is None else part_path(self._where, 0)
 
     def _remove_leftovers(self, where: str) -> None:
-        shutil.rmtree(os.path.join(where, _LOADING + ".tmp"), ignore_errors=True)
+        system.remove_folder(os.path.join(where, _LOADING + ".tmp"))
         system.remove_temporaries(part_path(where, parts_there(where)))
 
     def _exists(self) -> bool:
@@ -597,7 +596,7 @@ class InfiniteBuffer(DataBuffer):
         with system.storage_errors(f"replacing the parts in {self.path}"):
             finish_loading(self._where)
             own_folder(fresh + ".tmp")
-            shutil.rmtree(fresh + ".tmp", ignore_errors=True)
+            system.remove_folder(fresh + ".tmp")
             os.mkdir(fresh + ".tmp")
             try:
                 make(fresh + ".tmp")
@@ -607,7 +606,7 @@ class InfiniteBuffer(DataBuffer):
                     os.fsync(file.fileno())
                 os.rename(fresh + ".tmp", fresh)
             except BaseException:
-                shutil.rmtree(fresh + ".tmp", ignore_errors=True)
+                system.remove_folder(fresh + ".tmp")
                 raise
             system.sync_folder(fresh)
         self._store = self._open_store()
@@ -650,7 +649,7 @@ class InfiniteBuffer(DataBuffer):
                 _copy_store(part, part_path(fresh, i), store.status)
             _write_state(folder, self._copy_state(store) | {"parts": name}, store.status)
         except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
+            system.remove_folder(fresh)
             raise
 
     def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import stat
 import struct
 import sys
@@ -358,6 +359,13 @@ def remove_temporaries(path: str) -> None:
         with contextlib.suppress(OSError):
             if re.fullmatch(r"\d+-[0-9a-f]{8}\.tmp", rest) and stat.S_ISREG(os.lstat(temp).st_mode):
                 os.unlink(temp)
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder and all in it, as far as that can be. Anything else under its name stays: rmtree would wait for a pipe."""
+    found = status(path)
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(temp: str) -> None:
