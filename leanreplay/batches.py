@@ -63,12 +63,14 @@ def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def check_call(cls: type, base: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Raise ArgumentError for arguments that a class of this package does not take; its `**options` are those of `base`."""
+    if not next(c for c in cls.__mro__ if "__init__" in vars(c)).__module__.startswith(f"{__package__}."):
+        return  # a user's own says itself what it takes
     own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
     kinds = {p.kind for p in own}
     name, places = cls.__name__, [p.name for p in own if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
     takes = [p.name for p in own if p.name not in ("self", "options", *places)]
-    if not cls.__init__.__module__.startswith(f"{__package__}."):  # type: ignore[misc]
-        return  # a user's own says itself what it takes
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return
     if inspect.Parameter.VAR_KEYWORD in kinds:
         takes += [p for p in inspect.signature(base.__init__).parameters if p not in ("self", *places, *takes)]  # type: ignore[misc]
     if len(args) > len(places):

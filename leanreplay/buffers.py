@@ -59,11 +59,7 @@ _CHUNK = 1 << 16
 _MOST_DRAWS = 2**62
 _REMEMBERED = 10_000  # unpickled copies
 # What other libraries take as the second argument, and what this one takes by name: nobody means a file by it.
-_NO_NAMES = re.compile(
-    r"(class|task|experience|label|group)(e?s)?|none|true|false|random|herding|reservoir|ring|auto|cpu|mps|cuda(:\d+)?"
-    r"|(in_)?memory|ram|file|disk|x|a|r\+?|w",
-    re.IGNORECASE,
-)
+_NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
 _KINDS: dict[str, type[DataBuffer]] = KINDS
 _BUFFERS: weakref.WeakSet[DataBuffer]
 
@@ -1455,9 +1451,9 @@ def _file_name(path: Any, mode: str) -> str:
     """A path as str. What other libraries have in its place, given by position, is refused with the way out."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise ArgumentError(f"path must be a str or os.PathLike, got {path!r:.200}; give anything else by name: seed=0, adaptive_size=True")
-    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path):
+    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path) and (mode == "x" or not os.path.lexists(path)):
         raise ArgumentError(
-            f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', mode='a'), "
+            f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', transform=None), "
             f"or write './{path}' for such a file"
         )
     return system.checked_path(path)

@@ -17,6 +17,8 @@ from .batches import Batch, Fetch, Ints, Sources, as_batch, flat, integers, leng
 from .errors import ArgumentError, SchemaError
 from .schema import Schema, check_leaf, entry, is_tensor, leaf_type, to_numpy
 
+_TABLES = (("iloc",), ("to_pydict",), ("columns", "to_numpy"))  # of tables and series of pandas, pyarrow and polars
+
 
 class Columns:
     """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone. They may lie in files (of h5py, zarr)."""
@@ -45,15 +47,16 @@ def as_dataset(dataset: Any) -> Any:
     if type(dataset) is tuple and len(dataset) > 1 and all(map(_is_column, dataset)):
         return Columns(dataset)
     torch = sys.modules.get("torch.utils.data")
+    own = getattr(type(dataset), "__getitem__", None)
     if isinstance(dataset, Mapping):
-        hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one"
-    elif getattr(dataset, "_with_metadata", False):
+        hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one; of samples under keys: update(list(d.values()))"
+    elif getattr(type(dataset), "_with_metadata", False):
         hint = "its items are (sample, metadata); leanreplay.torch.BufferDataset(buffer) has samples alone, as has [s for s, _ in buffer]"
-    elif hasattr(dataset, "to_numpy") or hasattr(dataset, "to_pydict"):  # its [i] means a label, or a column
+    elif any(all(hasattr(type(dataset), n) for n in names) for names in _TABLES):  # its [i] means a label, or a column
         hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"
     elif torch is not None and isinstance(dataset, torch.DataLoader):
         hint = "loop over it, `for batch in loader: buffer.add(batch)`, or update(loader.dataset)"
-    elif length(dataset) < 0 or not hasattr(dataset, "__getitem__") or (torch is not None and isinstance(dataset, torch.IterableDataset)):
+    elif length(dataset) < 0 or own is None or (torch is not None and own is torch.Dataset.__getitem__):
         hint = "loop over it and call add for batches; of single samples make a list: update(list(samples))"
     else:
         return dataset
@@ -164,7 +167,7 @@ class Items:
     def _hint(self) -> str:
         if hasattr(self.dataset, "with_format"):  # of Hugging Face, which makes lists of arrays
             return "; dataset.with_format('numpy') gives arrays"
-        pair = isinstance(self.dataset, (tuple, list)) and self.n == 2
+        pair = isinstance(self.dataset, (tuple, list)) and self.n == 2 and type(self.dataset[0]) is not tuple
         return "; a dataset of pairs is a list of samples, or a tuple (x, y) of arrays" if pair else ""
 
     @property

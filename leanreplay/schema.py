@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from .errors import SchemaError
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
 _KINDS = "biufcS"
 _DEPTH = 16
-_MOST_ALIKE = 16  # fields of one shape in a list: who has more of them means an array
+_MOST_NUMBERS = 16  # in a list: who has more of them means an array
 _ENCODE = "np.char.encode({}, 'utf-8').astype('S32')"
 _RANK = 31  # dimensions of an entry: HDF5 has 32, one of them the rows
 
@@ -66,7 +67,7 @@ class Schema:
 
     @classmethod
     def from_sample(cls, sample: Any, metadata: Mapping[str, Any] | None = None) -> Schema:
-        """The schema of one sample (no batch dimension). SchemaError for a list of more than 16 alike, which is an array to its user."""
+        """The schema of one sample (no batch dimension). SchemaError for a list of more than 16 numbers, which is an array to its user."""
         return _infer(sample, metadata, batched=False)
 
     @classmethod
@@ -270,6 +271,8 @@ def _leaf_hint(leaf: Any) -> str:
         return "; store a date as a number: .timestamp(), or .toordinal()"
     if hasattr(leaf, "toarray"):
         return "; make it dense: .toarray()"
+    if isinstance(leaf, numbers.Number):
+        return "; make it a number of Python's: float(value)"
     if isinstance(leaf, Sequence):
         return "; make it one array: np.array(values) of numbers, np.stack(values) of arrays; a list of samples goes to update()"
     if hasattr(leaf, "__iter__") or hasattr(leaf, "__getitem__"):
@@ -311,7 +314,8 @@ def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str
             "M": "store it as integers: a.astype('int64')",
             "m": "store it as integers: a.astype('int64')",
             "V": "store its bytes: a[..., None].view('u1')",
-            "O": "np.array(a.tolist()) makes one array of entries that have one shape; pad them where they do not",
+            "O": "np.array(a.tolist()) makes one array of entries of one shape and of 64 bits; pad them where they differ, and make "
+            "larger integers floats",
         }.get(dtype.kind, "convert it to numbers")
         if dtype.names:
             hint = "store its fields as separate arrays: {name: a[name] for name in a.dtype.names}"
@@ -444,14 +448,17 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
             kind = "tuple" if isinstance(value, tuple) else "list"
             within = fields[before:]
             if batched and depth == 0 and type(value) is list and _are_samples(fields, shapes, len(value)):
+                way = "stack them, np.stack(batch), or call" if len(fields) == len(value) else "call"
                 raise SchemaError(
-                    f"a list of {len(value)} alike in place of a batch: it would be {shapes[0][0]} samples, each a list of {len(value)}; "
-                    f"if these are {len(value)} samples, stack them, np.stack(batch), or call update(batch); if not, give tuple(batch)"
+                    f"a list of {len(value)} alike in place of a batch: it would be a batch of {shapes[0][0]}, each a list of "
+                    f"{len(value)}; if these are {len(value)} samples, {way} update(batch); if not, give tuple(batch)"
                 )
-            if len(within) > _MOST_ALIKE and all(f.shape == within[0].shape for f in within):
+            many = len(within) > _MOST_NUMBERS and not any(f.shape for f in within) and len({child[0] for child in children}) == 1
+            if many and (kind == "list" or (type(value) is tuple and all(isinstance(v, (bool, int, float, complex)) for v in value))):
+                ways = ("np.stack(values, 1)", "give tuple(values)") if batched else ("np.array(values)", "name its parts in a dict")
                 raise SchemaError(
-                    f"{path}: a {type(value).__name__} of {len(value)} would make {len(within)} fields of shape {within[0].shape}; if it "
-                    "is one array, make it one: np.array(values) of numbers, np.stack(values) of arrays; if not, name its parts in a dict"
+                    f"{path}: a {type(value).__name__} of {len(value)} would make {len(within)} fields of one number each; if it is one "
+                    f"array, make it one, {ways[0]}; if not, {ways[1]}"
                 )
         else:
             fields.append(one(value, path))
@@ -468,14 +475,17 @@ def _infer(sample: Any, metadata: Mapping[str, Any] | None, batched: bool) -> Sc
 
 
 def _are_samples(fields: list[Field], shapes: list[tuple[int, ...]], n: int) -> bool:
-    """Whether a list in place of a batch looks like n samples: three or more alike, or two images. (DataLoader makes lists of pairs.)"""
+    """Whether a list in place of a batch looks like n samples: more than three alike, or two or three images, or three of one dimension.
+
+    DataLoader makes lists of pairs and triplets, so what may be two or three columns is taken for that.
+    """
     m = len(fields) // max(n, 1)
     kinds = [(f.dtype, shape) for f, shape in zip(fields, shapes, strict=True)]
     if n < 2 or not m or m * n != len(fields) or any(kinds[i : i + m] != kinds[:m] for i in range(0, len(fields), m)):
         return False
-    first = shapes[0]
-    image = m == 1 and len(first) == 3 and (first[0] in (1, 3) or (first[2] in (1, 3) and fields[0].dtype == np.uint8))
-    return n > 2 or image
+    one, byte = shapes[0], fields[0].dtype == np.uint8
+    image = m == 1 and len(one) == 3 and ((one[0] in (1, 3) and one[1] == one[2]) or (one[2] in (1, 3) and one[0] == one[1] and byte))
+    return n > 3 or image or (n == 3 and (m > 1 or len(one) == 1))
 
 
 def metadata_field(name: Any, field: Field) -> Field:

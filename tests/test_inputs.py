@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
+from collections import namedtuple
 from collections.abc import MutableMapping
 
 import numpy as np
@@ -13,7 +16,7 @@ import leanreplay as lr
 
 torch = pytest.importorskip("torch")
 
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset  # noqa: E402
 
 # -- constructors ---------------------------------------------------------------------------------------------------------
 
@@ -28,7 +31,7 @@ def test_what_others_take_in_the_place_of_the_path(cls, tmp_path, monkeypatch):
     """Grouping words, seeds, flags, devices, storage modes, schemas, datasets: refused, and no file is made, nor a descriptor taken."""
     monkeypatch.chdir(tmp_path)
     size = () if cls is lr.InfiniteBuffer else (6,)
-    words = ["class", "Experience", "task", "labels", "cuda:0", "cpu", "reservoir", "in_memory", "file", "w", "r+", "None"]
+    words = ["class", "Experience", "task", "labels", "cuda:0", "cpu", "in_memory", "None"]
     for path in words:
         for mode in ("x", "a", "w"):
             with pytest.raises(lr.ArgumentError, match=r"by name .*or write '\./"):
@@ -49,6 +52,22 @@ def test_a_file_of_such_a_name_opens(tmp_path, monkeypatch):
         buffer.add((X, Y))
     with lr.open("class") as buffer, lr.ReservoirBuffer(5, "class", mode="r") as other:
         assert buffer.seen == other.seen == N
+    with lr.ReservoirBuffer(5, "class", mode="a") as buffer:  # who resumes means what stands there
+        assert buffer.seen == N
+    with lr.ReservoirBuffer(5, "class", mode="w") as buffer:
+        buffer.add((X[:3], Y[:3]))
+        assert buffer.seen == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["data", "train", "replay", "memory", "reservoir", "random", "file", "disk", "a", "x", "class0", "task.h5"]
+)
+def test_names_of_files_are_the_users(name, tmp_path, monkeypatch):
+    """Words that no other library takes in the place of the path."""
+    monkeypatch.chdir(tmp_path)
+    for cls, size in ((lr.ReservoirBuffer, (5,)), (lr.InfiniteBuffer, ())):
+        with cls(*size, name, mode="w") as buffer:
+            assert buffer.path == name
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,55 @@ def test_a_class_of_ones_own_takes_what_it_says(tmp_path):
         assert (buffer.a, buffer.own, buffer.seed) == ((1, 2, 3), 4, 7)
 
 
+def wrapped(function):
+    """What `functools.wraps` gives names the module of what it wraps as its own."""
+
+    @functools.wraps(function)
+    def init(self, *args, tag, **options):
+        self.tag = tag
+        function(self, *args, **options)
+
+    return init
+
+
+class Wrapped(lr.ReservoirBuffer):
+    __init__ = wrapped(lr.ReservoirBuffer.__init__)
+
+
+class Tagged:
+    def __init__(self, *args, tag, **options):
+        super().__init__(*args, **options)
+        self.tag = tag
+
+
+class Mixed(Tagged, lr.ReservoirBuffer):
+    pass
+
+
+class New(lr.ReservoirBuffer):
+    def __new__(cls, *args, **options):
+        options.pop("tag", None)
+        made = super().__new__(cls, *args, **options)
+        made.tag = 3
+        return made
+
+    def __init__(self, *args, tag, **options):
+        super().__init__(*args, **options)
+
+
+class Partial(lr.ReservoirBuffer):
+    __init__ = functools.partialmethod(wrapped(lr.ReservoirBuffer.__init__), seed=5)
+
+
+@pytest.mark.parametrize("cls", [Wrapped, Mixed, New, Partial])
+def test_classes_of_the_users_in_other_ways(cls):
+    with cls(5, None, tag=3) as buffer:
+        assert buffer.tag == 3 and buffer.max_size == 5
+        buffer.add((X, Y))
+        with pickle.loads(pickle.dumps(buffer)) as copy:
+            assert type(copy) is cls and copy.seen == N
+
+
 # -- lists ----------------------------------------------------------------------------------------------------------------
 
 
@@ -95,12 +163,14 @@ def test_lists_of_samples_in_place_of_a_batch():
     """Refused with both ways out, which work: stacked, or given to `update`; a tuple says that it is no list of samples."""
     for batch in (IMAGES, IMAGES[:3], IMAGES[:2], [i.transpose(1, 2, 0) for i in IMAGES[:2]], list(X), [torch.tensor(i) for i in IMAGES]):
         message = refused(lambda b, batch=batch: b.add(batch))
-        assert "np.stack(batch)" in message and "update(batch)" in message and "tuple(batch)" in message
+        assert "stack them, np.stack(batch), or call" in message and "update(batch)" in message and "tuple(batch)" in message
         one, two = added(np.stack(batch)), updated(batch)
         assert one[1] == two[1] and np.array_equal(one[0], two[0])
         assert len(added(tuple(batch))[0]) == len(batch)
     pairs = [(x, np.eye(4, dtype=np.float32)[i % 4]) for i, x in enumerate(X)]
-    assert "update(batch)" in refused(lambda b: b.add(pairs))
+    for listed in (pairs, pairs[:3], [{"x": x, "y": x} for x in X], list(X[:3])):
+        message = refused(lambda b, listed=listed: b.add(listed))
+        assert "call update(batch)" in message and ("np.stack" in message) == (type(listed[0]) is np.ndarray)
     assert np.array_equal(updated(pairs)[0][0], X)
     assert "update()" in refused(lambda b: b.add([(i, 0) for i in IMAGES]))
     assert "stack" in refused(lambda b: b.add((tuple(IMAGES), Y[:6])))
@@ -119,6 +189,11 @@ def test_samples_that_are_lists():
     assert "data/0: f4[4], data/1: f4[4]" in schema and np.array_equal(one, X) and np.array_equal(two, X)
     assert len(added([X, Y])[0]) == 2
     assert len(added([X, X, Y])[0]) == 3
+    for column, size in ((X, N), (np.zeros((9, 3, 8, 8), np.uint8), 9), (np.zeros((1, 10, 7)), 1), (np.zeros((3, 10, 7)), 3)):
+        tensors = [torch.tensor(column)] * 3
+        triplet, _ = added(next(iter(DataLoader(TensorDataset(*tensors), batch_size=size))))
+        assert len(triplet) == 3 and np.array_equal(triplet[2], column)
+        assert len(added([column, column])[0]) == 2
     assert len(added([[X, X, X], Y])[0][0]) == 3
     boxes, schema = updated([([1, 2, 3, 4], 0)] * 5)
     assert schema.count("i8[]") == 5 and boxes[0][2].tolist() == [3] * 5
@@ -134,24 +209,54 @@ def test_samples_that_are_lists():
         [[1] * 28] * 28,
         [[1] * 8] * 8,
         [[[0] * 2] * 3] * 3,
-        [np.zeros(3)] * 17,
-        [torch.zeros(2, 2)] * 17,
+        [torch.tensor(1)] * 17,
         [{"x": 1, "y": 2}] * 9,
     ],
 )
 def test_long_lists_are_arrays(values):
-    """A list of more than 16 of a kind, in rows of a dataset and in schemas: an error instead of hundreds of fields, and arrays work."""
+    """A list of more than 16 numbers, in rows of a dataset and in schemas: an error instead of hundreds of fields, and arrays work."""
     for item in ((values, 3), {"image": values, "label": 3}, values):
         message = refused(lambda b, item=item: b.update([item] * 9))
-        assert "item 0" in message and "np.array(values)" in message and "np.stack(values)" in message
+        assert "item 0" in message and "np.array(values)" in message
         with pytest.raises(lr.SchemaError, match=r"np\.array\(values\)"):
             lr.Schema.from_sample(item)
-    make = np.stack if isinstance(values[0], (np.ndarray, torch.Tensor)) else np.array
     if not isinstance(values[0], dict):
-        right = make(values)
+        right = np.array(values)
         assert np.array_equal(updated([(right, 3)] * 9)[0][0], np.stack([right] * 9))
-    with pytest.raises(lr.SchemaError, match=r"np\.array\(values\)"):
-        lr.ReservoirBuffer(5).add(([X[:, 0]] * 17, Y))
+
+
+def test_long_lists_in_batches_are_arrays():
+    """As torch's default_collate makes them of lists of numbers. Each way out does what it says."""
+    (batch,) = DataLoader([{"ids": list(range(i, i + 20)), "label": i % 3} for i in range(N)], batch_size=N)
+    message = refused(lambda b: b.add(batch))
+    assert "np.stack(values, 1)" in message and "tuple(values)" in message
+    found, _ = added({"ids": np.stack(batch["ids"], 1), "label": batch["label"]})
+    assert found["ids"].shape == (N, 20) and found["ids"][3].tolist() == list(range(3, 23))
+    found, _ = added({"ids": tuple(batch["ids"]), "label": batch["label"]})
+    assert len(found["ids"]) == 20 and found["ids"][4].tolist() == list(range(4, 4 + N))
+
+
+Record = namedtuple("Record", [f"c{i}" for i in range(20)])
+
+
+def test_samples_of_many_fields():
+    """Records are no arrays: names, tuples of arrays, TensorDatasets, lists of arrays such as the hidden states of a model."""
+    columns = [X[:, 0] + i for i in range(20)]
+    tensors = TensorDataset(*map(torch.tensor, columns))
+    rows = [Record(*(float(c[i]) for c in columns)) for i in range(N)]
+    for found, schema in (
+        added(tuple(columns)),
+        updated(tensors),
+        updated([tensors[i] for i in range(N)]),
+        updated(rows),
+        added(Record(*columns)),
+    ):
+        assert schema.count("f4[]") + schema.count("f8[]") == 20 and all(np.array_equal(a, b) for a, b in zip(found, columns, strict=True))
+    for many in ([X] * 24, tuple([X] * 24)):
+        assert len(added((X, many))[0][1]) == 24
+        assert len(updated([(X[0], [v[0] for v in many])] * 3)[0][1]) == 24
+    ragged, schema = updated([([1] * 10, [2] * 10, 3)] * 3)
+    assert schema.count("i8[]") == 21 and ragged[1][9].tolist() == [2] * 3
 
 
 def test_names_say_that_they_are_different_things():
@@ -309,6 +414,35 @@ def held(buffer):
     return buffer
 
 
+class Indexed(Endless):
+    """As datasets that stream and can be indexed too; with what tables have, and whatever else it is asked for."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        return X[i], int(Y[i])
+
+    def to_numpy(self):
+        return X
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args: None
+
+
+def test_datasets_with_more_than_a_length_and_items():
+    for dataset in (Indexed(), Subset(Indexed(), range(N))):
+        (x, y), _ = updated(dataset)
+        assert np.array_equal(x, X) and np.array_equal(y, Y)
+
+
+def test_the_hint_of_pairs_stands_where_it_helps():
+    assert "tuple (x, y) of arrays" in refused_later([X, Y.tolist()])
+    assert "tuple (x, y)" not in refused_later([(X[0], 0), (X[1], 0.5)])
+
+
 class NoLength:
     def __len__(self):
         return -1  # noqa: PLE0303
@@ -324,6 +458,7 @@ class NoLength:
         (DataLoader(Endless(), batch_size=4), "for batch in loader: buffer.add(batch)"),
         ({"x": X, "y": Y}, "add(batch)"),
         ({0: X}, "add(batch)"),
+        ({"a": (X[0], 0)}, "update(list(d.values()))"),
         (Frame(X), "update(df.to_numpy())"),
         (held(lr.ReservoirBuffer(5)), "BufferDataset(buffer)"),
         (held(lr.ClassBalancedBuffer(5)).groups[1], "BufferDataset(buffer)"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import array
 import datetime
+import decimal
+import fractions
 from collections import deque
 
 import numpy as np
@@ -228,6 +230,9 @@ def test_text_of_another_length_fits():
         (np.datetime64("2020-01-01"), ".astype('int64')", lambda v: v.astype("int64")),
         (np.str_("x"), "np.char.encode(a, 'utf-8').astype('S32')", lambda v: np.char.encode(v, "utf-8").astype("S32")),
         (range(3), "np.array(values)", lambda v: np.array(v)),
+        (2**70, "make larger integers floats", float),
+        (decimal.Decimal("0.5"), "float(value)", float),
+        (fractions.Fraction(1, 3), "float(value)", float),
         (np.array([[1], [2, 3]], object), "pad them", lambda v: np.array([[1, 0], [2, 3]])),
     ],
 )
