@@ -491,7 +491,8 @@ class InfiniteBuffer(DataBuffer):
 
     def _remove_leftovers(self, where: str) -> None:
         system.remove_folder(os.path.join(where, _LOADING + ".tmp"))
-        system.remove_temporaries(part_path(where, parts_there(where)))
+        for number in (n := parts_there(where)) - 1, n:  # a kill right after a part got its name leaves its other one
+            system.remove_temporaries(part_path(where, number))
 
     def _exists(self) -> bool:
         return self._where is not None and system.exists(part_path(self._where, 0))

@@ -380,14 +380,16 @@ class Users:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def lock(self, how: str) -> bool:
-        """Take the lock "SH" or "EX", or let it go, "UN". False where another has it, or where there are no such locks."""
+    def lock(self, how: str) -> bool | None:
+        """Take the lock "SH" or "EX", or let it go, "UN". False where another has it, None where there are no such locks."""
         try:
             import fcntl
 
             fcntl.flock(self._fd, getattr(fcntl, f"LOCK_{how}") | fcntl.LOCK_NB)
-        except (ImportError, OSError):
+        except BlockingIOError:
             return False
+        except (ImportError, OSError):
+            return None
         return True
 
     def alone(self, clear: Callable[[], None]) -> None:
@@ -402,14 +404,14 @@ class Users:
 def users_of(folder: str) -> Iterator[Users]:
     """Be one of those who use a folder, for the time of a block."""
     try:
-        fd = os.open(folder, os.O_RDONLY | _COMMON)
+        fd = os.open(folder, os.O_RDONLY | _COMMON & ~NOFOLLOW)  # the user's own name for it, which may be a link
     except OSError:  # Windows
         fd = -1
     users = Users(fd)
     try:
         deadline = time.monotonic() + 1.0
-        while fd >= 0 and not users.lock("SH") and time.monotonic() < deadline:
-            time.sleep(0.01)  # another is clearing up; where there are no such locks, once a copy
+        while fd >= 0 and users.lock("SH") is False and time.monotonic() < deadline:
+            time.sleep(0.01)  # another is clearing up
         yield users
     finally:
         if fd >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
@@ -96,9 +97,28 @@ def test_a_copy_behind_the_living(tmp_path: Any) -> None:
         buffer.load(copy)
         assert not begun.exists()
         begun.touch()
+        link = tmp_path / "link"
+        link.symlink_to(copy)
+        buffer.save(link)  # a folder by another name of its user's
+        assert not begun.exists()
+        begun.touch()
         leanreplay.open(copy / "buffer.h5", mode="r+").close()
         assert not begun.exists()
         assert stranger.exists()
+
+
+def test_a_folder_without_locks_is_not_waited_for(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a lock that another has is worth waiting for."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waited"))
+    with ReservoirBuffer(9, tmp_path / "b.h5", lock=False) as buffer:
+        buffer.add(batch(0, 9))
+        buffer.save(tmp_path / "copy")
+        buffer.load(tmp_path / "copy")
 
 
 def test_opening_clears_up(tmp_path: Any) -> None:
@@ -120,6 +140,7 @@ def test_opening_clears_up(tmp_path: Any) -> None:
     (folder / ".loading.tmp").mkdir()
     (folder / ".loading.tmp" / "part-000000.h5").touch()
     (folder / ".part-000002.h5.77-0123abcd.tmp").touch()
+    os.link(folder / "part-000001.h5", folder / ".part-000001.h5.77-0123abcd.tmp")  # killed between two names of a new part
     leanreplay.open(folder, mode="r+").close()
     assert names(str(folder)) == ["part-000000.h5", "part-000001.h5"]
 

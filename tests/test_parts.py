@@ -130,7 +130,7 @@ def test_maps_need_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     maps = []
     for writable in (True, False):
         fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
-        maps.append(system.map_file(fd, 10_000, writable))
+        maps.append(system.map_file(fd, 10_000, writable, str(path)))
         os.close(fd)
     if over:
         assert len(os.listdir("/proc/self/fd")) == before
