@@ -9,12 +9,22 @@ from typing import Any
 import numba
 import pytest
 
+from leanreplay.kernels import hashing
+
 
 def call_helpers(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put one with an entry in the place of each."""
     for name, value in list(vars(module).items()):
-        if name.startswith("_") and hasattr(value, "py_func"):
+        if getattr(value, "targetoptions", {}).get("no_cpython_wrapper"):
             monkeypatch.setattr(module, name, with_entry(value.py_func))
+
+
+def as_python(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+    """Put the Python functions that they are made from in the places of kernels and helpers."""
+    for module in (*modules, hashing):
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "py_func"):
+                monkeypatch.setattr(module, name, value.py_func)
 
 
 @functools.cache

@@ -55,6 +55,24 @@ def test_a_kernel_is_cached(make: Callable[[], Any], tmp_path: Any) -> None:
     assert str(tmp_path) in again.stats.cache_path
 
 
+def test_a_helper_that_changed(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled anew when another file of the kernels' folder changed: a helper of its may stand there."""
+    call(make())
+    real = kernels._stamp_of
+    monkeypatch.setattr(kernels, "_stamp_of", lambda folder: (*real(folder), ("hashing.py", 1, 2)))
+    changed = make()
+    call(changed)
+    assert sum(changed.stats.cache_hits.values()) == 0
+    again = make()
+    call(again)
+    assert sum(again.stats.cache_hits.values()) == 1
+
+
+def test_every_kernel_file_is_watched() -> None:
+    folder = os.path.dirname(kernels.__file__)
+    assert {name for name, _, _ in kernels._stamp_of(folder)} == {n for n in os.listdir(folder) if n.endswith(".py")}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_takes_nothing(number: int, make: Callable[[], Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk of the cache is full or read-only: kernels work, and one warning says why starts are slow, for all of them."""

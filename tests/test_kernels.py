@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compiled import call_helpers
+from compiled import as_python, call_helpers
 
 import leanreplay
 from leanreplay import kernels
-from leanreplay.kernels import balance, balanced, merge, reservoir, rows
+from leanreplay.kernels import balance, balanced, hashing, merge, reservoir, rows
 from leanreplay.keys import key_pair
 
 M64 = 2**64 - 1
@@ -43,14 +43,11 @@ ROOT = Path(leanreplay.__file__).parent.parent
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run a test with compiled kernels, and with every one of them replaced by the Python function it is made from."""
     if request.param == "compiled":
-        for module in (balance, balanced, reservoir, rows):
+        for module in (balance, balanced, hashing, reservoir, rows):
             call_helpers(module, monkeypatch)
         yield
         return
-    for module in (balance, balanced, merge, reservoir, rows):
-        for name, value in list(vars(module).items()):
-            if hasattr(value, "py_func"):
-                monkeypatch.setattr(module, name, value.py_func)
+    as_python(monkeypatch, balance, balanced, merge, reservoir, rows)
     for name, function in rows.PLAIN.items():
         monkeypatch.setattr(rows, name, function)
     with np.errstate(over="ignore"):  # unsigned words wrap around, as they should
@@ -200,11 +197,12 @@ def journal(image: Image, order: list[int], live: int) -> int:
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def test_fin_agrees_everywhere(run: None) -> None:
-    """All copies of the finaliser are splitmix64's, and can be inverted: so no two positions share a key."""
+def test_scramble_is_a_bijection(run: None) -> None:
+    """It is splitmix64's finaliser, and can be inverted: so no two positions share a key."""
     rng = random.Random(0)
     for x in [0, 1, M64, M64 - 1, 2**63, 2**31, *(rng.getrandbits(64) for _ in range(500))]:
-        assert int(reservoir._fin(np.uint64(x))) == int(balance._fin(np.uint64(x))) == int(balanced._fin(np.uint64(x))) == fin(x)
+        assert int(hashing.scramble(np.uint64(x))) == fin(x)
+        assert int(hashing.key_of(np.uint64(x), np.uint64(3), np.uint64(5))) == fin((fin((x * GOLDEN + 3) & M64) + 5) & M64)
         assert fin_inverse(fin(x)) == x
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiled import call_helpers
+from compiled import as_python, call_helpers
 
 import leanreplay
 from leanreplay import (
@@ -126,9 +126,7 @@ def assert_law(counts: dict[frozenset[int], int], weights: Sequence[Fraction | i
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run a test with compiled kernels, and with the Python functions that they are made from."""
     if request.param == "python":
-        for name, value in list(vars(weighted).items()):
-            if hasattr(value, "py_func"):
-                monkeypatch.setattr(weighted, name, value.py_func)
+        as_python(monkeypatch, weighted)
     with np.errstate(over="ignore" if request.param == "python" else "warn"):  # unsigned words wrap around, as they should
         call_helpers(weighted, monkeypatch)
         yield
@@ -260,9 +258,7 @@ def test_the_short_way_out_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     """Samples that are rejected without a logarithm are those that would be rejected with it."""
     streams = [(np.ldexp(1.0 + np.arange(3000) % 7, e), 20) for e in (-1070, -1000, -500, 0, 500, 1000)] + [(some_weights(3000), 50)]
     found = [planned(w, k, 1) for w, k in streams]
-    for name, value in list(vars(weighted).items()):
-        if hasattr(value, "py_func"):
-            monkeypatch.setattr(weighted, name, value.py_func)
+    as_python(monkeypatch, weighted)
     monkeypatch.setattr(weighted, "_bound", lambda key: np.inf)
     with np.errstate(over="ignore"):
         assert [planned(w, k, 1) for w, k in streams] == found

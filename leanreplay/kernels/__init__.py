@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -13,12 +14,14 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wra
 def njit(function: Any) -> Any:
     """`numba.njit` as all kernels are compiled: without the interpreter's lock, dividing as NumPy does, cached on disk.
 
-    A helper, with an underscore in front, exists within the kernels that call it alone: an entry from Python and a place in the cache
-    would be half of its compile time. Where a cache cannot be had, kernels work without.
+    A name with an underscore in front makes it a helper. Where a cache cannot be had, kernels work without.
     """
-    if function.__name__.startswith("_"):
-        return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
-    return entry(function)
+    return helper(function) if function.__name__.startswith("_") else entry(function)
+
+
+def helper(function: Any) -> Any:
+    """A function for kernels alone. It has no entry from Python and no place in the cache, which would be half of its compile time."""
+    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
 
 
 def reordered(function: Any) -> Any:
@@ -38,11 +41,26 @@ def entry(helper: Any) -> Any:
     try:
         kernel = numba.njit(cache=True, **_OPTIONS)(function)
         if hasattr(kernel, "_cache"):  # private; and with NUMBA_DISABLE_JIT there is none
+            _watch_folder(kernel._cache)
             kernel._cache = _Cache(kernel._cache)
         return kernel
     except (RuntimeError, OSError, ValueError) as error:  # no folder for a cache can be written
         _warn(error)
         return numba.njit(**_OPTIONS)(function)
+
+
+def _stamp_of(folder: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of every source file in a folder."""
+    with os.scandir(folder) as entries:
+        found = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if e.name.endswith(".py")]
+    return tuple(sorted(found))
+
+
+def _watch_folder(cache: Any) -> None:
+    """Let a change in any file of this folder void a cached kernel: Numba looks at the kernel's own file, but helpers stand in others."""
+    file: Any = getattr(cache, "_cache_file", None)
+    if hasattr(file, "_source_stamp"):  # private
+        file._source_stamp = (file._source_stamp, _stamp_of(os.path.dirname(__file__)))
 
 
 class _Cache:

@@ -5,21 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import njit
-
-_G = np.uint64(0x9E3779B97F4A7C15)
-_S0 = np.uint64(0xBF58476D1CE4E5B9)
-_S1 = np.uint64(0x94D049BB133111EB)
-_27 = np.uint64(27)
-_30 = np.uint64(30)
-_31 = np.uint64(31)
-
-
-@njit
-def _fin(x):
-    """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
-    x = (x ^ (x >> _30)) * _S0
-    x = (x ^ (x >> _27)) * _S1
-    return x ^ (x >> _31)
+from .hashing import GOLDEN, key_of, scramble
 
 
 @njit
@@ -29,7 +15,7 @@ def largest_class(labels, counts, base):
     for c in range(counts.shape[0]):
         if counts[c] < counts[best]:
             continue
-        h = _fin(base + _fin(np.uint64(labels[c]) * _G + base))
+        h = scramble(base + scramble(np.uint64(labels[c]) * GOLDEN + base))
         if c == 0 or counts[c] > counts[best] or h > best_hash:
             best, best_hash = c, h
     return best
@@ -39,7 +25,7 @@ def largest_class(labels, counts, base):
 def random_member(row_labels, size, label, base):
     """A row below `size` with this label, each equally likely: draw rows until one has it (1 / its share tries)."""
     for attempt in range(64 * size + 64):
-        r = np.int64(_fin(base + np.uint64(attempt) * _G) % np.uint64(size))
+        r = np.int64(scramble(base + np.uint64(attempt) * GOLDEN) % np.uint64(size))
         if row_labels[r] == label:
             return r
     for r in range(size):  # unreachable in practice; without it a wrong count could mean an endless loop
@@ -60,7 +46,7 @@ def plan_greedy(row_labels, size, capacity, labels, counts, k0, k1, start, group
             r = size
             size += 1
         else:
-            base = _fin(_fin(np.uint64(start + i) * _G + k0) + k1)
+            base = key_of(start + i, k0, k1)
             c = largest_class(labels, counts, base)
             r = random_member(row_labels, size, labels[c], base)
             counts[c] -= 1

@@ -11,13 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import njit
-
-_G = np.uint64(0x9E3779B97F4A7C15)
-_S0 = np.uint64(0xBF58476D1CE4E5B9)
-_S1 = np.uint64(0x94D049BB133111EB)
-_27 = np.uint64(27)
-_30 = np.uint64(30)
-_31 = np.uint64(31)
+from .hashing import key_of, scramble
 
 # Columns of `groups`. FULL: the group dropped or rejected a sample, and may not grow again. EXTRA: it has one row of the remainder.
 ID, HASH, ROOT, HELD, FULL, EXTRA, LEAST = range(7)
@@ -28,20 +22,6 @@ COUNTERS = 8
 _RECENT = 64
 # What a quota means.
 QUOTA, BORROW, LARGEST = range(3)
-
-
-@njit
-def _fin(x):
-    """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
-    x = (x ^ (x >> _30)) * _S0
-    x = (x ^ (x >> _27)) * _S1
-    return x ^ (x >> _31)
-
-
-@njit
-def _key(position, k0, k1):
-    """The key of a position, as in reservoir.py; with other keys, the hash of a group's id."""
-    return _fin(_fin(np.uint64(position) * _G + k0) + k1)
 
 
 @njit
@@ -244,7 +224,7 @@ def largest_excess(groups, n, share, salt):
             continue
         h = np.uint64(groups[g, HASH])
         if salt != np.uint64(0):
-            h = _fin(h ^ salt)
+            h = scramble(h ^ salt)
         if g == 0 or e > excess or h < least:
             best, excess, least = np.int64(g), e, h
     return best
@@ -257,7 +237,7 @@ def load_groups(log, groups, table, counters, g0, g1):
         what, value = log[i, 0], log[i, 1]
         n = counters[GROUPS]
         if what == 0:
-            h = _key(value, g0, g1)
+            h = key_of(value, g0, g1)
             at = _find(groups, table, value, h)
             if table[at] >= 0 or n == groups.shape[0]:
                 return False
@@ -289,10 +269,10 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
         if positions[r] < 0:
             _add_free(keys, links, counters, np.int64(r))
             continue
-        g = table[_find(groups, table, ids[r], _key(ids[r], g0, g1))]
+        g = table[_find(groups, table, ids[r], key_of(ids[r], g0, g1))]
         if g < 0:
             return False
-        _insert(keys, links, groups, np.int64(g), np.int64(r), _key(positions[r], k0, k1))
+        _insert(keys, links, groups, np.int64(g), np.int64(r), key_of(positions[r], k0, k1))
     return True
 
 
@@ -300,7 +280,7 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
 def hash_groups(ids, g0, g1, out):
     """out[i] (uint64) = hash of the group ids[i] (int64): who gets the remainder."""
     for i in range(ids.shape[0]):
-        out[i] = _key(ids[i], g0, g1)
+        out[i] = key_of(ids[i], g0, g1)
 
 
 @njit
@@ -329,7 +309,7 @@ def plan_balanced(
             break
         g = recent[ids[i] & (_RECENT - 1)]
         if g < 0 or groups[g, ID] != ids[i]:
-            h = _key(ids[i], g0, g1)
+            h = key_of(ids[i], g0, g1)
             at = _find(groups, table, ids[i], h)
             g = recent[ids[i] & (_RECENT - 1)] = np.int64(table[at])
         if g < 0:
@@ -357,7 +337,7 @@ def plan_balanced(
                     if mode == QUOTA:
                         for other in range(g):
                             _cut(keys, links, holder, visited, groups, counters, log, other, out)
-        key = _key(start + i, k0, k1)
+        key = key_of(start + i, k0, k1)
         out[i] = -1
         if groups[g, FULL] != 0 and (groups[g, HELD] == 0 or key <= np.uint64(groups[g, LEAST])):
             continue

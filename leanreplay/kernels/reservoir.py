@@ -5,34 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from . import njit
-
-_G = np.uint64(0x9E3779B97F4A7C15)
-_S0 = np.uint64(0xBF58476D1CE4E5B9)
-_S1 = np.uint64(0x94D049BB133111EB)
-_27 = np.uint64(27)
-_30 = np.uint64(30)
-_31 = np.uint64(31)
-
-
-@njit
-def _fin(x):
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
-    x = (x ^ (x >> _30)) * _S0
-    x = (x ^ (x >> _27)) * _S1
-    return x ^ (x >> _31)
-
-
-@njit
-def _key(position, k0, k1):
-    """The key of a position: two rounds with a key between them. A bijection, so keys never tie."""
-    return _fin(_fin(np.uint64(position) * _G + k0) + k1)
+from .hashing import GOLDEN, key_of, scramble
 
 
 @njit
 def position_keys(positions, k0, k1, out):
     """out[i] = key of positions[i]. positions: (n,) int64; out: (n,) uint64."""
     for i in range(positions.shape[0]):
-        out[i] = _key(positions[i], k0, k1)
+        out[i] = key_of(positions[i], k0, k1)
 
 
 @njit
@@ -57,7 +37,7 @@ def build_heap(positions, k0, k1, keys, rows):
     size = 0
     for r in range(positions.shape[0]):
         if positions[r] >= 0:
-            keys[size] = _key(positions[r], k0, k1)
+            keys[size] = key_of(positions[r], k0, k1)
             rows[size] = r
             size += 1
     for i in range(size // 2 - 1, -1, -1):
@@ -76,7 +56,7 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
     for i in range(out.shape[0]):
         if taken == most:
             return i, size
-        key = _key(start + i, k0, k1)
+        key = key_of(start + i, k0, k1)
         out[i] = -1
         if size < limit:
             j = size
@@ -99,7 +79,7 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
 def _slot(table, entry):
     """Where `entry` stands in an open-addressing table, or would."""
     mask = np.uint64(table.shape[0] - 1)
-    at = _fin(np.uint64(entry)) & mask
+    at = scramble(np.uint64(entry)) & mask
     while table[at] != -1 and table[at] != entry:
         at = (at + np.uint64(1)) & mask
     return at
@@ -112,10 +92,10 @@ def draw(size, k0, k1, seen, counter, replace, out):
     Without replacement by a sparse Fisher-Yates shuffle, its moved entries in an open-addressing table: O(n), not O(size).
     """
     n = out.shape[0]
-    base = _fin(_fin(_fin(np.uint64(seen) * _G + k0) + np.uint64(counter)) + k1)
+    base = scramble(scramble(scramble(np.uint64(seen) * GOLDEN + k0) + np.uint64(counter)) + k1)
     if replace:
         for i in range(n):
-            out[i] = np.int64(_fin(base + np.uint64(i) * _G) % np.uint64(size))
+            out[i] = np.int64(scramble(base + np.uint64(i) * GOLDEN) % np.uint64(size))
         return
     slots = 4
     while slots < 4 * n:
@@ -125,7 +105,7 @@ def draw(size, k0, k1, seen, counter, replace, out):
     for i in range(slots):
         moved[i] = -1
     for i in range(n):
-        pick = i + np.int64(_fin(base + np.uint64(i) * _G) % np.uint64(size - i))
+        pick = i + np.int64(scramble(base + np.uint64(i) * GOLDEN) % np.uint64(size - i))
         at = _slot(moved, i)
         mine = value[at] if moved[at] == i else np.int64(i)
         at = _slot(moved, pick)

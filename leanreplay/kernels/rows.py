@@ -3,7 +3,6 @@
 A mapped file is one flat uint8 array `mem`; `cols`, (fields + 3, 2) uint64, says where its columns lie: (byte offset,
 bytes per row) of each field, then of position (int64), group (int64) and checksums (uint64 per field). So every kernel
 compiles once, whatever the dtypes. An undo record of a row is its bytes in all columns, each padded to 8.
-Helpers stand in the file that calls them because Numba's cache does not notice changes in another one.
 """
 
 from __future__ import annotations

@@ -12,14 +12,9 @@ import math
 import numpy as np
 
 from . import njit
+from .hashing import key_of
 
-_G = np.uint64(0x9E3779B97F4A7C15)
-_S0 = np.uint64(0xBF58476D1CE4E5B9)
-_S1 = np.uint64(0x94D049BB133111EB)
 _12 = np.uint64(12)
-_27 = np.uint64(27)
-_30 = np.uint64(30)
-_31 = np.uint64(31)
 _52 = np.uint64(52)
 _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _MANTISSA = np.uint64(0xFFFFFFFFFFFFF)
@@ -29,17 +24,9 @@ _ULP = 2.0**-53
 
 
 @njit
-def _fin(x):
-    """The finaliser of splitmix64, as in reservoir.py; here because caches do not see changes in another file."""
-    x = (x ^ (x >> _30)) * _S0
-    x = (x ^ (x >> _27)) * _S1
-    return x ^ (x >> _31)
-
-
-@njit
 def _uniform(position, k0, k1):
     """v in (0, 1): the middles of 2**52 equal parts, so never 0 or 1, and both v and 1 - v are exact."""
-    h = _fin(_fin(np.uint64(position) * _G + k0) + k1)
+    h = key_of(position, k0, k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
 

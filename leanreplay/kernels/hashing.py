@@ -1,0 +1,28 @@
+"""Keys of stream positions and ids of groups: the finaliser of splitmix64, which all reservoirs share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import helper
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio, odd
+_S0 = np.uint64(0xBF58476D1CE4E5B9)
+_S1 = np.uint64(0x94D049BB133111EB)
+_27 = np.uint64(27)
+_30 = np.uint64(30)
+_31 = np.uint64(31)
+
+
+@helper
+def scramble(x):
+    """Scramble a uint64 by the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
+    x = (x ^ (x >> _30)) * _S0
+    x = (x ^ (x >> _27)) * _S1
+    return x ^ (x >> _31)
+
+
+@helper
+def key_of(position, k0, k1):
+    """The key of a position, or the hash of a group's id: two rounds with a key between them. A bijection, so keys never tie."""
+    return scramble(scramble(np.uint64(position) * GOLDEN + k0) + k1)
