@@ -116,6 +116,44 @@ def test_learners(method, where):
     assert [a.tobytes() for a in found[0]] == [b.tobytes() for b in found[1]]
 
 
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closures(method):
+    """A batch whose loss is asked for several times counts once, and is the same each time."""
+    found = []
+    for in_place in (False, True):
+        kind, options = METHODS[method]
+        model = InPlace(in_place)
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+        options = {k: v() if callable(v) else v for k, v in options.items()}
+        learner = kind(model, optimizer, ReservoirBuffer(20), replay_batch_size=4, **options)
+        losses = [learner.step(x, y).losses for x, y in batches(4, 6)]
+        assert learner.buffer.seen == 24 and not learner._queue
+        found.append((losses, [p.tolist() for p in model.parameters()], learner.buffer.get(np.arange(20))))
+    assert str(found[0]) == str(found[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("leaf", [True, False])
+def test_gradients_of_the_batch(method, leaf):
+    """An x that requires gradients gets them, as adversarial training needs: those that a draw's samples leave it."""
+    kind, options = METHODS[method]
+    options = {k: v() if callable(v) else v for k, v in options.items()}
+    model = InPlace(False)
+    learner = kind(model, sgd(model), ReservoirBuffer(20), replay_batch_size=4, loss_normalization=False, **options)
+    for x, y in batches(3, 6):
+        delta = torch.zeros_like(x).requires_grad_()
+        x = x.requires_grad_() if leaf else x + delta
+        learner.optimizer.zero_grad()
+        learner.loss(x, y).backward()
+        mean = torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+        expected = torch.autograd.grad(mean, x)[0] / (10 if "mean" in method and len(learner.buffer) else 6)
+        torch.testing.assert_close(x.grad if leaf else delta.grad, expected)
+        learner.optimizer.step()
+        learner.after_step()
+    assert np.array_equal(learner.buffer.get([12])[0][0], x[:1].detach())
+
+
 def test_one_batch_filled_again_and_again():
     """Several batches before one `after_step`, in memory that the loop uses again, which may be NumPy's."""
     model, stream = dense(), batches(3, 6)

@@ -27,6 +27,7 @@ from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
 _NONE = (None, None, None)
+_PURE = ("torch.nn.functional", "torch.nn.modules.loss")  # whose losses change nothing that they get
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
 Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
 
@@ -218,6 +219,7 @@ class ReplayLearner:
         self._queue: list[_Queued] = []
         self._bits: frozenset[str] | None = None  # its fields that hold bfloat16
         self._statistics = Statistics()
+        self._repeats: bool | None = None  # whether losses are asked for several times, as in closures; None: not known yet
         self._picky = buffer.policy_class.check_groups is not Policy.check_groups  # whether it may refuse labels for their values
         self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         self._labels = self._cross_entropy or mask_unused_classes or any(term.needs_labels for term in self.terms)
@@ -325,11 +327,17 @@ class ReplayLearner:
         again = next((q for q in self._queue if q.holds(x, y)), None) if self._queue else None
         if again is not None:
             inputs, targets, labels, draws = again.ready
+            self._repeats = True
         else:
             inputs, targets, labels = self._ready(x, y, (self.transform, self.target_transform, self.batch_transform), "", device)
-            arrays = _array(x.detach().clone()), _array(y.detach().clone())
+            arrays = _copied(x), _copied(y)
             draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
+            ready = inputs, targets, labels, draws
         self._statistics.remember(self.module, self._users)
+        if self._repeats is not False:  # the model may work in place, and is to see the same again
+            inputs = inputs.clone()
+            for _, replay in draws:
+                replay.shared = True
         try:
             total, stored, moved, seen = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
@@ -346,7 +354,7 @@ class ReplayLearner:
             for _, replay in draws:
                 replay.forget()
         if again is None:
-            batch, ready = (x, y, _version(x), _version(y)), (inputs, targets, labels, draws)
+            batch = x, y, _version(x), _version(y)
             self._queue.append(_Queued(*arrays, stored, moved, seen, like, self._store, batch, ready, self._experience))
         return total
 
@@ -543,7 +551,7 @@ class ReplayLearner:
             return outputs[:0].sum()  # a mean over nothing is NaN; this is 0, and has a gradient
         if self.mask is not None:
             outputs = outputs.masked_fill(~self.mask, -math.inf)
-        if self.loss_fn is not torch.nn.functional.cross_entropy:  # which changes nothing
+        if getattr(self.loss_fn, "__module__", None) not in _PURE:
             outputs, targets = outputs.clone(), targets.clone()
         return self.loss_fn(outputs, targets)
 
@@ -629,6 +637,7 @@ class ReplayLearner:
                 self._queue = _left(queue, self.buffer.seen - before)  # the step is made: the same batch again is another one
                 raise
             self._seen = queue[-1].seen
+            self._repeats = bool(self._repeats)
         if stepped:
             self.steps += 1
             for term in self._followers:
@@ -839,3 +848,11 @@ def _array(tensor: torch.Tensor) -> Any:
         return tensor.numpy()
     except (RuntimeError, TypeError):
         return tensor
+
+
+def _copied(tensor: torch.Tensor) -> Any:
+    """Likewise, a copy. One that requires gradients stays a tensor, so that the batch goes to the model as it is, and gets them."""
+    try:
+        return tensor.numpy().copy()
+    except (RuntimeError, TypeError):
+        return tensor.detach().clone()

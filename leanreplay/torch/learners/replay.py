@@ -87,9 +87,7 @@ class Replay:
         """The stream's batch and the draw, one after the other."""
         if self._whole is None:
             return torch.cat([inputs, self.x]), torch.cat([targets, self.y])
-        if self.shared:
-            self._x = self.x.clone()
-        return self._whole
+        return self._whole[0].clone() if self.shared else self._whole[0], self._whole[1]
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device: a copy."""
