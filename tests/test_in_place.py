@@ -116,7 +116,6 @@ def test_learners(method, where):
     assert [a.tobytes() for a in found[0]] == [b.tobytes() for b in found[1]]
 
 
-
 @pytest.mark.parametrize("method", METHODS)
 def test_closures(method):
     """A batch whose loss is asked for several times counts once, and is the same each time."""
