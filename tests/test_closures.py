@@ -139,6 +139,31 @@ def test_step_with_a_closure(optimizer):
     assert whole.buffer.seen == 24 and whole.steps == 4
 
 
+@pytest.mark.parametrize("asks", ["calls", "says so", "requires"])
+def test_other_ways_to_ask_for_a_closure(asks):
+    """Optimizers of others call it without a look, or raise what they like; x may hold NaN, which equals nothing."""
+
+    def needs(closure):
+        closure()
+
+    class Asks(torch.optim.SGD):
+        def step(self, *closure):
+            if asks == "calls":
+                (*closure, None)[0]()
+            elif asks == "says so" and not closure:
+                raise ValueError("this optimizer needs a closure")
+            else:
+                needs(*closure)
+            return super().step()
+
+    learner = make("er", lambda parameters: Asks(parameters, lr=0.1))
+    learner.model.register_forward_pre_hook(lambda _, inputs: (inputs[0].nan_to_num(),))
+    for x, y in batches(3, 6):
+        x[0, 0] = float("nan")
+        learner.step(x, y)
+    assert learner.buffer.seen == 18 and learner.steps == 3
+
+
 def test_an_error_of_the_optimizer_comes_through():
     learner = make()
 

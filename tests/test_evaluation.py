@@ -231,6 +231,8 @@ def test_targets_that_do_not_count():
         ((torch.nn.Linear(2, 2), [(X, Y)]), {"threshold": 0}, "one output a sample needs"),
         ((torch.nn.Linear(2, 3), [(X, torch.zeros(3, 3).bool())]), {"threshold": 0}, "n integers as targets"),
         ((torch.nn.Linear(2, 2), [(X, Y + 0j)]), {}, "n integers as targets, .*complex"),
+        ((torch.nn.Identity(), [(X + 0j, Y)]), {}, "n integers as targets, got outputs of shape"),
+        ((torch.nn.Identity(), [(X[:, :1] + 0j, Y)]), {"threshold": 0}, "n integers as targets, got outputs of shape"),
         ((torch.nn.Linear(2, 2), [(X, Y + 2)]), {}, "a target is 2, but the model has classes 0 to 1.* ignore_index="),
         ((torch.nn.Linear(2, 2), [(X, Y - 1)]), {}, "a target is -1"),
         ((torch.nn.Linear(2, 2), [(X, Y - 100)]), {"ignore_index": None}, "a target is -100"),

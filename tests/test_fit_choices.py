@@ -14,6 +14,13 @@ from leanreplay import open as open_buffer
 from leanreplay.torch import BufferDataset, CLSLearner, DERLearner, ERLearner, fit
 
 
+class Hidden(Dataset):
+    """Ten samples, of something that it does not show as one of its own."""
+
+    def __len__(self):
+        return 10
+
+
 def data(n=40, seed=0):
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
     return x, torch.arange(n) % 3
@@ -79,6 +86,9 @@ def test_data_of_the_own_buffer(kind, tmp_path):
     others = TensorDataset(*data())
     several = [mine, Subset(mine, [3, 1]), ConcatDataset([others, mine]), Wrapped(mine), Wrapped(Subset(ConcatDataset([mine]), range(20)))]
     several += [BufferDataset(open_buffer(tmp_path / "b.h5")), buffer, buffer.groups[1]]
+    for hides in (lambda d: {"old": d}, lambda d: {d}, lambda d: d.__getitem__):
+        several.append(Hidden())
+        several[-1].inner = hides(mine)
     for dataset in several:
         for store in ("first epoch", "every epoch"):
             with pytest.raises(ArgumentError, match=r"rows of the learner's own buffer.* give store=False"):

@@ -212,6 +212,10 @@ def test_false_means_none(kind):
     for _ in range(3):
         learner.step(BRIGHT, Y)
     assert {m for _, m in passes} <= {0.0, 1.0} and max(m for _, m in passes) == 1
+    for name in ("buffer_transform", "buffer_target_transform", "buffer_batch_transform"):
+        for value in (0, [], True):
+            with pytest.raises(ArgumentError, match=f"{name} must be a function"):
+                make(kind, **{name: value})
 
 
 @ALL

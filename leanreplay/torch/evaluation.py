@@ -222,10 +222,11 @@ def _answers(name: str, outputs: torch.Tensor, targets: torch.Tensor, threshold:
     """The model's answer for each target, and how many there could be. NaN answers nothing (-1): it would be class 0 otherwise."""
     shape, kinds = outputs.shape[:1] + outputs.shape[2:], f"outputs of shape {tuple(outputs.shape)} and {targets.dtype} targets of shape"
     single = outputs.ndim == 1 or outputs.shape[1] == 1
-    if threshold is not None and single and not targets.is_complex() and targets.shape in (shape, outputs.shape):
+    if threshold is not None and single and not (targets.is_complex() or outputs.is_complex()) and targets.shape in (shape, outputs.shape):
         value = outputs.reshape(shape)
         return (value > threshold).long().masked_fill(value.isnan(), -1), 2
-    if single or threshold is not None or targets.shape != shape or targets.is_floating_point() or targets.is_complex():
+    numbers = not targets.is_floating_point() and not targets.is_complex() and not outputs.is_complex()
+    if single or threshold is not None or targets.shape != shape or not numbers:
         raise ArgumentError(
             f"{name}: expected outputs (n, classes) and n integers as targets, got {kinds} {tuple(targets.shape)}; one output a sample "
             "needs threshold=0.0 if it is a logit, 0.5 if it is a probability, and several need none"

@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -365,10 +366,13 @@ def _holds_rows(dataset: Any, buffer: DataBuffer) -> bool:
         if isinstance(found, DataBuffer):
             if found is buffer or found._uuid == buffer._uuid:
                 return True
-        elif isinstance(found, (list, tuple)):
-            several += found if len(found) < 1000 else ()
-        elif not isinstance(found, (torch.Tensor, np.ndarray, str, bytes, Mapping)):
-            several += [v for v in vars(found).values() if hasattr(v, "__getitem__")] if hasattr(found, "__dict__") else []
+        elif isinstance(found, (list, tuple, set, dict)):
+            several += (found.values() if isinstance(found, dict) else found) if len(found) < 1000 else ()
+        elif isinstance(found, MethodType):
+            several.append(found.__self__)
+        elif not isinstance(found, (torch.Tensor, np.ndarray, str, bytes)):
+            values = getattr(found, "__dict__", {}).values()
+            several += [v for v in values if hasattr(v, "__getitem__") or isinstance(v, (set, MethodType))]
     return False
 
 

@@ -75,7 +75,7 @@ class _Queued:
             return False
         if not _same_memory(x, self.batch[0]) or not _same_memory(y, self.batch[1]):
             return False
-        return torch.equal(torch.as_tensor(self.x), x) and torch.equal(torch.as_tensor(self.y), y)  # NumPy counts no writes
+        return _equal(self.x, x) and _equal(self.y, y)  # NumPy counts no writes
 
 
 class ReplayLearner:
@@ -179,9 +179,9 @@ class ReplayLearner:
         self.transform = checked("transform", transform)
         self.target_transform = checked("target_transform", target_transform)
         self.batch_transform = checked("batch_transform", batch_transform)
-        self.buffer_transform = buffer_transform and checked("buffer_transform", buffer_transform)
-        self.buffer_target_transform = buffer_target_transform and checked("buffer_target_transform", buffer_target_transform)
-        self.buffer_batch_transform = buffer_batch_transform and checked("buffer_batch_transform", buffer_batch_transform)
+        self.buffer_transform = buffer_transform is not False and checked("buffer_transform", buffer_transform)
+        self.buffer_target_transform = buffer_target_transform is not False and checked("buffer_target_transform", buffer_target_transform)
+        self.buffer_batch_transform = buffer_batch_transform is not False and checked("buffer_batch_transform", buffer_batch_transform)
         if not callable(loss_fn):
             raise ArgumentError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r:.200}")
         self.model, self.optimizer, self.buffer, self.loss_fn = model, optimizer, buffer, loss_fn
@@ -509,7 +509,9 @@ class ReplayLearner:
         mean_of = (both.outputs, all_y) if joined is None or one_mean else (both.outputs.narrow(0, 0, n), targets)
         try:
             total = self._weigh(*mean_of, draws, n)
-        except LossError:
+        except LossError as error:
+            if self.ignore_index is None and not targets.is_floating_point():
+                raise LossError(f"{error}; if none of its labels counts, say which do not: ignore_index=...") from None
             if self.ignore_index is None:
                 raise
             self._ignored = self.ignore_index
@@ -655,8 +657,8 @@ class ReplayLearner:
             made = Step(self._total, self.losses, self._outputs)
             try:
                 self.optimizer.step()
-            except (AssertionError, RuntimeError, TypeError) as error:
-                if "closure" not in str(error):
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                if "closure" not in str(error) and "'NoneType' object is not callable" not in str(error):
                     raise
                 closure: Any = partial(self._evaluate, x, y)
                 self.optimizer.step(closure)  # it asks for one before it has changed anything
@@ -829,6 +831,12 @@ def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
 def _version(tensor: torch.Tensor) -> int:
     """How often it was written to in place; one made in inference mode does not count that."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _equal(held: Any, tensor: torch.Tensor) -> bool:
+    """Whether values are the same; NaN is the same as NaN."""
+    held = torch.as_tensor(held)
+    return torch.equal(held, tensor) or bool(((held == tensor) | (held.isnan() & tensor.isnan())).all())
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
