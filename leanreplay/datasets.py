@@ -24,7 +24,7 @@ class Columns:
     """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone. They may lie in files (of h5py, zarr)."""
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
-        self.tensors = tensors
+        self.tensors = tensors = tuple(v.to_numpy() if hasattr(v, "to_numpy") else v for v in tensors)  # of tables, [i] means a label
         shapes = [leaf_type(v, f"data/{i}")[1] if is_tensor(v) else tuple(v.shape) for i, v in enumerate(tensors)]
         lengths = [shape[0] for shape in shapes]
         if len(set(lengths)) > 1:
@@ -44,13 +44,16 @@ class Columns:
 
 def as_dataset(dataset: Any) -> Any:
     """What `update` takes, as a dataset with len() and [i]. Raises ArgumentError for anything else."""
-    if type(dataset) is tuple and len(dataset) > 1 and all(map(_is_column, dataset)):
+    if isinstance(dataset, tuple) and len(dataset) > 1 and all(map(_is_column, dataset)):
         return Columns(dataset)
     torch = sys.modules.get("torch.utils.data")
-    own = getattr(type(dataset), "__getitem__", None)
+    own, within = getattr(type(dataset), "__getitem__", None), [dataset]
+    if torch is not None:
+        for each in within:
+            within += [each.dataset] if type(each) is torch.Subset else each.datasets if type(each) is torch.ConcatDataset else []
     if isinstance(dataset, Mapping):
         hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one; of samples under keys: update(list(d.values()))"
-    elif getattr(type(dataset), "_with_metadata", False):
+    elif any(getattr(type(each), "_with_metadata", False) for each in within):
         hint = "its items are (sample, metadata); leanreplay.torch.BufferDataset(buffer) has samples alone, as has [s for s, _ in buffer]"
     elif any(all(hasattr(type(dataset), n) for n in names) for names in _TABLES):  # its [i] means a label, or a column
         hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"
@@ -64,7 +67,7 @@ def as_dataset(dataset: Any) -> Any:
 
 
 def _is_column(value: Any) -> bool:
-    return getattr(value, "ndim", 0) > 0 and all(hasattr(value, n) for n in ("dtype", "__getitem__")) and not hasattr(value, "to_numpy")
+    return hasattr(value, "to_numpy") or (getattr(value, "ndim", 0) > 0 and all(hasattr(value, n) for n in ("dtype", "__getitem__")))
 
 
 class Items:

@@ -393,7 +393,7 @@ def batch_leaf(leaf: Any, path: str) -> Any:
     if not leaf_type(found, path)[1]:
         raise SchemaError(
             f"{path}: a batch needs a leading dimension, got a single {type(leaf).__name__}; "
-            "give a list of numbers as np.array(values), and a list of samples to update()"
+            "make one value for all np.full(n, value), of a list of them np.stack(values), and give a list of samples to update()"
         )
     return found
 

@@ -16,7 +16,9 @@ import leanreplay as lr
 
 torch = pytest.importorskip("torch")
 
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset  # noqa: E402
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset  # noqa: E402
+
+from leanreplay.torch import BufferDataset  # noqa: E402
 
 # -- constructors ---------------------------------------------------------------------------------------------------------
 
@@ -338,6 +340,24 @@ def test_pairs_of_arrays_in_files(tmp_path):
                     assert np.array_equal(a, b)
     for column in (torch.eye(N).to_sparse(), torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]), np.ma.masked_array(Y, Y == 0)):
         assert "data/1" in refused(lambda b, column=column: b.update((X, column)))
+
+
+def test_pairs_of_tables_and_named_pairs():
+    """Columns of pandas or xarray are arrays; a named tuple is a tuple."""
+    pair = namedtuple("Pair", "x y")
+    for dataset in (pair(X, Y), (Frame(X), Frame(Y)), (X, Frame(Y)), pair(Frame(X), torch.tensor(Y))):
+        (x, y), schema = updated(dataset)
+        assert np.array_equal(x, X) and np.array_equal(y, Y) and "data/0: f4[4], data/1: i8[]" in schema
+    assert len(updated(pair(Y, Y))[0][0]) == N
+
+
+def test_subsets_of_buffers():
+    """Their items have metadata too, which would become samples."""
+    buffer = held(lr.ReservoirBuffer(5))
+    for dataset in (Subset(buffer, [0, 1]), Subset(Subset(buffer, [0, 1]), [0]), ConcatDataset([[(X[0], 0)], buffer])):
+        assert "BufferDataset(buffer)" in refused(lambda b, dataset=dataset: b.update(dataset), lr.ArgumentError)
+    (x, _), _ = updated(Subset(BufferDataset(buffer), [0, 1]))
+    assert len(x) == 2
 
 
 def test_tuples_of_arrays_that_are_not_clear():

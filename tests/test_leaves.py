@@ -207,6 +207,15 @@ def test_hints_work_in_batches(kind):
         assert len(buffer) == 6 and buffer.check() == []
 
 
+def test_one_value_for_all():
+    with lr.SlidingWindowBuffer(30) as buffer:
+        for batch, metadata in (((X, 1), None), ((X, Y), {"task": 1}), ((X, np.float32(1)), None), ((X, [torch.tensor(1)] * N), None)):
+            with pytest.raises(lr.SchemaError, match=r"np\.full\(n, value\).*np\.stack\(values\)"):
+                buffer.add(batch, metadata=metadata)
+        buffer.add((X, np.stack([torch.tensor(1)] * N)), metadata={"task": np.full(N, 1)})
+        assert buffer.get_metadata("task").tolist() == [1] * N
+
+
 def test_text_of_another_length_fits():
     """The hint names a width: of one that NumPy chooses the next batch would be refused."""
     with lr.SlidingWindowBuffer(9) as buffer:
