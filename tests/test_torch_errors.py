@@ -72,6 +72,32 @@ def test_segmentation_labels_out_of_range(method, own):
         ignoring.step(x, torch.where(y == 255, 255, y + 1))
 
 
+OWN = {
+    "margins": torch.nn.functional.multi_margin_loss,
+    "one_hot": lambda outputs, y: torch.nn.functional.mse_loss(outputs, torch.nn.functional.one_hot(y, 3).double()),
+    "gather": lambda outputs, y: -outputs.log_softmax(1).gather(1, y[:, None]).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", OWN)
+def test_labels_out_of_range_in_other_losses(loss):
+    """Which torch says in many ways."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    learner = ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=OWN[loss])
+    learner.step(x, y)
+    with pytest.raises(ArgumentError, match="a label of the batch is 7, but the model has 3 outputs"):
+        learner.step(x, y.where(y != 0, 7))
+
+
+def test_nested_tensors():
+    """Samples of several shapes make no batch."""
+    model = dense()
+    for options in ({}, {"layout": torch.jagged}):
+        nested = torch.nested.nested_tensor([torch.rand(4), torch.rand(3)], **options)
+        with pytest.raises(ArgumentError, match="samples of one shape, got a nested tensor; pad it"):
+            ERLearner(model, sgd(model), ReservoirBuffer(9)).step(nested, torch.arange(2))
+
+
 def test_labels_of_replayed_images():
     """It is said that they come from the buffer."""
     learner = segmentation("er", store=False)
@@ -130,6 +156,8 @@ def loops():
     model, pairs = dense(), [Ends(99)[i] for i in range(12)]
     learner = ERLearner(model, sgd(model), ReservoirBuffer(20))
     interleaved = InterleavedSamplerConfig(batch_size=4, max_epochs=1)
+    endless = dense()
+    endless.register_forward_hook(lambda module, inputs, outputs: ends(outputs))
 
     def through(dataset, collator=None):
         return InterleavedSampler(ShuffleSampler(dataset, seed=0), interleaved, train_collator=collator).get_data_loader(num_workers=0)
@@ -140,6 +168,8 @@ def loops():
         "ReplayLoader": lambda: list(ReplayLoader(bad, 4, batches=2)),
         "MixedLoader": lambda: list(MixedLoader([batches(1, 6)[0]], bad, 4)),
         "MixedLoader, batch": lambda: list(MixedLoader([batches(1, 6)[0]], full, 4, batch_transform=ends)),
+        "model": lambda: list(map(ERLearner(endless, sgd(endless), ReservoirBuffer(9)).step, *zip(*batches(3, 6), strict=True))),
+        "loss_fn": lambda: ERLearner(model, sgd(model), ReservoirBuffer(9), loss_fn=lambda outputs, y: ends(y)).step(*batches(1, 6)[0]),
         "fit": lambda: fit(learner, Ends(), progress=False),
         "fit, collate": lambda: fit(learner, pairs, progress=False, train_collate_fn=ends),
         "fit, validation": lambda: fit(learner, pairs, val_dataset=Ends(), progress=False),

@@ -27,6 +27,7 @@ from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
 _NONE = (None, None, None)
+_OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")  # what torch says of labels that are no class
 _PURE = ("torch.nn.functional", "torch.nn.modules.loss")  # whose losses change nothing that they get
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
 Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
@@ -50,7 +51,7 @@ class Step:
         return _first(*self._outputs)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Queued:
     """A batch whose loss was computed: what `after_step` will write. x, y: arrays, or tensors where there are none of that kind.
     All of it are copies: models, transforms and losses may work in place, and loops fill one batch again and again.
@@ -71,7 +72,7 @@ class _Queued:
 
     def holds(self, x: torch.Tensor, y: torch.Tensor) -> bool:
         """Whether this is that batch: the same memory, not written to since."""
-        if not self.ready or _version(x) != self.batch[2] or _version(y) != self.batch[3]:
+        if not self.ready or _versions(x, y) != self.batch[2]:
             return False
         if not _same_memory(x, self.batch[0]) or not _same_memory(y, self.batch[1]):
             return False
@@ -310,6 +311,10 @@ class ReplayLearner:
         """
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
+        if x.is_nested or y.is_nested:
+            raise ArgumentError(
+                "a batch is two tensors of samples of one shape, got a nested tensor; pad it: torch.nested.to_padded_tensor(x, 0)"
+            )
         shapes = x.shape, y.shape
         if not shapes[0] or not shapes[1] or shapes[0][0] != shapes[1][0]:
             raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
@@ -342,9 +347,13 @@ class ReplayLearner:
             total, stored, moved, seen = self._compute(x, y, inputs, targets, labels, draws)
         except BaseException as error:
             self._statistics.put_back()
+            if isinstance(error, StopIteration):  # which would end somebody's loop in silence
+                raise ArgumentError(
+                    "model, loss_fn or a term raised StopIteration: an iterator that it reads from has come to its end"
+                ) from error
             if isinstance(error, (IndexError, RuntimeError)):
                 checks.explain(error, self.module, inputs, targets, self.outputs if self._cross_entropy else None)
-                if self._labels and inputs.is_cpu:
+                if inputs.is_cpu and (self._labels or any(phrase in str(error) for phrase in _OUT_OF_RANGE)):
                     self._check_labels(targets, draws)
                 if str(error).startswith("Target "):  # of another loss_fn that is made of torch's
                     raise ArgumentError(f"loss_fn: {error}: a label is no class of the outputs {tuple(self.outputs.shape)}") from error
@@ -354,7 +363,7 @@ class ReplayLearner:
             for _, replay in draws:
                 replay.forget()
         if again is None:
-            batch = x, y, _version(x), _version(y)
+            batch = x, y, _versions(x, y)
             self._queue.append(_Queued(*arrays, stored, moved, seen, like, self._store, batch, ready, self._experience))
         return total
 
@@ -809,11 +818,10 @@ def write(buffer: DataBuffer, queue: Sequence[_Queued]) -> None:
         x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in ([q.x for q in queue], [q.y for q in queue]))
         stored = {name: torch.cat([q.stored[name] for q in queue]) for name in queue[0].stored}
     metadata = {name: _array(value) for name, value in stored.items()} or None
-    if isinstance(buffer, ExperienceBalancedBuffer):
-        experience = np.repeat([int(q.experience or 0) for q in queue], [q.x.shape[0] for q in queue])
-        buffer.add((x, y), metadata=metadata, experience=experience, moved=moved)
-    else:
-        buffer.add((x, y), metadata=metadata, moved=moved)
+    options: dict[str, Any] = {}
+    if queue[0].experience is not None:
+        options["experience"] = np.repeat([int(q.experience or 0) for q in queue], [q.x.shape[0] for q in queue])
+    buffer.add((x, y), metadata=metadata, moved=moved, **options)
 
 
 def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
@@ -828,9 +836,12 @@ def _left(queue: list[_Queued], arrived: int) -> list[_Queued]:
     return left
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """How often it was written to in place; one made in inference mode does not count that."""
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(x: torch.Tensor, y: torch.Tensor) -> tuple[int, int]:
+    """How often each was written to in place; one made in inference mode does not count that."""
+    try:
+        return x._version, y._version
+    except RuntimeError:
+        return 0, 0
 
 
 def _equal(held: Any, tensor: torch.Tensor) -> bool:
