@@ -7,6 +7,7 @@ import os
 import pickle
 from collections import namedtuple
 from collections.abc import MutableMapping
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -109,6 +110,12 @@ def test_a_class_of_ones_own_takes_what_it_says(tmp_path):
         assert (buffer.a, buffer.own, buffer.seed) == ((1, 2, 3), 4, 7)
 
 
+def test_a_constructor_that_is_replaced():
+    with mock.patch.object(lr.ReservoirBuffer, "__init__", return_value=None) as made:
+        lr.ReservoirBuffer(1, 2, 3, own=4)
+    made.assert_called_once_with(1, 2, 3, own=4)
+
+
 def wrapped(function):
     """What `functools.wraps` gives names the module of what it wraps as its own."""
 
@@ -170,7 +177,7 @@ def test_lists_of_samples_in_place_of_a_batch():
         assert one[1] == two[1] and np.array_equal(one[0], two[0])
         assert len(added(tuple(batch))[0]) == len(batch)
     pairs = [(x, np.eye(4, dtype=np.float32)[i % 4]) for i, x in enumerate(X)]
-    for listed in (pairs, pairs[:3], [{"x": x, "y": x} for x in X], list(X[:3])):
+    for listed in (pairs, pairs[:3], [(np.eye(4), x) for x in X[:3]], [{"x": x, "y": x} for x in X], list(X[:3])):
         message = refused(lambda b, listed=listed: b.add(listed))
         assert "call update(batch)" in message and ("np.stack" in message) == (type(listed[0]) is np.ndarray)
     assert np.array_equal(updated(pairs)[0][0], X)
@@ -196,6 +203,7 @@ def test_samples_that_are_lists():
         triplet, _ = added(next(iter(DataLoader(TensorDataset(*tensors), batch_size=size))))
         assert len(triplet) == 3 and np.array_equal(triplet[2], column)
         assert len(added([column, column])[0]) == 2
+    assert len(added([np.zeros((8, 10, 3), np.uint8)] * 2)[0]) == 2
     assert len(added([[X, X, X], Y])[0][0]) == 3
     boxes, schema = updated([([1, 2, 3, 4], 0)] * 5)
     assert schema.count("i8[]") == 5 and boxes[0][2].tolist() == [3] * 5
@@ -257,7 +265,7 @@ def test_samples_of_many_fields():
     for many in ([X] * 24, tuple([X] * 24)):
         assert len(added((X, many))[0][1]) == 24
         assert len(updated([(X[0], [v[0] for v in many])] * 3)[0][1]) == 24
-    ragged, schema = updated([([1] * 10, [2] * 10, 3)] * 3)
+    ragged, schema = updated([[[1] * 10, [2] * 10, 3]] * 3)
     assert schema.count("i8[]") == 21 and ragged[1][9].tolist() == [2] * 3
 
 
@@ -480,6 +488,8 @@ class NoLength:
         ({0: X}, "add(batch)"),
         ({"a": (X[0], 0)}, "update(list(d.values()))"),
         (Frame(X), "update(df.to_numpy())"),
+        (type("Series", (list,), {"iloc": None})(Y), "update(df.to_numpy())"),  # of pandas
+        (type("Table", (list,), {"to_pydict": None})([X, Y]), "update(df.to_numpy())"),  # of pyarrow
         (held(lr.ReservoirBuffer(5)), "BufferDataset(buffer)"),
         (held(lr.ClassBalancedBuffer(5)).groups[1], "BufferDataset(buffer)"),
         (((x, 0) for x in X), "update(list(samples))"),
