@@ -1735,6 +1735,8 @@ def _saved_states(folder: str, strict: bool = False) -> list[dict[str, Any]]:
         states = [state, *state.pop("older", [])]
         for one in states:
             _counts(one)
+            if not isinstance(one.get("parts", ""), str):
+                raise ValueError(f"parts {one['parts']!r:.100}")
         return states
     except FileNotFoundError:
         if strict:

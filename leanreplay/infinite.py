@@ -459,6 +459,8 @@ class InfiniteBuffer(DataBuffer):
 
     def _open(self, schema: Schema | None) -> None:
         where, mode = self._where, self._mode
+        if where is not None and system.exists(where) and not os.path.isdir(where):
+            raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
         if where is not None and mode != "r":
             with system.storage_errors(f"opening {self.path} for writing"):
                 if mode != "r+":
@@ -466,8 +468,6 @@ class InfiniteBuffer(DataBuffer):
                 if os.path.isdir(where) and self._locking:
                     self._lock_fd = system.lock(os.path.join(where, "parts"), system.status(part_path(where, 0)))
                     self._remove_leftovers(where)
-        if where is not None and os.path.lexists(where) and not os.path.isdir(where):
-            raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
         parts = where is not None and os.path.isdir(where) and (is_loading(where) or parts_there(where) > 0)
         if mode == "x" and parts:
             raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")

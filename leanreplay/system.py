@@ -14,7 +14,6 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import stat
 import struct
 import sys
@@ -72,6 +71,7 @@ def storage_errors(what: str) -> Iterator[None]:
             errno.EPERM: "check the permissions, or open with mode='r'",
             errno.ENOMEM: "use a smaller max_size, or give a path: files may be larger than memory",
             errno.ENOENT: "create the folder first",
+            errno.EEXIST: "move away what stands there",
         }.get(error.errno or 0, "see the system's message")
         raise StorageError(error.errno, f"{what}: {os.strerror(error.errno or 0)}; {hint}") from error
 
@@ -362,10 +362,15 @@ def remove_temporaries(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder and all in it, as far as that can be. Anything else under its name stays: rmtree would wait for a pipe."""
+    """Remove a folder of parts, as far as that can be. What is not ours stays in it, and anything else under its name."""
     found = status(path)
-    if found is not None and stat.S_ISDIR(found.st_mode):
-        shutil.rmtree(path, ignore_errors=True)
+    if found is None or not stat.S_ISDIR(found.st_mode):
+        return
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path):
+            if re.fullmatch(r"\.?parts?(-\d{6,}\.h5)?(\..+)?|count", entry.name) and entry.is_file(follow_symlinks=False):
+                discard(entry.path)
+        os.rmdir(path)
 
 
 def discard(temp: str) -> None:

@@ -461,6 +461,8 @@ def test_load_looks_at_the_table_too(tmp_path):
         "", "5", "[]", "{}", '{"format": 2, "draws": {}}', '{"format": 1, "draws": []}', '{"format": 1, "draws": {"sample": Infinity}}',
         '{"format": 1, "draws": {"sample": NaN}}', '{"format": 1, "draws": {"sample": "5"}}', '{"format": 1, "draws": {"sample": -1}}',
         '{"format": 1, "draws": {"sample": 1e400}}', '{"format": 1, "draws": {"sample": true}}', "[" * 5000, '{"draws": {}}', "9" * 5000,
+        '{"format": 1, "draws": {"sample": 1}, "parts": ["a"]}', '{"format": 1, "draws": {"sample": 1}, "parts": {}}',
+        '{"format": 1, "draws": {"sample": 1}, "older": [{"draws": {"sample": 1}, "parts": null}]}',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cls", ["reservoir", "folder"])
@@ -473,6 +475,8 @@ def test_state_of_a_copy(tmp_path, cls, text):
         with pytest.raises(lr.FormatError, match=r"state\.json"):
             buffer.load(tmp_path / "copy")
         assert buffer.seen == 30 and buffer.check() == []
+        buffer.save(tmp_path / "copy")
+        buffer.load(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("free", [0, 1, 2**21, 2**22 - 5])

@@ -139,10 +139,43 @@ def test_opening_clears_up(tmp_path: Any) -> None:
         buffer.add(batch(0, 20))
     (folder / ".loading.tmp").mkdir()
     (folder / ".loading.tmp" / "part-000000.h5").touch()
+    (folder / ".loading.tmp" / ".part-000001.h5.77-0123abcd.tmp").touch()
+    (folder / ".loading.tmp" / "count").touch()
     (folder / ".part-000002.h5.77-0123abcd.tmp").touch()
     os.link(folder / "part-000001.h5", folder / ".part-000001.h5.77-0123abcd.tmp")  # killed between two names of a new part
     leanreplay.open(folder, mode="r+").close()
     assert names(str(folder)) == ["part-000000.h5", "part-000001.h5"]
+
+
+def test_a_folder_of_ours_with_strange_things_in_it(tmp_path: Any) -> None:
+    """Only what is ours is removed from it; where the folder is needed, the error says what is in the way."""
+    path, copy = tmp_path / "b", tmp_path / "copy"
+    with make("infinite", str(path)) as buffer:
+        buffer.add(batch(0, 20))
+        buffer.save(copy)
+        older = next(copy.glob("parts-*"))
+        strange = [path / ".loading.tmp" / "notes", older / "notes", path / ".loading.tmp" / "part-000009.h5"]
+        strange[0].parent.mkdir()
+        for one in strange[:2]:
+            one.write_text("precious")
+        strange[2].symlink_to(strange[1])
+        with pytest.raises(leanreplay.StorageError, match="move away what stands there"):
+            buffer.load(copy)
+        buffer.save(copy)
+        assert [one.read_text() for one in strange] == ["precious"] * 3
+        assert os.listdir(older) == ["notes"]
+        assert buffer.seen == 20 and buffer.check() == []
+    leanreplay.open(path, mode="r+").close()
+    assert strange[0].exists()
+
+
+@pytest.mark.parametrize("mode", ["x", "a", "w", "r+", "r"])
+def test_a_folder_over_a_file(mode: str, tmp_path: Any) -> None:
+    path = tmp_path / "b"
+    path.write_text("precious")
+    with pytest.raises(leanreplay.FormatError, match="is a file; an InfiniteBuffer is a folder"):
+        leanreplay.InfiniteBuffer(path, mode=mode)
+    assert path.read_text() == "precious" and os.listdir(tmp_path) == ["b"]
 
 
 def test_a_damaged_state_keeps_its_parts(tmp_path: Any) -> None:
