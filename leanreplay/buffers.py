@@ -1451,7 +1451,7 @@ def _file_name(path: Any, mode: str) -> str:
     """A path as str. What other libraries have in its place, given by position, is refused with the way out."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise ArgumentError(f"path must be a str or os.PathLike, got {path!r:.200}; give anything else by name: seed=0, adaptive_size=True")
-    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path) and (mode == "x" or not os.path.lexists(path)):
+    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path) and not os.path.lexists(path):
         raise ArgumentError(
             f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', transform=None), "
             f"or write './{path}' for such a file"

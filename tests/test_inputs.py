@@ -350,6 +350,24 @@ def test_pairs_of_arrays_in_files(tmp_path):
         assert "data/1" in refused(lambda b, column=column: b.update((X, column)))
 
 
+class Lazy:
+    """A column in a file of some kind: rows are read one by one, and no one takes all of it."""
+
+    shape, dtype, ndim = X.shape, X.dtype, 2
+
+    def __getitem__(self, i):
+        assert isinstance(i, int)
+        return X[i]
+
+    def __array__(self, dtype=None, copy=None):
+        raise AssertionError("the whole column was read")
+
+
+def test_columns_in_files_are_read_by_row():
+    (x, y), _ = updated((Lazy(), Y))
+    assert np.array_equal(x, X) and np.array_equal(y, Y)
+
+
 def test_pairs_of_tables_and_named_pairs():
     """Columns of pandas or xarray are arrays; a named tuple is a tuple."""
     pair = namedtuple("Pair", "x y")
