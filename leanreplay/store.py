@@ -1347,12 +1347,13 @@ class Store:
         """Everything wrong with this file; an empty list if nothing is. Reads all of it, in pieces.
 
         A reader beside a writer finds what is wrong with a row in a moment in which no commit changes that row; what concerns the rows
-        together, in a moment without any commit. Where there is none within a second, it leaves that to the writer.
+        together, in a moment without any commit. Where there is none within a second, it leaves that to the writer. It waits for a
+        single commit as long as its writer lives.
         """
         self.ready()
         wrong = self._wrong_rows()
         problems = [Problem("bytes do not match their checksums", tuple(wrong))] if wrong else []
-        deadline, first = time.monotonic() + _PATIENCE, None
+        deadline, waiting, first = time.monotonic() + _PATIENCE, system.Patience(self.guarded, _PATIENCE), None
         while True:
             headers, seal, pending = self._known, self._raw_seal(), not self.writable and self.pending()
             found = [] if pending else self._check_index()
@@ -1360,8 +1361,9 @@ class Store:
                 problems += found
                 break
             first = first or (headers, seal)
-            if time.monotonic() > deadline:
-                if pending and first == (headers, seal):
+            same = pending and first == (headers, seal)
+            if time.monotonic() > deadline and (not same or waiting.over()):
+                if same:
                     changed = tuple(self._journal_index()[0].tolist())
                     problems.append(Problem("a commit was cut off: open the file for writing once, to undo it", changed))
                     problems += self._check_index()  # some of which may be due to that

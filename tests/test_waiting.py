@@ -14,6 +14,7 @@ from test_faults import batch, contents, make
 import leanreplay
 from leanreplay import RecoveryError, merge, system
 from leanreplay import store as store_module
+from leanreplay.kernels import rows as kernel
 
 pytest.importorskip("fcntl")
 pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.skipif(not system.LINUX, reason="locks of open files")]
@@ -57,6 +58,44 @@ def test_a_writer_that_is_slow(kind: str, tmp_path: Any, monkeypatch: pytest.Mon
         assert reader.check() == []
     later.join()
     assert result(pid, pipe) == 30
+
+
+@pytest.mark.parametrize("kind", ["reservoir", "balanced"])
+@pytest.mark.parametrize("ends", [signal.SIGCONT, signal.SIGKILL])
+def test_check_within_a_commit(kind: str, ends: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer stands still within a commit: rows are read as they were, and check() waits for its end, or says that none will come."""
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    path = str(tmp_path / "b.h5")
+    with make(kind, path) as buffer:
+        buffer.add(batch(0, 30))
+        before = contents(buffer)
+
+    def work(_: int) -> int:
+        real = kernel.write_field
+
+        def write_field(*arguments: Any) -> None:
+            kernel.write_field = real
+            os.kill(os.getpid(), signal.SIGSTOP)
+            real(*arguments)
+
+        with leanreplay.open(path, mode="r+") as buffer:
+            buffer.state_dict()  # then a commit is no single kernel call
+            kernel.write_field = write_field
+            buffer.add(batch(30, 40))
+            return buffer.seen
+
+    pid, pipe = child(work)
+    assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+    later = threading.Timer(0.3, os.kill, (pid, ends))
+    with leanreplay.open(path) as reader:
+        assert contents(reader) == before
+        later.start()
+        problems = reader.check()
+    later.join()
+    if ends == signal.SIGCONT:
+        assert problems == [] and result(pid, pipe) == 40
+    else:
+        assert "cut off" in str(problems[0]) and outcome(pid, pipe)[0] == signal.SIGKILL
 
 
 @pytest.mark.parametrize("kind", ["reservoir", "infinite"])
