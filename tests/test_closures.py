@@ -187,16 +187,19 @@ def test_what_is_another_batch():
     x.add_(1)
     learner.loss(x[:6], y[:6])
     assert len(learner._queue) == 5
-    learner.after_step()
-    assert learner.buffer.seen == 30
-    learner.loss(x[:6], y[:6])  # after a step it counts again
+    x.copy_(x.clone())  # filled again, with what happens to be the same
+    learner.loss(x[:6], y[:6])
+    assert len(learner._queue) == 6
     learner.after_step()
     assert learner.buffer.seen == 36
+    learner.loss(x[:6], y[:6])  # after a step it counts again
+    learner.after_step()
+    assert learner.buffer.seen == 42
     with torch.inference_mode():
         z = torch.ones(6, 4).double()
     for _ in range(2):
-        learner.step(x[:6], y[:6])
-    assert learner.buffer.seen == 48 and z.is_inference()
+        learner.loss(z, y[:6])
+    assert len(learner._queue) == 1 and z.is_inference()
 
 
 def test_a_closure_over_several_batches():

@@ -22,6 +22,7 @@ from leanreplay.torch import (
     SuperERLearner,
     Term,
     features,
+    fit,
 )
 
 
@@ -151,6 +152,24 @@ def test_gradients_of_the_batch(method, leaf):
         learner.optimizer.step()
         learner.after_step()
     assert np.array_equal(learner.buffer.get([12])[0][0], x[:1].detach())
+
+
+def test_validation_of_fit():
+    """Neither the loss nor a metric changes what the next one sees, nor the data."""
+
+    def loss(outputs, y):
+        return torch.nn.functional.cross_entropy(outputs, y.clamp_(min=1))
+
+    def spoils(outputs, y):
+        outputs.zero_(), y.zero_()
+        return 0.5
+
+    model, (x, y) = InPlace(True), batches(1, 12)[0]
+    learner, before = ERLearner(model, sgd(model), ReservoirBuffer(20), loss_fn=loss), (x.clone(), y.clone())
+    metrics = {"a": spoils, "zeros": lambda outputs, y: (y == 0).double().mean(), "size": lambda outputs, y: outputs.abs().sum()}
+    history = fit(learner, (x, y), val_dataset=(x, y), metrics=metrics, max_epochs=1, progress=False)
+    assert history["val_zeros"] == [(y == 0).double().mean().item()] != [0] and history["val_size"][0] > 0
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
 
 
 def test_one_batch_filled_again_and_again():

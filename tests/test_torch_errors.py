@@ -89,6 +89,18 @@ def test_labels_out_of_range_in_other_losses(loss):
         learner.step(x, y.where(y != 0, 7))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without such a device")
+def test_devices_that_are_not_there():
+    """Refused when they are named, not in the first step."""
+    model, (x, y) = dense(), batches(1, 6)[0]
+    for use in (
+        lambda: ERLearner(model, sgd(model), ReservoirBuffer(9), device="cuda"),
+        lambda: evaluate(model, [(x, y)], device="cuda"),
+    ):
+        with pytest.raises(ArgumentError, match="device: "):
+            use()
+
+
 def test_nested_tensors():
     """Samples of several shapes make no batch."""
     model = dense()

@@ -113,6 +113,17 @@ def checked(name: str, function: Any) -> Any:
     return function
 
 
+def device_named(device: torch.device | str | None) -> torch.device | None:
+    """A device; None for none. Raises ArgumentError for one that is not there."""
+    try:
+        if device is None:
+            return None
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ArgumentError(f"device: {error}") from None
+
+
 def transformed(function: Function, batch: Any, n: int) -> Any:
     """A batch whose x, or all of it if it is no pair, went through a function of batches. n: how many samples."""
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2

@@ -14,7 +14,7 @@ import torch
 
 from ..batches import integer, required
 from ..errors import ArgumentError
-from .data import checked
+from .data import checked, device_named
 from .distributed import unwrapped
 from .reading import Reader
 
@@ -146,10 +146,7 @@ def evaluate(
     integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold)):
         raise ArgumentError(f"threshold must be a number, 0.0 for logits and 0.5 for probabilities, got {threshold!r:.200}")
-    try:
-        device = None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device: {error}") from None
+    device = device_named(device)
     readers = [Reader(f"tasks[{i}]", task, collate_fn, **functions) for i, task in enumerate(tasks)]
     row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]
     rows = [] if previous is None else previous.matrix.tolist()

@@ -531,14 +531,14 @@ def _validate(
         outputs, targets = (torch.cat(column) for column in zip(*parts, strict=True))
         outputs = outputs.float() if outputs.dtype is torch.bfloat16 else outputs
         try:
-            values = {"val_loss": float(loss_fn(outputs, targets))}
+            values = {"val_loss": float(loss_fn(outputs.clone(), targets.clone()))}
         except (IndexError, RuntimeError) as error:
             raise ArgumentError(
                 f"{reader.name}: the learner's loss_fn does not take outputs of shape {tuple(outputs.shape)} and {targets.dtype} "
                 f"targets of shape {tuple(targets.shape)}: {str(error).splitlines()[0]:.200}; map them with test_target_transform"
             ) from error
         for name, function in metrics.items():
-            value = function(outputs, targets)
+            value = function(outputs.clone(), targets.clone())  # it may work in place, as may the loss
             try:
                 values[f"val_{name}"] = float(value)
             except (TypeError, ValueError, RuntimeError):

@@ -19,7 +19,7 @@ from ...parametric import ParametricBuffer
 from ...policies import Policy
 from ...schema import check_leaf
 from ...weighted import WeightedReservoirBuffer
-from ..data import bfloat16_fields, checked, per_batch, per_sample, to_torch
+from ..data import bfloat16_fields, checked, device_named, per_batch, per_sample, to_torch
 from ..distributed import check_reach, unwrapped
 from . import checks
 from .replay import Replay, Statistics, check_layers, forward
@@ -199,10 +199,7 @@ class ReplayLearner:
         self.ignore_index = _ignored_by(loss_fn) if ignore_index is None else required("ignore_index", ignore_index, -(2**63), 2**63 - 1)
         self.max_outputs = None if max_outputs is None else required("max_outputs", max_outputs, 1, 2**30)
         self.seed = required("seed", seed, -(2**127), 2**127 - 1)
-        try:
-            self.device = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ArgumentError(f"device: {error}") from None
+        self.device = device_named(device)
         if not isinstance(terms, Iterable):
             raise ArgumentError(f"terms must be a list of leanreplay.torch.Term, got {terms!r:.200}")
         self.terms = list(terms)
