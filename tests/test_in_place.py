@@ -154,6 +154,23 @@ def test_gradients_of_the_batch(method, leaf):
     assert np.array_equal(learner.buffer.get([12])[0][0], x[:1].detach())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_batch_transforms(method):
+    """They work on copies, of the stream and of draws."""
+    found = []
+    for in_place in (False, True):
+        kind, options = METHODS[method]
+        options = {k: v() if callable(v) else v for k, v in options.items()}
+        model, names = InPlace(False), ("batch_transform", "buffer_batch_transform")
+        learner = kind(model, sgd(model), ReservoirBuffer(20), replay_batch_size=4, **dict.fromkeys(names, half(in_place)), **options)
+        for x, y in batches(3, 6):
+            kept = x.clone()
+            learner.step(x, y)
+            assert torch.equal(x, kept)
+        found.append([p.tolist() for p in model.parameters()] + [learner.buffer.get(np.arange(18))[0][0].tolist()])
+    assert found[0] == found[1]
+
+
 def test_validation_of_fit():
     """Neither the loss nor a metric changes what the next one sees, nor the data."""
 

@@ -76,10 +76,11 @@ def test_before_and_after_a_task():
     make(buffer=learner.buffer, store=False).step(x, y)
 
 
-def test_one_commit_of_two_tasks():
+@pytest.mark.parametrize("tasks", [(0, 1), (None, None), (None, "a"), ("a", None)])
+def test_one_commit_of_two_tasks(tasks):
     """Batches that wait for one `after_step` belong to the task in which their loss was computed."""
     learner = make()
-    for task in range(2):
+    for task in tasks:
         learner.on_task_start(task)
         for x, y in batches(2, 6):
             learner.loss(x, y).backward()

@@ -230,6 +230,10 @@ def test_a_buffer_with_its_own_transform(kind):
     for _ in range(3):
         learner.step(BRIGHT, Y)
     assert {round(m, 6) for _, m in passes} <= {1.0, 0.2}
+    learner, passes = make(kind, ReservoirBuffer(20, transform=scaled), batch_transform=scaled)
+    for _ in range(3):
+        learner.step(BRIGHT, Y)
+    assert set(passes) == {(torch.float32, 1.0)}
     learner, passes = make(kind, ReservoirBuffer(20, transform=scaled))
     learner.step(BRIGHT, Y)
     with pytest.raises(ArgumentError, match="two kinds"):

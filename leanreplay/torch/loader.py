@@ -20,7 +20,7 @@ from ..buffers import DataBuffer
 from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ..kernels import reservoir
 from ..store import refuse_within
-from .data import Function, bfloat16_fields, checked, each_tensor, per_batch, sample, to_torch
+from .data import Function, bfloat16_fields, checked, device_named, each_tensor, per_batch, sample, to_torch
 
 Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
@@ -148,7 +148,7 @@ class ReplayLoader:
             raise ArgumentError(f"ReplayLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
-        self.buffer, self.device, self.pin_memory = buffer, _device(device), bool(pin_memory)
+        self.buffer, self.device, self.pin_memory = buffer, device_named(device), bool(pin_memory)
         self.batch_size = required("batch_size", batch_size, 1, 2**31)
         self.prefetch = required("prefetch", prefetch, 1, 2**31)
         self.batches = integer("batches", batches, 1, 2**62)
@@ -386,13 +386,6 @@ def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
         found()
 
 
-def _device(device: Any) -> torch.device | None:
-    try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ArgumentError(f"device {device!r:.200} is none of torch's: {error}") from None
-
-
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     """On the CPU, in memory of its own."""
     return tensor.to("cpu", copy=True)
@@ -431,7 +424,7 @@ class MixedLoader:
     ) -> None:
         if not isinstance(buffer, DataBuffer):
             raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
-        self.stream_loader, self.buffer, self.device = stream_loader, buffer, _device(device)
+        self.stream_loader, self.buffer, self.device = stream_loader, buffer, device_named(device)
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
         self.batch_transform = checked("batch_transform", batch_transform)
 
