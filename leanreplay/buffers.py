@@ -183,6 +183,7 @@ class DataBuffer:
         self._copy = ""  # of a forked or unpickled copy: which one, for draws of its own
         self._set_counts(0, 0)
         self._draw_keys: dict[str, tuple[np.uint64, np.uint64]] = {}
+        self._reach = Reach()
         self._marked = False
         self._may_warn = True  # of a state that no other process can load; not where a copy of the buffer goes with it
         self._closed = False
@@ -519,7 +520,7 @@ class DataBuffer:
         """Samples that the buffer holds now."""
         with self._lock:
             store = self._require()
-            return 0 if store is None else int(store.size)
+            return self._reach.told(0 if store is None else int(store.size))
 
     @property
     def seen(self) -> int:
@@ -989,11 +990,15 @@ class DataBuffer:
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         """The index-th sample and its metadata, without a batch dimension; the order is that of the rows."""
-        return self.__getitems__([index])[0]
+        return self._items_at([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
-        """Several samples in one read: what torch's DataLoader calls."""
-        return self._items_at(indices)
+        """Several samples in one read: what torch's DataLoader calls.
+
+        An index that was below a length told before, and is beyond the samples that are there now, gets another live sample: rows
+        may go while a DataLoader goes on, as when a balanced buffer meets a new class. `buffer[i]` is a RowError then.
+        """
+        return self._items_at(indices, self._reach.now())
 
     def _items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[tuple[Any, dict[str, Any]]]:
         """The i-th live samples. reach: as of `places`."""

@@ -466,8 +466,9 @@ def test_readers_follow_a_resize(path: str) -> None:
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["reservoir", "window", "greedy"])
-def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int, path: str) -> None:
+def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the writes of two fields: a reader gets the old rows from the journal, or RecoveryError, never torn ones."""
+    monkeypatch.setattr(store, "_PATIENCE", 0.02)  # nobody will end what it began
     with KINDS[kind](path) as buffer:
         feed(buffer, 100)
         rows = buffer.get_metadata("idx")
@@ -601,8 +602,9 @@ STAGES = ["seal", "field 0", "field 2", "index", "log"]
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", GROUPED)
-def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str, path: str) -> None:
+def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the journal, a field, the index with the freed rows, or the log: a reader gets the old rows and groups."""
+    monkeypatch.setattr(store, "_PATIENCE", 0.02)  # nobody will end what it began
     with GROUPED[kind](path) as buffer:
         feed_groups(buffer, 158)
         rows, sizes = buffer.get_metadata("idx"), buffer.group_sizes()

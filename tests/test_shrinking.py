@@ -114,6 +114,20 @@ def test_what_stands_in_is_uniform() -> None:
     assert_even(counts)
 
 
+@pytest.mark.parametrize("options", [HERE, FORKED])
+def test_a_buffer_itself_under_a_data_loader(options: dict[str, Any], tmp_path: Path) -> None:
+    """The core's buffers are datasets of (sample, metadata) too: an epoch has the items that it began with."""
+    with ClassBalancedBuffer(60, tmp_path / "b.h5") as buffer:
+        feed(buffer, 100, 0, 1)
+        items = 0
+        for (x, y), meta in DataLoader(buffer, batch_size=6, shuffle=True, **options):
+            assert whole(x.numpy(), y.numpy()) and (x[:, 1] == meta["position"]).all()
+            items += len(y)
+            if items == 18:
+                feed(buffer, 2, 2, 3)
+        assert items == 60 and len(buffer) < 60
+
+
 def test_buffers_and_indices_stay_strict(tmp_path: Path) -> None:
     """`buffer[i]` knows what is there; a dataset answers below what it told, and an index that never was within is a RowError."""
     with ClassBalancedBuffer(60, tmp_path / "b.h5") as buffer:
