@@ -38,6 +38,7 @@ from .undo import is_undo_file, undo_files
 
 Ints = npt.NDArray[np.int64]
 
+_LOOKS = 20  # at a folder that a writer may be changing
 _LOADING = ".loading"  # a complete copy on its way into the folder
 
 
@@ -314,9 +315,17 @@ def part_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.h5")
 
 
-@system.storage_errors("looking for the parts of an InfiniteBuffer")
 def parts_there(folder: str) -> int:
     """How many parts are in a folder. Raises FormatError unless they are regular files of numbers from 0 on; touches nothing."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(FormatError):  # a writer made or removed parts while they were listed
+            return _count_parts(folder)
+        time.sleep(0.001)
+    return _count_parts(folder)
+
+
+@system.storage_errors("looking for the parts of an InfiniteBuffer")
+def _count_parts(folder: str) -> int:
     found = {}
     for entry in os.scandir(folder):
         match = re.fullmatch(r"part-(\d{6,})\.h5", entry.name)
@@ -521,8 +530,15 @@ class InfiniteBuffer(DataBuffer):
         super()._adopt(schema)
         self._rows_per_part = self._store.rows
 
-    @system.storage_errors("opening the parts of an InfiniteBuffer")
     def _open_store(self) -> Parts:
+        for _ in range(_LOOKS if self._mode == "r" else 0):
+            with contextlib.suppress(MissingError):  # a writer that goes back removes parts that were there just now
+                return self._open_parts()
+            time.sleep(0.001)
+        return self._open_parts()
+
+    @system.storage_errors("opening the parts of an InfiniteBuffer")
+    def _open_parts(self) -> Parts:
         where = self._where
         assert where is not None
         writable = self._mode != "r"

@@ -367,3 +367,33 @@ def test_other_buffers_are_not_parts(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="not part 1"):
             leanreplay.open(tmp_path / "b", mode=mode)
     assert infinite.parts_there(str(tmp_path / "b")) == 2
+
+
+def test_a_reader_opens_while_parts_come_and_go(tmp_path, monkeypatch):
+    """Parts that a rollback removes, or an `add` makes, while a reader lists and opens them are no error."""
+    with InfiniteBuffer(tmp_path / "b", rows_per_part=4) as writer:
+        writer.add(np.arange(6))
+        state = writer.state_dict()
+        writer.add(np.arange(6, 20))
+        real, done = infinite.open_part, []
+
+        def open_part(path, number, *arguments, **options):
+            if number == 3 and not done:
+                done.append(writer.load_state_dict(state))
+            return real(path, number, *arguments, **options)
+
+        monkeypatch.setattr(infinite, "open_part", open_part)
+        with leanreplay.open(tmp_path / "b") as reader:
+            assert done and len(reader) == 6
+        listed = os.scandir
+
+        def scandir(folder):
+            found = list(listed(folder))
+            if len(done) == 1:  # what a listing can give that a new part comes into: the newer one alone
+                done.append(None)
+                return [e for e in found if e.name != "part-000000.h5"]
+            return found
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with leanreplay.open(tmp_path / "b") as reader:
+            assert len(done) == 2 and len(reader) == 6
