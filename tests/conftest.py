@@ -64,6 +64,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """What earlier files left in memory stays: collections, of which there are many in here, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_finish() -> None:
     """Modules and collected tests stay: hundreds of full collections, and every fork, need not touch a million objects of theirs."""
     gc.collect()

@@ -312,7 +312,7 @@ def test_killed_at_random_instants_with_restore_points(kind: str, tmp_path: Any)
                     protocol(buffer, last[0], last[0] + 2, lambda i, s: None)
         if last[0] > len(batches) - 15:
             break
-    assert last[0] > times(9, 30)
+    assert last[0] > times(8, 30)
 
 
 @pytest.mark.parametrize("kind", KINDS)
