@@ -878,12 +878,12 @@ class DataBuffer:
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
-                    if store.writable or store.sequence == sequence:
+                    old, store = store, self._require()
+                    if store is old and (store.writable or store.sequence == sequence):
                         raise CorruptionError(
                             f"{self.path or 'this buffer'}: rows that the header counts are free; buffer.check() lists the wrong rows; "
                             "restore the file from a copy made with save()"
                         ) from error
-                    store = self._require()
             raise RowError(f"{self.path}: rows keep being freed while they are read")
 
     def _check_size(self, store: Any, n: int, replace: bool) -> None:

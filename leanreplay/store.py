@@ -829,6 +829,7 @@ class Store:
             if time.monotonic() >= deadline:
                 break
             self.refresh()
+            headers, seal = self._known, self._raw_seal()
             old, free_before = self._journal_rows()
             for i in wrong:
                 if rows[i] in free_before:
@@ -838,14 +839,15 @@ class Store:
             if not bad.any():
                 return
             left = bad == 1
-            if np.isin(rows[left], free_before).all() or ((index[0, left] < 0).all() and not self.pending()):
-                break  # they are free, and not just being changed
+            free = np.isin(rows[left], free_before).all() or ((index[0, left] < 0).all() and not self.pending())
+            if free and self._is_now(headers, seal):
+                break  # they are free in the state of the header: no commit began or ended since
             time.sleep(wait)
             wait = min(2 * wait, 0.01)
         wrong = np.flatnonzero(bad)
-        free = [int(rows[i]) for i in wrong if index[0, i] < 0]
-        if free:
-            raise RowError(f"rows {free[:10]} of {self.path or 'this buffer'} are free; the live ones are in meta['idx'] of a sample")
+        names = [int(rows[i]) for i in wrong if index[0, i] < 0]
+        if names:
+            raise RowError(f"rows {names[:10]} of {self.path or 'this buffer'} are free; the live ones are in meta['idx'] of a sample")
         names = [int(rows[i]) for i in wrong]
         if not self.writable and self.pending():
             raise RecoveryError(f"{self.path}: rows {names[:10]} are in the middle of a commit; open it for writing once, to undo it")
