@@ -38,6 +38,7 @@ from .undo import is_undo_file, undo_files
 
 Ints = npt.NDArray[np.int64]
 
+_PATIENCE = 1.0  # seconds that a reader waits for a load to end
 _LOOKS = 20  # at a folder that a writer may be changing
 _LOADING = ".loading"  # a complete copy on its way into the folder
 
@@ -546,7 +547,7 @@ class InfiniteBuffer(DataBuffer):
         if writable:
             guard = finish_loading(where, bool(guard)) or guard
         else:
-            waiting = system.Patience(part_path(where, 0), 1.0)
+            waiting = system.Patience(part_path(where, 0), _PATIENCE)
             while is_loading(where) and os.path.exists(os.path.join(where, _LOADING, "count")):
                 if waiting.over() and not system.has_writer(part_path(os.path.join(where, _LOADING), 0)):
                     raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from nightly import is_left_out
 
 MEMORY = "/dev/shm"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
@@ -59,7 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_left_out(item.path.stem, item.name)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item.path.stem, item.name)]
     rank = {f"test_{name}": i for i, name in enumerate((*FIRST, *LONG))}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

@@ -202,6 +202,7 @@ def test_an_interrupted_save_leaves_the_older_copy(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("step", range(12))
 def test_a_load_cut_off_anywhere_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stopped before its n-th change of a name, `load` has happened or has not; the next writer ends it."""
+    monkeypatch.setattr("leanreplay.infinite._PATIENCE", 0.02)
     parts(tmp_path / "new", 11, start=100).close()
     with leanreplay.open(tmp_path / "new") as new:
         new.save(tmp_path / "copy")

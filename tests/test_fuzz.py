@@ -365,12 +365,12 @@ PLAN = [
     ("balanced undo", roll_back, "log", 150),
     ("balanced undo", roll_back, "headers", 150),
 ]
-PLAN = [(name, work, region, max(40, times(n // 5, n))) for name, work, region, n in PLAN]
+PLAN = [(name, work, region, max(30, times(n // 10, n))) for name, work, region, n in PLAN]
 
 
 def test_number_of_mutants():
     """The promise is 20,000, in a nightly run."""
-    assert sum(n for *_, n in PLAN) >= times(4_000, 20_000)
+    assert sum(n for *_, n in PLAN) >= times(2_000, 20_000)
 
 
 @pytest.mark.parametrize(
@@ -394,8 +394,9 @@ def test_unharmed(bases, tmp_path, name, work):
 
 @pytest.mark.parametrize("name", ["window", "balanced"])
 @pytest.mark.parametrize("work", [read, write])
-def test_unharmed_interrupted(bases, tmp_path, work, name):
+def test_unharmed_interrupted(bases, tmp_path, work, name, monkeypatch):
     """A file cut off in the middle of a commit reads as its last state, and is repaired by a writer."""
+    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
     base, path = bases[name], str(tmp_path / "replay.h5")
     lay_out(base, path)
     with lr.open(path) as buffer:

@@ -1,6 +1,6 @@
 """G4, small: private memory does not grow with the buffer.
 
-0.8 GB on disk (2 GB in a nightly run) are filled, rolled back and sampled in a process of its own.
+0.6 GB on disk (2 GB in a nightly run) are filled, rolled back and sampled in a process of its own.
 Other ways to fill a buffer show on less: what kept a tenth of the samples in private memory would go beyond the limit.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from nightly import times
 
 ROWS = {
-    "states": times(270_000, 670_000),
+    "states": times(200_000, 670_000),
     "update": times(100_000, 200_000),
     "classes": times(100_000, 200_000),
 }  # of 3,120 bytes: 2.09 GB and 0.62 GB in a nightly run

@@ -125,7 +125,7 @@ class Bare:
         return kept
 
 
-IN_BUFFERS = times(70, 200)  # seeds for which buffers are shown to keep what their policy alone does, whose statistics are over 2,000
+IN_BUFFERS = times(50, 200)  # seeds for which buffers are shown to keep what their policy alone does, whose statistics are over 2,000
 
 
 def held(buffer: Any, n: int) -> Any:
