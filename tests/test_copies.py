@@ -1,189 +1,326 @@
-"""Slow copies of odd models: integer parameters, masks, tied weights, lazy layers, what cannot be copied. And heads under DDP."""
+"""Copies of a buffer in other processes: forked, unpickled, in workers of a DataLoader. Each draws what no other does."""
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
 import os
+import pickle
 import threading
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from learner_oracle import batches, dense, sgd
-from torch import nn
+from children import child, result
+from torch.utils.data import DataLoader, IterableDataset
 
-from leanreplay import ArgumentError, ReservoirBuffer
-from leanreplay.torch import CLSLearner, DERLearner, ERLearner, PODLearner, ReplayLearner, ShrinkAndPerturb, SuperERLearner
+import leanreplay
+import leanreplay.torch
+from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ModeError, ReservoirBuffer
+from leanreplay.torch import BufferDataset, ERLearner, MixedLoader, ReplayLoader, sample
 
-COPYING = [(CLSLearner, {}), (SuperERLearner, {"pod_alpha": 0})]
-ALWAYS = {"stable_model_update_probability": 1.0, "plastic_model_update_probability": 1.0}
-
-
-class Odd(nn.Module):
-    """A frozen backbone of bytes, a mask and a counter as buffers, and two layers that share their weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = nn.Parameter(torch.arange(16, dtype=torch.uint8).reshape(4, 4), requires_grad=False)
-        self.frozen = nn.Parameter(torch.ones(4, dtype=torch.float64), requires_grad=False)
-        self.inner = dense(norm=True)
-        self.first, self.second = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
-        self.second.weight = self.first.weight
-        self.register_buffer("mask", torch.tensor([True, True, True]))
-        self.register_buffer("tasks", torch.tensor(0))
-        self.register_buffer("table", torch.arange(4, dtype=torch.int16))
-
-    def forward(self, x):
-        x = self.second(self.first(x * self.frozen)) @ (self.bytes.double() / 16)
-        return self.inner(x).masked_fill(~self.mask, -5.0)
+KINDS = {
+    "reservoir": lambda where: ReservoirBuffer(400, where, seed=3),
+    "sparse": lambda where: ClassBalancedBuffer(400, where, seed=3, adaptive_size=False, total_num_classes=3),
+    "infinite": lambda where: InfiniteBuffer(where, rows_per_part=150, seed=3),
+}
 
 
-@pytest.mark.parametrize(("kind", "options"), COPYING)
-def test_parameters_that_are_no_floats(kind, options):
-    """Integers are copied, also masks that the user changes; floats averaged; what is tied stays tied; batch norm counts for itself."""
-    model = Odd()
-    names = ALWAYS if kind is CLSLearner else {f"cls_{name}": p for name, p in ALWAYS.items()}
-    learner = kind(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1), ReservoirBuffer(20), **options, **names)
-    before = {name: p.clone() for name, p in learner.stable_model.named_parameters()}
-    for i, (x, y) in enumerate(batches(3, 6)):
-        with torch.no_grad():
-            model.bytes += 1
-            model.mask[2] = i == 0
-            model.tasks += 1
-        learner.step(x, y.clamp(max=1))
-    for copy in (learner.stable_model, learner.plastic_model):
-        assert torch.equal(copy.bytes, model.bytes) and copy.bytes.dtype == torch.uint8
-        assert copy.mask.tolist() == [True, True, False] and copy.tasks == 3 and torch.equal(copy.table, model.table)
-        assert copy.second.weight is copy.first.weight and torch.allclose(copy.frozen, model.frozen)
-        assert copy.inner[1].num_batches_tracked == 2 < model.inner[1].num_batches_tracked, "of its own passes"
-        assert not torch.equal(copy.first.weight, model.first.weight) and not torch.equal(copy.first.weight, before["first.weight"])
-        assert not any(p.requires_grad for p in copy.parameters())
-    state = learner.state_dict()
-    learner.load_state_dict(state)
+@pytest.fixture(params=["memory", "disk"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
+    return None if request.param == "memory" else tmp_path / "b.h5"
 
 
-@pytest.mark.parametrize(("kind", "options"), COPYING)
-def test_models_that_cannot_be_copied(kind, options):
-    """Refused when the learner is made, with the way out; other methods do."""
-    model = dense()
-    model.lock = threading.Lock()
-    with pytest.raises(ArgumentError, match=r"cannot be copied with copy.deepcopy: .*lock.*; keep what cannot"):
-        kind(model, sgd(model), ReservoirBuffer(9), **options)
-    for other in (ERLearner, DERLearner):
-        other(model, sgd(model), ReservoirBuffer(9)).step(*batches(1, 6)[0])
-    model = dense()
-    model[0].extra = model[0].weight * 2  # as older weight_norm has
-    with pytest.raises(ArgumentError, match=r"cannot be copied with copy.deepcopy"):
-        kind(model, sgd(model), ReservoirBuffer(9), **options)
+def fed(kind: str, where: Path | None) -> Any:
+    buffer = KINDS[kind](where)
+    buffer.add((np.arange(400.0), np.arange(400) % 2))
+    return buffer
 
 
-def lazy():
-    return nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(3))
+def drawn(buffer: Any, times: int = 2) -> list[list[int]]:
+    return [buffer.sample(6)[1]["position"].tolist() for _ in range(times)]
 
 
-def test_lazy_models():
-    """Refused before the first step where weights are needed; all others learn, and are fine once they have seen a batch."""
-    learners = [*COPYING, (ReplayLearner, {"terms": lambda: [ShrinkAndPerturb()]})]
-    for kind, options in learners:
-        model = lazy()
-        options = {k: v() if callable(v) else v for k, v in options.items()}
-        with pytest.raises(ArgumentError, match=r"0.weight of Sequential is lazy and has no shape yet: pass a batch through the model"):
-            kind(model, sgd(model), ReservoirBuffer(9), **options)
-        model(torch.zeros(2, 4))
-        options = {k: [ShrinkAndPerturb()] if k == "terms" else v for k, v in options.items()}
-        learner = kind(model, sgd(model), ReservoirBuffer(9), **options)
-        for x, y in batches(2, 6):
-            learner.step(x.float(), y)
-    for kind in (ERLearner, DERLearner):
-        model = lazy()
-        learner = kind(model, sgd(model), ReservoirBuffer(9))
-        for x, y in batches(3, 6):
-            learner.step(x.float(), y)
-        assert model[1].num_batches_tracked >= 3 and learner.buffer.seen == 18
+def distinct(batches: list[list[int]]) -> bool:
+    return len({tuple(b) for b in batches}) == len(batches)
 
 
-# -- heads in a DistributedDataParallel ------------------------------------------------------------------------------------------
+def forks(buffer: Any) -> list[list[int]]:
+    """What two forks draw, and a fork of a fork."""
+
+    def nested(_: int) -> Any:
+        inner = result(*child(lambda _: drawn(buffer)))
+        return drawn(buffer) + inner
+
+    return [*result(*child(lambda _: drawn(buffer))), *result(*child(nested))]
 
 
-@pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("kind", KINDS)
+def test_forks_draw_streams_of_their_own(kind: str, where: Path | None) -> None:
+    found = []
+    for attempt in range(2):
+        there = where and where.with_name(f"{attempt}.h5")
+        with fed(kind, there) as buffer:
+            found.append([*forks(buffer), *drawn(buffer)])
+            assert distinct(found[-1])
+    assert found[0] == found[1]  # the same program draws the same
+    with fed(kind, None) as never_forked:
+        assert drawn(never_forked) == found[0][-2:]  # and the writer what it would draw alone
 
 
-class Heads(nn.Module):
-    """A head for each task; or, without a task, for each kind of batch."""
+def test_threads_that_fork_at_once() -> None:
+    with fed("reservoir", None) as buffer:
+        found: list[list[int]] = []
 
-    def __init__(self, task=0):
-        super().__init__()
-        self.body = nn.Linear(4, 5)
-        self.heads = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
-        self.task = task
+        def work() -> None:
+            for _ in range(5):
+                found.extend(result(*child(lambda _: drawn(buffer, 1))))
 
-    def forward(self, x):
-        task = int((x > 0).all()) if self.task is None else self.task
-        return self.heads[task](self.body(x))
-
-
-METHODS = [
-    (ERLearner, {}),
-    (DERLearner, {}),
-    (CLSLearner, {}),
-    (PODLearner, {"layers": ["body"], "distillation_type": "pixel"}),
-    (SuperERLearner, {"pod_layers": ["body"], "pod_distillation_type": "pixel"}),
-]
-DDP = pytest.mark.skipif(not torch.distributed.is_available() or os.name != "posix", reason="no torch.distributed")
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 15
+        assert distinct(found)
 
 
-@DDP
-@pytest.mark.parametrize(("kind", "options"), METHODS)
-def test_unused_heads(kind, options, group):
-    """Refused before the first step, with the way out, by which it works, as without the wrapper; or the head is frozen."""
-    x, y = torch.randn(6, 4), torch.arange(6) % 3
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_draw_streams_of_their_own(kind: str, where: Path | None) -> None:
+    if kind == "infinite" and where is None:
+        pytest.skip("cannot be pickled")
+    found = []
+    for attempt in range(2):
+        there = where and where.with_name(f"{attempt}.h5")
+        with fed(kind, there) as buffer:
+            packed = [pickle.dumps(buffer) for _ in range(2)]
+            batches = drawn(buffer)
+            for data in packed:
+                with pickle.loads(data) as other:
+                    batches += drawn(other)
+                    with pickle.loads(pickle.dumps(other)) as third:
+                        batches += drawn(third)
+            found.append(batches)
+            assert distinct(batches)
+    assert found[0] == found[1]
 
-    def make(**how):
-        torch.manual_seed(0)
-        model = Heads()
-        wrapped = nn.parallel.DistributedDataParallel(model, **how)
-        return model, kind(wrapped, sgd(model), ReservoirBuffer(20), **options)
 
-    model, learner = make(find_unused_parameters=False)
-    before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ArgumentError, match=r"does not reach 2 parameters \(heads.1.weight, heads.1.bias\).*find_unused_parameters=True"):
-        learner.step(x, y)
-    assert all(map(torch.equal, before, model.parameters())) and learner.buffer.seen == 0
-    model, learner = make(find_unused_parameters=True)
-    for task in range(2):
-        model.task = task
-        learner.on_task_start(task)
+def test_the_same_bytes_in_several_places() -> None:
+    with fed("reservoir", None) as buffer:
+        packed = pickle.dumps(buffer)
+        batches = [b for _ in range(2) for b in drawn(pickle.loads(packed))]
         for _ in range(2):
-            learner.step(x, y)
-    assert learner.steps == 4
-    model = Heads()
-    model.heads[1].requires_grad_(False)
-    learner = kind(nn.parallel.DistributedDataParallel(model), sgd(model), ReservoirBuffer(20), **options)
-    for _ in range(3):
-        learner.step(x, y)
-    model.task = 1
-    learner.on_task_start(1)
-    with pytest.raises(ArgumentError, match=r"does not reach 2 parameters \(heads.0.weight"):
-        learner.step(x, y)
+            batches += result(*child(lambda _: drawn(pickle.loads(packed)) + drawn(pickle.loads(packed))))
+        assert distinct(batches)
+
+        def work(number: int) -> Any:
+            leanreplay.buffers._process = ""
+            multiprocessing.current_process()._identity = (number,)  # type: ignore[attr-defined]  # as of a spawned worker
+            return drawn(pickle.loads(packed))
+
+        for number in range(2):
+            batches += result(*child(lambda _, n=number: work(n)))  # type: ignore[misc]
+        assert distinct(batches)
 
 
-@DDP
-@pytest.mark.parametrize("kind", [ERLearner, DERLearner, SuperERLearner])
-def test_draws_that_reach_other_heads(kind, group):
-    """With passes of their own they would end the run within torch; one pass for both works."""
-    model = Heads(task=None)
-    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    learner = kind(wrapped, sgd(model), ReservoirBuffer(20), **({"pod_alpha": 0} if kind is SuperERLearner else {}))
-    for _ in range(2):
-        learner.step(-torch.rand(6, 4), torch.arange(6) % 3)
-    before = [p.clone() for p in model.parameters()]
-    if kind is ERLearner:
-        learner.step(torch.rand(6, 4), torch.arange(6) % 3)
-    else:
-        with pytest.raises(ArgumentError, match=r"replayed samples reach 2 parameters that the batch from the stream does not \(heads.0"):
-            learner.step(torch.rand(6, 4), torch.arange(6) % 3)
-        assert all(map(torch.equal, before, model.parameters())) and learner.steps == 2
-        learner.step(-torch.rand(6, 4), torch.arange(6) % 3)  # and it goes on
+def test_copies_are_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leanreplay.buffers, "_REMEMBERED", 3)
+    monkeypatch.setattr(leanreplay.buffers, "_loaded", {})
+    with fed("reservoir", None) as buffer:
+        for _ in range(9):
+            pickle.loads(pickle.dumps(buffer)).close()
+        assert len(leanreplay.buffers._loaded) == 3
+
+
+class Replay(IterableDataset[Any]):
+    """Draws in the worker."""
+
+    def __init__(self, buffer: Any, draw: Any = None) -> None:
+        self.buffer, self.draw = buffer, draw or (lambda b: sample(b, 8)[1]["position"])
+
+    def __iter__(self) -> Any:
+        return (self.draw(self.buffer) for _ in range(3))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_of_a_data_loader(persistent: bool, where: Path | None) -> None:
+    found = []
+    for attempt in range(2):
+        torch.manual_seed(5)
+        with fed("reservoir", where and where.with_name(f"{attempt}.h5")) as buffer:
+            loader = DataLoader(
+                Replay(buffer), batch_size=None, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork"
+            )
+            found.append([batch.tolist() for _ in range(2) for batch in loader])
+            del loader
+    assert len(found[0]) == 12
+    assert distinct(found[0])
+    assert found[0] == found[1]
+
+
+class Opened(IterableDataset[Any]):
+    """Each worker opens the file for itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self) -> Any:
+        with leanreplay.open(self.path) as reader:
+            yield from (sample(reader, 8)[1]["position"] for _ in range(3))
+
+
+def test_readers_that_workers_open(tmp_path: Path) -> None:
+    with fed("reservoir", tmp_path / "b.h5"):
+        loader = DataLoader(Opened(tmp_path / "b.h5"), batch_size=None, num_workers=2, multiprocessing_context="fork")
+        found = []
+        for _ in range(2):
+            torch.manual_seed(5)
+            found.append([batch.tolist() for _ in range(2) for batch in loader])
+    assert len(found[0]) == 12
+    assert distinct(found[0])
+    assert found[0] == found[1]
+
+
+def replayed(buffer: Any, balance: str | None) -> list[list[int]]:
+    with ReplayLoader(buffer, 6, batches=2, balance=balance) as loader:
+        return [meta["position"].tolist() for _, meta in loader]
+
+
+@pytest.mark.parametrize("balance", [None, "class"])
+def test_replay_loaders_in_forks(balance: str | None) -> None:
+    with fed("reservoir", None) as buffer, ReplayLoader(buffer, 6, balance=balance, batches=2) as ours:
+
+        def refused(_: int) -> None:
+            with pytest.raises(ModeError, match="another process"):
+                next(ours)
+
+        result(*child(refused))
+        batches = [meta["position"].tolist() for _, meta in ours]
+        for _ in range(2):
+            batches += result(*child(lambda _: replayed(buffer, balance)))
+        assert distinct(batches)
+        assert batches[:2] == replayed(buffer, balance)
+
+
+def test_mixed_loaders_in_forks() -> None:
+    with fed("reservoir", None) as buffer:
+        stream = [(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))] * 2
+        mixed = MixedLoader(stream, buffer, 6)
+        batches = []
+        for _ in range(2):
+            batches += result(*child(lambda _: [meta["position"].tolist() for *_, meta in mixed]))
+        assert distinct([*batches, *drawn(buffer)])
+
+
+# -- which buffer a copy is of -------------------------------------------------------------------------------------------
+
+
+def test_an_unpickled_buffer_in_memory_is_no_other() -> None:
+    first = fed("reservoir", None)
+    packed = pickle.dumps(first)
+    descriptor = first._store._fd
+    first.close()
+    with fed("reservoir", None) as other:
+        assert other._store._fd == descriptor  # the case
+        with pytest.raises(ModeError, match="another buffer"):
+            pickle.loads(packed)
+    with pytest.raises(ModeError, match="ended or closed"):
+        pickle.loads(packed)
+
+
+def test_what_else_may_stand_on_the_descriptor_of_a_buffer_in_memory(tmp_path: Path) -> None:
+    with fed("reservoir", tmp_path / "b.h5") as other:
+        ends = os.pipe()
+        first = fed("reservoir", None)
+        packed = pickle.dumps(first)
+        descriptor = first._store._fd
+        first.close()
+        for what, told in ((other._store._fd, "another buffer"), (ends[0], "ended or closed")):
+            os.dup2(what, descriptor)
+            with pytest.raises(ModeError, match=told):
+                pickle.loads(packed)
+        for fd in (*ends, descriptor):
+            os.close(fd)
+
+
+def test_a_buffer_in_memory_that_was_resized_meanwhile() -> None:
+    with fed("reservoir", None) as buffer:
+        packed = pickle.dumps(buffer)
+        buffer.resize(300)
+        try:
+            with pickle.loads(packed) as other:  # its descriptor is that of the resized one
+                assert other.max_size == 300
+                assert sorted(other.get_metadata("position")) == sorted(buffer.get_metadata("position"))
+        except ModeError as error:
+            assert "ended or closed" in str(error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_another_buffer_has_replaced(kind: str, tmp_path: Path) -> None:
+    with fed(kind, tmp_path / "b.h5") as first:
+        packed = pickle.dumps(first)
+    with pickle.loads(packed) as same:
+        assert len(same) == len(fed(kind, None))
+    with fed(kind, tmp_path / "other.h5"):
+        pass
+    os.rename(tmp_path / "b.h5", tmp_path / "away")
+    os.rename(tmp_path / "other.h5", tmp_path / "b.h5")
+    with pytest.raises(ModeError, match="another buffer"):
+        pickle.loads(packed)
+
+
+def test_copies_of_an_empty_buffer_wait_for_its_own_file(tmp_path: Path) -> None:
+    """Until the first batch the file that mode="w" replaces stands there."""
+    with fed("reservoir", tmp_path / "b.h5"):
+        pass
+    with ReservoirBuffer(10, tmp_path / "b.h5", mode="w") as buffer:
+        copies = [pickle.loads(pickle.dumps(buffer))]
+        copies.append(pickle.loads(pickle.dumps(copies[0])))
+        for held in (0, 3):
+            assert [*map(len, copies), result(*child(lambda _: len(buffer)))] == [held] * 3
+            buffer.add((np.zeros(3), np.zeros(3)))
+
+
+# -- copies within a process ---------------------------------------------------------------------------------------------
+
+
+def test_copy_is_refused(where: Path | None) -> None:
+    model = torch.nn.Linear(1, 2)
+    with fed("reservoir", where) as buffer:
+        learner = ERLearner(model, torch.optim.SGD(model.parameters(), 0.1), buffer)
+        for holder in (buffer, BufferDataset(buffer), MixedLoader([], buffer, 2), learner, {"buffer": buffer}):
+            with pytest.raises(ModeError, match="save"):
+                copy.deepcopy(holder)
+        with pytest.raises(ModeError, match="save"):
+            copy.copy(buffer)
+        with ReplayLoader(buffer, 2) as loader:
+            for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(ModeError, match="make a new one"):
+                    attempt(loader)
+
+
+def test_a_buffer_that_is_empty_is_not_copied() -> None:
+    for buffer in (ReservoirBuffer(3), InfiniteBuffer()):
+        with pytest.raises(ModeError, match="save"):
+            copy.deepcopy(buffer)
+
+
+# -- the counts ----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_counted_in_the_state(tmp_path: Path) -> None:
+    with fed("reservoir", tmp_path / "b.h5") as buffer:
+        drawn(buffer)
+        first = result(*child(lambda _: drawn(buffer)))
+        state = buffer.state_dict()
+        buffer.save(tmp_path / "copy")
+        assert state["draws"] == {"sample": 2}
+        second, ours = result(*child(lambda _: drawn(buffer))), drawn(buffer)
+        for restore in (lambda: buffer.load_state_dict(state), lambda: buffer.load(tmp_path / "copy")):
+            restore()
+            assert [result(*child(lambda _: drawn(buffer))), drawn(buffer)] == [second, ours]
+        assert distinct([*first, *second, *ours])
+        with pickle.loads(pickle.dumps(buffer)) as other:
+            assert other._drawn == 0
