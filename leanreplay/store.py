@@ -154,7 +154,7 @@ class Store:
         self._look = _NEVER  # when to look again, at the latest; only a writer's file that has its name must stay under it
         self._inode = self._stood.st_ino
         self._map: mmap.mmap | None = system.map_file(fd, table.file_size, writable, path or "a buffer in memory")
-        self._mem: Bytes = np.frombuffer(self._map, np.uint8)
+        self._mem: Bytes = np.frombuffer(self._map, np.uint8, table.file_size)
         self._view: Bytes = self._mem.view()  # kernels that read get read-only arrays, so each compiles once
         self._view.flags.writeable = False
         self._cols = np.array(table.columns, np.uint64)

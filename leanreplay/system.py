@@ -110,6 +110,7 @@ def memory_file(name: str, size: int) -> int:
 
 def map_file(fd: int, size: int, writable: bool, name: str) -> mmap.mmap:
     """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python 3.13 on, it keeps none of its own.
+    It may be longer than `size`: what lies behind is nothing's.
 
     Raises StorageError where the system refuses.
     """
@@ -135,12 +136,25 @@ def _map(fd: int, size: int, writable: bool) -> mmap.mmap:
 
 def _map_over(fd: int, size: int, protection: int) -> mmap.mmap:
     """Python's mmap duplicates the descriptor of a file, but not of memory: so map the file over memory that nobody has touched."""
-    view = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, prot=protection)
+    # Only from a multiple of a huge page on can a file be mapped by huge pages, which makes adding three times as fast. Linux gives
+    # such a place to whole huge pages of memory. Older ones hand out places downwards: something small, taken first, moves the next.
+    length = size if size < HUGE_PAGE else -(-size // HUGE_PAGE) * HUGE_PAGE
+    view = _reserve(length, protection)
     place = np.frombuffer(view, np.uint8).ctypes.data
+    if size >= HUGE_PAGE and place % HUGE_PAGE:
+        view.close()
+        spacer = _reserve(place % HUGE_PAGE, protection)
+        view = _reserve(length, protection)
+        spacer.close()
+        place = np.frombuffer(view, np.uint8).ctypes.data
     if _libc_mmap()(place, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != place:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return view
+
+
+def _reserve(size: int, protection: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, prot=protection)
 
 
 @functools.cache

@@ -133,7 +133,7 @@ class Segment:
         if self.path is not None:
             with self.file() as fd:
                 view = system.map_file(fd, _FRAMES + self.length, False, self.path)
-            return [(np.frombuffer(view, np.uint8), _FRAMES, _FRAMES + self.length)]
+            return [(np.frombuffer(view, np.uint8, _FRAMES + self.length), _FRAMES, _FRAMES + self.length)]
         ends = [start for start, _ in self.chunks[1:]] + [self.length]
         found = []
         for (start, memory), end in zip(self.chunks, ends, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,3 +398,19 @@ def test_a_reader_opens_while_parts_come_and_go(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "scandir", scandir)
         with leanreplay.open(tmp_path / "b") as reader:
             assert len(done) == 2 and len(reader) == 6
+
+
+@pytest.mark.skipif(not system.LINUX or sys.version_info >= (3, 13), reason="Python maps the file itself")
+@pytest.mark.parametrize("size", [system.HUGE_PAGE, 3 * system.HUGE_PAGE + 4096 * 7, 20 * system.HUGE_PAGE - 4096])
+def test_large_maps_begin_at_a_huge_page(size, tmp_path):
+    """Only there can the file system's huge pages be mapped as such, without which adding takes three times as long."""
+    kept = []
+    for number in range(3):
+        with open(tmp_path / f"{number}", "w+b") as file:
+            file.truncate(size)
+            view = system.map_file(file.fileno(), size, True, "a file")
+            kept.append(view)
+            array = np.frombuffer(view, np.uint8, size)
+            array[-1] = 7
+            assert array.ctypes.data % system.HUGE_PAGE == 0
+            assert file.seek(size - 1) and file.read() == b"\x07"
