@@ -60,6 +60,7 @@ from .format import (
     round_up,
 )
 from .kernels import rows as kernel
+from .kernels.hashing import GOLDEN
 from .undo import Frame, Segment, UndoLog
 
 Ints = npt.NDArray[np.int64]
@@ -79,7 +80,6 @@ _NO_LIMIT = 2**40
 _CHUNK = 4096
 _PIECE = 1 << 18  # rows of the index that are looked at together
 _SORTED = 1 << 20  # positions that are sorted together
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # spreads positions over classes
 _LARGE = 512  # bytes of an entry from which on reading ahead of a random one is a waste
 _COLD, _WARM = 20e-6, 4e-6  # seconds a row: reads that take longer may have come from the device, ones that do not came from memory
 _WARM_READS = 16
@@ -1448,7 +1448,7 @@ class Store:
                 part = self._positions[start : start + _PIECE]
                 part = part[part >= 0]
                 if classes > 1:
-                    part = part[(part.view(np.uint64) * _ODD >> np.uint64(40)) % np.uint64(classes) == number]
+                    part = part[(part.view(np.uint64) * GOLDEN >> np.uint64(40)) % np.uint64(classes) == number]
                 parts.append(part)
             positions = np.concatenate(parts)
             positions.sort()

@@ -13,8 +13,8 @@ import numpy as np
 from numba import config
 
 from . import entry, inlined, njit
+from .hashing import GOLDEN
 
-_G = np.uint64(0x9E3779B97F4A7C15)
 _M0 = np.uint64(0xFF51AFD7ED558CCD)
 _M1 = np.uint64(0xC4CEB9FE1A85EC53)
 _FREE = np.uint64(0xFFFFFFFFFFFFFFFF)  # position -1
@@ -137,7 +137,7 @@ def _mix(x):
 
 @njit
 def _term(word, k):
-    """What word i adds to a hash, k being (i + 1) * _G: itself plus the product of its halves, which no change of a single byte leaves
+    """What word i adds to a hash, k being (i + 1) * GOLDEN: itself plus the product of its halves, which no change of a single byte leaves
     the same. Loops count k up, because a vector multiplication for each word would cost more than all the rest."""
     y = word + k
     return y + (y & _LOW) * (y >> _32)
@@ -157,12 +157,12 @@ def _copy(src, s, dst, d, n):
         at = np.uint64(i) << _3
         word = _load(src, s + at)
         _store(dst, d + at, word)
-        k += _G
+        k += GOLDEN
         total += _term(word, k)
     for i in range(whole, n):
         byte = src[s + i]
         dst[d + i] = byte
-        total += _term(np.uint64(byte), (i + _1) * _G)
+        total += _term(np.uint64(byte), (i + _1) * GOLDEN)
     return _mix(total)
 
 
@@ -173,10 +173,10 @@ def _hash(src, s, n):
     k = _0
     whole = n >> _3 << _3
     for i in range(n >> _3):
-        k += _G
+        k += GOLDEN
         total += _term(_load(src, s + (np.uint64(i) << _3)), k)
     for i in range(whole, n):
-        total += _term(np.uint64(src[s + i]), (i + _1) * _G)
+        total += _term(np.uint64(src[s + i]), (i + _1) * GOLDEN)
     return _mix(total)
 
 
@@ -187,7 +187,7 @@ def _hash_words(words, s, n):
     first = s >> _3
     k = _0
     for i in range(n >> _3):
-        k += _G
+        k += GOLDEN
         total += _term(words[first + i], k)
     return _mix(total)
 
@@ -195,7 +195,7 @@ def _hash_words(words, s, n):
 @njit
 def _tag(row, position, group):
     """One word for what a row is: its number, position and group (all uint64)."""
-    return _mix(_mix(row * _G ^ group) + position)
+    return _mix(_mix(row * GOLDEN ^ group) + position)
 
 
 @njit
@@ -207,7 +207,7 @@ def _checksum(data, tag, field):
 @njit
 def _share(checksum):
     """What a checksum adds to the digest of its bucket."""
-    return _mix(checksum ^ _G)
+    return _mix(checksum ^ GOLDEN)
 
 
 @njit
@@ -416,13 +416,13 @@ def _save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_
             for j in range(size >> _3):
                 word = _load(mem, s + (np.uint64(j) << _3))
                 _store(mem, at + (np.uint64(j) << _3), word)
-                k += _G
+                k += GOLDEN
                 part += _term(word, k)
             at += size >> _3 << _3
             if size & _7 != _0:  # the bytes left, padded with zeros: the last 8 of the entry without those that were copied
                 word = _load(mem, s + size - _8) >> ((_8 - (size & _7)) << _3)
                 _store(mem, at, word)
-                k += _G
+                k += GOLDEN
                 part += _term(word, k)
                 at += _8
         total = _mix(total + _mix(part))
@@ -502,7 +502,7 @@ def hash_log(start, entries):
     """Go on with the hash of a log, `start`, over more entries, (n, 2) int64."""
     h = start
     for i in range(entries.shape[0]):
-        h = _mix(_mix(h + np.uint64(entries[i, 0]) * _G) + np.uint64(entries[i, 1]))
+        h = _mix(_mix(h + np.uint64(entries[i, 0]) * GOLDEN) + np.uint64(entries[i, 1]))
     return h
 
 
