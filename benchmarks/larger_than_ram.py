@@ -18,7 +18,7 @@ import numpy as np
 
 import leanreplay
 from benchmarks.common import SAMPLE_BYTES, interleaved, machine, median, private_memory, quartiles, samples, seconds, table
-from leanreplay import system
+from leanreplay.storage import system
 from leanreplay.torch import ReplayLoader
 
 Row = tuple[str, ...]

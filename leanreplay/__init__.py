@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .balanced import (
+from .buffers.balanced import (
     BalancedBuffer,
     BalancedPolicy,
     ClassBalancedBuffer,
@@ -10,13 +10,16 @@ from .balanced import (
     ClassBalancingReservoirPolicy,
     ExperienceBalancedBuffer,
 )
-from .buffers import (
+from .buffers.base import (
     DataBuffer,
     GreedyClassBalancingBuffer,
     ReservoirBuffer,
     SlidingWindowBuffer,
     open_buffer,
 )
+from .buffers.exemplars import ParametricBuffer, ParametricPolicy
+from .buffers.infinite import InfiniteBuffer
+from .buffers.weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
 from .errors import (
     ArgumentError,
     CapacityWarning,
@@ -39,26 +42,23 @@ from .errors import (
     VolatileStateWarning,
     WorkerError,
 )
-from .infinite import InfiniteBuffer
 from .merge import merge
-from .parametric import ParametricBuffer, ParametricPolicy
-from .policies import (
+from .policies.base import (
     AppendPolicy,
     GreedyClassBalancingPolicy,
     Policy,
     ReservoirPolicy,
     SlidingWindowPolicy,
 )
-from .schema import Field, Schema
-from .selection import (
+from .policies.selection import (
     ClosestToCenterSelection,
     FeatureBasedSelection,
     HerdingSelection,
     RandomSelection,
     SelectionStrategy,
 )
-from .store import Problem
-from .weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
+from .samples.schema import Field, Schema
+from .storage.store import Problem
 
 __version__ = "0.1.0"
 open = open_buffer  # an assignment: type checkers take an import that is not in __all__ for private

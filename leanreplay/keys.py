@@ -6,6 +6,9 @@ import hashlib
 
 import numpy as np
 
+STREAM_BITS = 48  # of a position: the stream's number stands in the bits above them
+MAX_STREAM = 2**15 - 1
+
 
 def key_pair(purpose: str, seed: int) -> tuple[np.uint64, np.uint64]:
     """Two 64-bit keys for one purpose: blake2b of the purpose and the 128-bit seed.

@@ -15,23 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from . import system
-from .balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas, groups_in
-from .batches import flat, integer
-from .buffers import _KINDS, MERGED, DataBuffer
+from .arrays import NO_LOG, POLICY_WORDS, Ints, Words
+from .buffers.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas, groups_in
+from .buffers.base import _KINDS, MERGED, DataBuffer
+from .buffers.weighted import WeightedReservoirPolicy
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
-from .format import MAX_STREAM, POLICY_WORDS, STREAM_BITS, Table
 from .kernels import merge as kernel
 from .kernels import reservoir
-from .keys import key_pair
-from .policies import AppendPolicy, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
-from .store import NO_LOG, Store
-from .weighted import WeightedReservoirPolicy
-
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
+from .keys import MAX_STREAM, STREAM_BITS, key_pair
+from .policies.base import AppendPolicy, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from .samples.batch import flat, integer
+from .storage import system
+from .storage.layout import Table
+from .storage.store import Store
 
 _CHUNK = 1 << 16  # entries of an index looked at in one go
 _PIECE = 4 << 20  # bytes that are verified in one go

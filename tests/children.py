@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from leanreplay import store
+from leanreplay.storage import store
 
 
 def child(work: Callable[[int], Any], limit: int = 60) -> tuple[int, int]:

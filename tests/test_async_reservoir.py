@@ -29,7 +29,8 @@ torch = pytest.importorskip("torch")
 from torch.utils.data import BatchSampler, Dataset, RandomSampler  # noqa: E402
 
 from leanreplay import ArgumentError, ModeError, ReservoirBuffer, SlidingWindowBuffer, StateError, WorkerError  # noqa: E402
-from leanreplay.torch import AsyncReservoir, async_reservoir  # noqa: E402
+from leanreplay.torch import AsyncReservoir  # noqa: E402
+from leanreplay.torch.loading import async_reservoir  # noqa: E402
 
 # A fork server hands over what a spawned process would be sent, but has torch imported already.
 METHODS = [m for m in ("fork", "forkserver") if m in multiprocessing.get_all_start_methods()]
@@ -1052,7 +1053,8 @@ def test_a_forked_copy():
 
 SCRIPT = """
     import os, signal, sys, time
-    from leanreplay.torch import AsyncReservoir, async_reservoir
+    from leanreplay.torch import AsyncReservoir
+    from leanreplay.torch.loading import async_reservoir
 
     async_reservoir._PATIENCE = 0.5
 

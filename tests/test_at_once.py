@@ -28,10 +28,12 @@ from leanreplay import (
     SlidingWindowBuffer,
     StateError,
     StorageError,
+)
+from leanreplay.kernels import rows as kernel
+from leanreplay.storage import (
     store,
     system,
 )
-from leanreplay.kernels import rows as kernel
 
 KINDS = [ReservoirBuffer, SlidingWindowBuffer, GreedyClassBalancingBuffer, ClassBalancedBuffer]
 METADATA = {0: (), 1: ("a",), 2: ("a", "b"), 3: ("a", "b", "c")}

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import leanreplay as lr
-from leanreplay import system
+from leanreplay.storage import system
 
 torch = pytest.importorskip("torch")
 
@@ -661,7 +661,7 @@ def test_other_policy_than_the_files(tmp_path):
     with pytest.raises(lr.MismatchError, match=r"rows_per_part=9 \(file: 8\)"):
         lr.InfiniteBuffer(tmp_path / "parts", rows_per_part=9, mode="r+")
 
-    from leanreplay import buffers
+    from leanreplay.buffers import base as buffers
 
     class Stranger(lr.DataBuffer):
         policy_class = lr.SlidingWindowPolicy
@@ -781,7 +781,7 @@ def test_failed_resize_changes_nothing(buffer, monkeypatch):
 
     with make(None) as other:
         with monkeypatch.context() as patch:
-            patch.setattr("leanreplay.store.Store.create", full)
+            patch.setattr("leanreplay.storage.store.Store.create", full)
             refuses(buffer, lr.StorageError, ["no space"], lambda b: b.resize(3))
         with warnings.catch_warnings():
             warnings.simplefilter("error", lr.CapacityWarning)

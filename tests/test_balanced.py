@@ -44,13 +44,17 @@ from leanreplay import (
     Schema,
     SchemaError,
     StateError,
-    buffers,
+)
+from leanreplay.arrays import NO_LOG
+from leanreplay.buffers import (
+    base as buffers,
+)
+from leanreplay.buffers.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
+from leanreplay.kernels import rows as kernel
+from leanreplay.storage import (
     create,
     store,
 )
-from leanreplay.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
-from leanreplay.kernels import rows as kernel
-from leanreplay.policies import NO_LOG
 
 # kind -> (mode, whether quotas are fixed)
 KINDS = {

@@ -37,11 +37,15 @@ from leanreplay import (
     ExperienceBalancedBuffer,
     RecoveryError,
     StateError,
+)
+from leanreplay.buffers import (
     balanced,
+)
+from leanreplay.kernels import rows as kernel
+from leanreplay.storage import (
     create,
     store,
 )
-from leanreplay.kernels import rows as kernel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -116,7 +116,7 @@ def test_the_same_bytes_in_several_places() -> None:
         assert distinct(batches)
 
         def work(number: int) -> Any:
-            leanreplay.buffers._process = ""
+            leanreplay.buffers.base._process = ""
             multiprocessing.current_process()._identity = (number,)  # type: ignore[attr-defined]  # as of a spawned worker
             return drawn(pickle.loads(packed))
 
@@ -126,12 +126,12 @@ def test_the_same_bytes_in_several_places() -> None:
 
 
 def test_copies_are_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leanreplay.buffers, "_REMEMBERED", 3)
-    monkeypatch.setattr(leanreplay.buffers, "_loaded", {})
+    monkeypatch.setattr(leanreplay.buffers.base, "_REMEMBERED", 3)
+    monkeypatch.setattr(leanreplay.buffers.base, "_loaded", {})
     with fed("reservoir", None) as buffer:
         for _ in range(9):
             pickle.loads(pickle.dumps(buffer)).close()
-        assert len(leanreplay.buffers._loaded) == 3
+        assert len(leanreplay.buffers.base._loaded) == 3
 
 
 class Replay(IterableDataset[Any]):

@@ -22,8 +22,8 @@ from leanreplay import (  # noqa: E402
     Schema,
     SchemaError,
     SlidingWindowBuffer,
-    store,
 )
+from leanreplay.storage import store  # noqa: E402
 
 N = 90
 BUFFERS = {
@@ -115,7 +115,7 @@ def test_however_they_lie(kind: str, tmp_path: Path) -> None:
 def test_what_was_seen_is_skipped(kind: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`at` falls within the tensors, and commits begin anywhere in them."""
     monkeypatch.setattr(store, "_AT_ONCE", at_once)
-    monkeypatch.setattr("leanreplay.buffers._CHUNK", 7)
+    monkeypatch.setattr("leanreplay.buffers.base._CHUNK", 7)
     x, y = tensors()
     want = fed(kind, None, [Counted(TensorDataset(x, y))])
     with BUFFERS[kind](tmp_path / "b.h5") as buffer:

@@ -21,10 +21,12 @@ from leanreplay import (
     RecoveryError,
     ReservoirBuffer,
     StateError,
+)
+from leanreplay.buffers import (
     infinite,
 )
-from leanreplay.format import H_HIGH, H_SEEN, H_SIZE, HEADER_WORDS, HEADERS, PAGE
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage.layout import H_HIGH, H_SEEN, H_SIZE, HEADER_WORDS, HEADERS, PAGE
 
 
 def values(buffer: leanreplay.DataBuffer) -> list[float]:
@@ -202,7 +204,7 @@ def test_an_interrupted_save_leaves_the_older_copy(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("step", range(12))
 def test_a_load_cut_off_anywhere_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stopped before its n-th change of a name, `load` has happened or has not; the next writer ends it."""
-    monkeypatch.setattr("leanreplay.infinite._PATIENCE", 0.02)
+    monkeypatch.setattr("leanreplay.buffers.infinite._PATIENCE", 0.02)
     parts(tmp_path / "new", 11, start=100).close()
     with leanreplay.open(tmp_path / "new") as new:
         new.save(tmp_path / "copy")

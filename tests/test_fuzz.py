@@ -23,9 +23,9 @@ import pytest
 from nightly import times
 
 import leanreplay as lr
-from leanreplay import format as fmt
-from leanreplay import store as store_module
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import layout as fmt
+from leanreplay.storage import store as store_module
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs the mutants in forked children")
 

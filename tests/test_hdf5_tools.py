@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import leanreplay as lr
-from leanreplay import format as fmt
-from leanreplay.create import plan_file
+from leanreplay.storage import layout as fmt
+from leanreplay.storage.create import plan_file
 
 
 def pairs(start, n):

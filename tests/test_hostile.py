@@ -26,12 +26,12 @@ from conftest import in_memory
 from nightly import times
 
 import leanreplay as lr
-from leanreplay import format as fmt
 from leanreplay import merge as merge_module
-from leanreplay import store as store_module
-from leanreplay import undo as undo_module
-from leanreplay.create import plan_file
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import layout as fmt
+from leanreplay.storage import restore_points as undo_module
+from leanreplay.storage import store as store_module
+from leanreplay.storage.create import plan_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="opens hostile files in forked children")
 

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from nightly import times
 
 import leanreplay
-from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer, buffers, create, store
+from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer
+from leanreplay.buffers import base as buffers
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import create, store
 
 END = 120
 KINDS: dict[str, Callable[..., Any]] = {

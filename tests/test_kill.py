@@ -36,14 +36,22 @@ from leanreplay import (
     ReservoirBuffer,
     SlidingWindowBuffer,
     StateError,
-    buffers,
+)
+from leanreplay.buffers import (
+    base as buffers,
+)
+from leanreplay.buffers import (
     infinite,
+)
+from leanreplay.kernels import rows as kernel
+from leanreplay.storage import layout as fmt
+from leanreplay.storage import (
+    restore_points as undo,
+)
+from leanreplay.storage import (
     store,
     system,
-    undo,
 )
-from leanreplay import format as fmt
-from leanreplay.kernels import rows as kernel
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -28,7 +28,9 @@ from learner_oracle import (
     whole,
 )
 
-from leanreplay import ArgumentError, ReservoirBuffer, Schema, SlidingWindowBuffer, StateError, StorageError, buffers, store, system
+from leanreplay import ArgumentError, ReservoirBuffer, Schema, SlidingWindowBuffer, StateError, StorageError
+from leanreplay.buffers import base as buffers
+from leanreplay.storage import store, system
 from leanreplay.torch import (
     CLSLearner,
     Consistency,

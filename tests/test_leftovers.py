@@ -15,7 +15,8 @@ from nightly import times
 from test_faults import Faults, batch, contents, make, temporaries
 
 import leanreplay
-from leanreplay import ReservoirBuffer, system
+from leanreplay import ReservoirBuffer
+from leanreplay.storage import system
 
 pytest.importorskip("fcntl")
 

@@ -50,7 +50,7 @@ from leanreplay import (  # noqa: E402
     WorkerError,
 )
 from leanreplay.torch import MixedLoader, ReplayLoader  # noqa: E402
-from leanreplay.torch import loader as module  # noqa: E402
+from leanreplay.torch.loading import replay_loader as module  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernels")
 PATIENCE = 120  # seconds: no test waits so long unless it is wrong
@@ -1164,7 +1164,7 @@ def test_beside_data_loader_workers():
 @pytest.mark.parametrize("kind", ["window", "infinite"])
 def test_reader_beside_a_writer(kind, tmp_path, monkeypatch):
     """A loader of a reader: samples are whole and distinct while another process adds, rolls back and resizes, and new ones come."""
-    monkeypatch.setattr(leanreplay.store, "_PATIENCE", PATIENCE / 2)  # on a busy machine a writer may stand still for long
+    monkeypatch.setattr(leanreplay.storage.store, "_PATIENCE", PATIENCE / 2)  # on a busy machine a writer may stand still for long
     writer = script(
         """
         kind, path = sys.argv[1:]

@@ -585,8 +585,17 @@ def test_killed(mode: str, tmp_path: Path) -> None:
         ReservoirBuffer(5, target, schema=leanreplay.Schema.from_sample(0)).close()
         old = target.read_bytes()
     merge(parts).close()  # compiled
-    steps = [("leanreplay.store", "Store.commit"), ("leanreplay.store", "Store.read"), ("leanreplay.system", "publish"), ("os", "fsync")]
-    steps += [("leanreplay.system", "allocate"), ("leanreplay.system", "sync_folder"), ("leanreplay.store", "Store._write_header")]
+    steps = [
+        ("leanreplay.storage.store", "Store.commit"),
+        ("leanreplay.storage.store", "Store.read"),
+        ("leanreplay.storage.system", "publish"),
+        ("os", "fsync"),
+    ]
+    steps += [
+        ("leanreplay.storage.system", "allocate"),
+        ("leanreplay.storage.system", "sync_folder"),
+        ("leanreplay.storage.store", "Store._write_header"),
+    ]
     outcomes = set()
     for (where, name), after in itertools.product(steps, (False, True)):
         if mode == "w":
@@ -651,15 +660,15 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an exception in the middle there is no file, no temporary and no lock; the inputs stay usable."""
     parts = made("reservoir", None, STREAMS)
-    real = leanreplay.store.Store.commit
+    real = leanreplay.storage.store.Store.commit
 
     def failing(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(leanreplay.store.Store, "commit", failing)
+    monkeypatch.setattr(leanreplay.storage.store.Store, "commit", failing)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "all.h5")
-    monkeypatch.setattr(leanreplay.store.Store, "commit", real)
+    monkeypatch.setattr(leanreplay.storage.store.Store, "commit", real)
     assert [p.name for p in tmp_path.iterdir()] == ["all.h5.lock"]
     with merge(parts, tmp_path / "all.h5") as buffer:
         assert held(buffer) == expected("reservoir", STREAMS, 30)
@@ -827,8 +836,8 @@ def test_cut_off_input(pair: list[str], tmp_path: Path) -> None:
     if pid == 0:
         try:
             buffer = leanreplay.open(pair[0], "r+")
-            leanreplay.store._AT_ONCE = False
-            leanreplay.store.Store._write_header = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            leanreplay.storage.store._AT_ONCE = False
+            leanreplay.storage.store.Store._write_header = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
             feed("reservoir", buffer, 200)
         finally:
             os._exit(1)
@@ -842,7 +851,7 @@ def test_cut_off_input(pair: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", ["data/x", "metadata/m", "index/position", "index/group", "index/checksum"])
 def test_damaged_input(pair: list[str], column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flipped bit in a row that goes in, or anywhere in the index, is noticed, and no file appears."""
-    for name in ("store", "merge"):
+    for name in ("storage.store", "merge"):
         monkeypatch.setattr(sys.modules[f"leanreplay.{name}"], "_PATIENCE", 0.02)  # there is no writer to wait for
     with merge(pair) as buffer:
         kept = next(p for p in held(buffer) if p < STREAM)
@@ -895,11 +904,11 @@ def test_input_that_is_written_to(pair: list[str], when: str, tmp_path: Path, mo
             offer = kernel.offer
             monkeypatch.setattr(kernel, "offer", lambda *args: (meanwhile(), offer(*args)))
         elif when == "rows":
-            read = leanreplay.store.Store.read
-            monkeypatch.setattr(leanreplay.store.Store, "read", lambda *args: (meanwhile(), read(*args))[1])
+            read = leanreplay.storage.store.Store.read
+            monkeypatch.setattr(leanreplay.storage.store.Store, "read", lambda *args: (meanwhile(), read(*args))[1])
         else:
-            commit = leanreplay.store.Store.commit
-            monkeypatch.setattr(leanreplay.store.Store, "commit", lambda *args, **named: (commit(*args, **named), meanwhile())[0])
+            commit = leanreplay.storage.store.Store.commit
+            monkeypatch.setattr(leanreplay.storage.store.Store, "commit", lambda *args, **named: (commit(*args, **named), meanwhile())[0])
         refuse(ModeError, [pair[0], "written to", "close its writer"], pair, tmp_path / "all.h5")
         assert done
         assert not (tmp_path / "all.h5").exists()

@@ -35,11 +35,13 @@ from leanreplay import (
     SchemaError,
     SlidingWindowBuffer,
     StateError,
-    create,
-    store,
 )
 from leanreplay.kernels import rows as kernel
 from leanreplay.keys import key_pair
+from leanreplay.storage import (
+    create,
+    store,
+)
 
 M64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

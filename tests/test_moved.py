@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import leanreplay
-from leanreplay import create
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import create
 
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path=None: leanreplay.ReservoirBuffer(20, path, seed=3),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import leanreplay as lr
-from leanreplay import system
+from leanreplay.storage import system
 
 
 def feed(buffer, n=20):

@@ -11,9 +11,9 @@ from grouped_oracle import keyed
 from grouped_oracle import quotas as group_quotas_by_definition
 
 import leanreplay as lr
-from leanreplay import store
-from leanreplay.balanced import group_hash, group_quotas
-from leanreplay.store import kernel
+from leanreplay.buffers.balanced import group_hash, group_quotas
+from leanreplay.storage import store
+from leanreplay.storage.store import kernel
 
 
 def data(n, classes, seed=0, d=6):

@@ -24,7 +24,11 @@ from leanreplay import (
     Schema,
     SchemaError,
     StorageError,
+)
+from leanreplay.buffers import (
     infinite,
+)
+from leanreplay.storage import (
     system,
 )
 
@@ -334,7 +338,7 @@ def test_readers_of_a_gap_say_so(tmp_path: Path) -> None:
 def test_metadata_over_two_parts_is_a_commit_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the docstring says: each part changes whole or not at all. With positions, as without."""
     with parts(tmp_path / "b", 8) as buffer:
-        commit = leanreplay.store.Store.commit
+        commit = leanreplay.storage.store.Store.commit
         calls: list[int] = []
 
         def second_fails(self: Any, *a: Any, **k: Any) -> None:
@@ -343,7 +347,7 @@ def test_metadata_over_two_parts_is_a_commit_each(tmp_path: Path, monkeypatch: p
                 raise StorageError(28, "no space")
             commit(self, *a, **k)
 
-        monkeypatch.setattr(leanreplay.store.Store, "commit", second_fails)
+        monkeypatch.setattr(leanreplay.storage.store.Store, "commit", second_fails)
         with pytest.raises(StorageError):
             buffer.set_metadata("z", np.arange(1.0, 5.0), rows=[2, 3, 4, 5], positions=[2, 3, 4, 5])
         monkeypatch.undo()

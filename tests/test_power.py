@@ -30,10 +30,12 @@ from leanreplay import (
     LeanReplayError,
     ReservoirBuffer,
     SlidingWindowBuffer,
+)
+from leanreplay.kernels import rows as kernel
+from leanreplay.storage import layout as fmt
+from leanreplay.storage import (
     system,
 )
-from leanreplay import format as fmt
-from leanreplay.kernels import rows as kernel
 
 PAGE = 4096
 ROWS = 40
@@ -147,7 +149,7 @@ def write(contents: dict[str, bytes]) -> None:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers wait a second for a writer to end its commit; here there is none."""
-    monkeypatch.setattr("leanreplay.store._PATIENCE", 0.01)
+    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.01)
 
 
 @pytest.fixture

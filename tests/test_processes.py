@@ -35,9 +35,11 @@ from leanreplay import (
     ReservoirBuffer,
     RowError,
     SlidingWindowBuffer,
-    store,
 )
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import (
+    store,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -14,8 +14,9 @@ import pytest
 from children import child, result
 
 import leanreplay
-from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer, store
+from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import store
 
 SIZE = 300
 KINDS = {

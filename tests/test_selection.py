@@ -23,10 +23,12 @@ from leanreplay import (
     RandomSelection,
     ReservoirBuffer,
     SelectionStrategy,
-    selection,
 )
 from leanreplay.kernels import herding, reservoir
-from leanreplay.selection import checked_order
+from leanreplay.policies import (
+    selection,
+)
+from leanreplay.policies.selection import checked_order
 
 LIMIT = 4.8  # of z: 1 in a million for a right implementation with new seeds; these seeds are fixed
 FEATURES = [HerdingSelection, ClosestToCenterSelection]

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 import leanreplay as lr
 from leanreplay import ArgumentError, ExistsError, LossError, MissingError, ModeError, ReservoirBuffer, StateError
 from leanreplay.torch import CLSLearner, DERLearner, ERLearner, History, SuperERLearner, fit, saved_task
-from leanreplay.torch.states import StateFolder
+from leanreplay.torch.training.states import StateFolder
 
 N = 103
 

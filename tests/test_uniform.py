@@ -20,7 +20,7 @@ from nightly import times
 
 import leanreplay
 from leanreplay import CapacityWarning, GreedyClassBalancingBuffer, ReservoirBuffer, ReservoirPolicy, Schema, SlidingWindowBuffer
-from leanreplay.policies import GreedyClassBalancingPolicy
+from leanreplay.policies.base import GreedyClassBalancingPolicy
 
 LIMIT = 4.5  # of z: 1 in 300,000 for a right implementation with new seeds
 NUMBER = Schema.from_sample(0)

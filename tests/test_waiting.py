@@ -12,9 +12,10 @@ from children import child, outcome, result
 from test_faults import batch, contents, make
 
 import leanreplay
-from leanreplay import RecoveryError, merge, system
-from leanreplay import store as store_module
+from leanreplay import RecoveryError, merge
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import store as store_module
+from leanreplay.storage import system
 
 pytest.importorskip("fcntl")
 pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.skipif(not system.LINUX, reason="locks of open files")]

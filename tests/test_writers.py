@@ -14,7 +14,7 @@ import pytest
 from children import child, result
 
 import leanreplay as lr
-from leanreplay import store, system
+from leanreplay.storage import store, system
 
 KINDS = {
     "reservoir": lambda path=None, **k: lr.ReservoirBuffer(50, path, **k),

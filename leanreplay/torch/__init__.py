@@ -12,11 +12,8 @@ except ImportError as error:
     ) from error
 
 from . import plot
-from .async_reservoir import AsyncReservoir
 from .data import BufferDataset, sample
-from .evaluation import Evaluation, evaluate
 from .features import features
-from .interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
 from .learners import (
     CLSLearner,
     Consistency,
@@ -34,8 +31,11 @@ from .learners import (
     SuperERLearner,
     Term,
 )
-from .loader import MixedLoader, ReplayLoader
-from .training import History, fit, saved_task
+from .loading.async_reservoir import AsyncReservoir
+from .loading.interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
+from .loading.replay_loader import MixedLoader, ReplayLoader
+from .training.evaluation import Evaluation, evaluate
+from .training.fit import History, fit, saved_task
 
 __all__ = [
     "AsyncReservoir",

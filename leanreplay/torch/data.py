@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..batches import call, stack
-from ..buffers import DataBuffer, Reach
+from ..buffers.base import DataBuffer, Reach
 from ..errors import ArgumentError
-from ..schema import Schema
+from ..samples.batch import call, stack
+from ..samples.schema import Schema
 
 Function = Callable[[Any], Any]
 

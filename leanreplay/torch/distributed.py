@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..buffers import DataBuffer
+from ..buffers.base import DataBuffer
 from ..errors import ArgumentError
 
 

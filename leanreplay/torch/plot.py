@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import system
 from ..errors import ArgumentError, DependencyError
-from .evaluation import Evaluation
+from ..storage import system
+from .training.evaluation import Evaluation
 
 
 def accuracy_matrix(

@@ -11,14 +11,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from ...balanced import ExperienceBalancedBuffer
-from ...batches import check_call, required
-from ...buffers import DataBuffer
+from ...buffers.balanced import ExperienceBalancedBuffer
+from ...buffers.base import DataBuffer
+from ...buffers.exemplars import ParametricBuffer
+from ...buffers.weighted import WeightedReservoirBuffer
 from ...errors import ArgumentError, LossError, ModeError, SchemaError, StateError, StorageError
-from ...parametric import ParametricBuffer
-from ...policies import Policy
-from ...schema import check_leaf
-from ...weighted import WeightedReservoirBuffer
+from ...policies.base import Policy
+from ...samples.batch import check_call, required
+from ...samples.schema import check_leaf
 from ..data import bfloat16_fields, checked, device_named, per_batch, per_sample, to_torch
 from ..distributed import check_reach, unwrapped
 from . import checks

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...buffers import DataBuffer
+from ...buffers.base import DataBuffer
 from .base import ReplayLearner
 from .consistency import Consistency
 from .terms import ReplayLoss

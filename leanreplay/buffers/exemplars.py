@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import NO_ROWS, Ints
+from ..errors import ArgumentError, CorruptionError, ModeError, SchemaError
+from ..keys import STREAM_BITS
+from ..policies.base import Policy
+from ..policies.selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
+from ..samples.batch import Batch, Fetch, flat, integers, plain_array
+from ..samples.dataset import Items
+from ..samples.schema import Field, Schema
+from ..storage.layout import Table
 from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas, groups_in, is_flag
-from .batches import Batch, Fetch, flat, integers, plain_array
-from .buffers import Rule
-from .datasets import Items
-from .errors import ArgumentError, CorruptionError, ModeError, SchemaError
-from .format import STREAM_BITS, Table
-from .policies import NO_ROWS, Policy
-from .schema import Field, Schema
-from .selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
+from .base import Rule
 
-Ints = npt.NDArray[np.int64]
 Arrays = list[np.ndarray[Any, Any]]
 
 GROUPBY = (None, "class", "task", "experience")

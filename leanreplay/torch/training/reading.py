@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from ..batches import call, length
-from ..errors import ArgumentError
-from .data import per_batch, per_sample
+from ...errors import ArgumentError
+from ...samples.batch import call, length
+from ..data import per_batch, per_sample
 
 
 class Reader:

@@ -22,11 +22,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import system
-from .batches import Batch, Fetch, call, check_call, flat, integer, integers, plain_array, required, stack
-from .create import plan_file
-from .datasets import Items
-from .errors import (
+from ..arrays import NO_ROWS, Ints
+from ..errors import (
     ArgumentError,
     CapacityWarning,
     CorruptionError,
@@ -43,14 +40,17 @@ from .errors import (
     StorageError,
     VolatileStateWarning,
 )
-from .format import KINDS, MAX_STREAM, STREAM_BITS, Table
-from .kernels import reservoir
-from .keys import key_pair
-from .policies import NO_ROWS, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
-from .schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
-from .store import Moved, Problem, Store, empty_state, read_table, refuse_within
+from ..kernels import reservoir
+from ..keys import MAX_STREAM, STREAM_BITS, key_pair
+from ..policies.base import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from ..samples.batch import Batch, Fetch, call, check_call, flat, integer, integers, plain_array, required, stack
+from ..samples.dataset import Items
+from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
+from ..storage import system
+from ..storage.create import plan_file
+from ..storage.layout import KINDS, Table
+from ..storage.store import Moved, Problem, Store, empty_state, read_table, refuse_within
 
-Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 Convert = Callable[[Any, frozenset[str], Any, str], Any]  # leanreplay.torch.data.to_torch
 
@@ -1644,7 +1644,7 @@ def _loading(copy: str) -> str:
 def _outside() -> int:
     """For `warnings.warn`, the `stacklevel` of the code that called into this package."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__))):
         level, frame = level + 1, frame.f_back
     return level
 

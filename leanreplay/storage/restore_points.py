@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Bytes, Ints, Words
+from ..errors import FormatError, StateError, StorageError
+from ..kernels import rows as kernel
 from . import system
-from .errors import FormatError, StateError, StorageError
-from .format import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table, header_problem
-from .kernels import rows as kernel
+from .layout import BUCKETS, H_DIGESTS, H_PREVIOUS, H_SEEN, H_STATE, HEADER_WORDS, PAGE, Table, header_problem
 
 _MAGIC = np.uint64(0x4F444E55524C8A01)
 _FRAME = np.uint64(0x454D4152464C8A01)
@@ -35,10 +36,6 @@ _FRAME_WORDS = 7  # magic, sequence, state before, live, rows, hash, seal
 _LEAST_CHUNK, _MOST_CHUNK = 1 << 16, 64 << 20  # bytes of memory that are got for frames at a time
 _MOST = 2**62  # tails of a segment
 _FRAME_BYTES = 4 << 20  # of freed rows kept at a time
-
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-Bytes = npt.NDArray[np.uint8]
 
 
 def undo_files(path: str) -> list[tuple[int, str]]:

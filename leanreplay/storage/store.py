@@ -25,10 +25,14 @@ import numpy as np
 import numpy.typing as npt
 from numba.core.compiler_lock import global_compiler_lock
 
+from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Bytes, Ints, Words
+from ..errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError, StorageError
+from ..kernels import rows as kernel
+from ..kernels.hashing import GOLDEN
+from ..keys import STREAM_BITS
 from . import system
 from .create import hash_structure
-from .errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError, StorageError
-from .format import (
+from .layout import (
     BUCKETS,
     H_DIGESTS,
     H_HIGH,
@@ -51,26 +55,16 @@ from .format import (
     J_PREVIOUS,
     J_SEQ,
     J_TAG,
-    POLICY_WORDS,
     SEAL_WORDS,
-    STREAM_BITS,
     Table,
     decode,
     header_problem,
     round_up,
 )
-from .kernels import rows as kernel
-from .kernels.hashing import GOLDEN
-from .undo import Frame, Segment, UndoLog
-
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-Bytes = npt.NDArray[np.uint8]
+from .restore_points import Frame, Segment, UndoLog
 
 _NO_DATA: list[Bytes] = [np.zeros(0, np.uint8)] * 4
 _NOBODY: npt.NDArray[np.int32] = np.zeros(0, np.int32)
-NO_ROWS: Ints = np.zeros(0, np.int64)
-NO_LOG: Ints = np.zeros((0, 2), np.int64)
 _AHEAD = 4 << 20  # bytes to fault in ahead of the rows being filled
 _PATIENCE = 1.0  # seconds that a reader waits for a commit to end
 _LOOK = 2e-4  # seconds from one look at the name of the file that is written to until the next one, unless the file itself says more

@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .batches import Batch, plain_array
-from .buffers import DataBuffer
-from .datasets import as_dataset
-from .errors import ArgumentError, CorruptionError, RowError, SchemaError
-from .format import Table
-from .kernels import weighted as kernel
-from .keys import key_pair
-from .policies import Policy, check_dense
-from .schema import Schema
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from ..arrays import Ints
+from ..errors import ArgumentError, CorruptionError, RowError, SchemaError
+from ..kernels import weighted as kernel
+from ..keys import key_pair
+from ..policies.base import Policy, check_dense
+from ..samples.batch import Batch, plain_array
+from ..samples.dataset import as_dataset
+from ..samples.schema import Schema
+from ..storage.layout import Table
+from .base import DataBuffer
 
 
 class WeightedReservoirPolicy(Policy):

@@ -13,13 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from . import system
-from .batches import integer
-from .buffers import DataBuffer, Rule, _copy_store, _copy_to_memory, _is_left_over, _write_state, optional_int
-from .create import plan_file
-from .errors import (
+from ..arrays import NO_LOG, NO_ROWS, Ints
+from ..errors import (
     ArgumentError,
     CorruptionError,
     ExistsError,
@@ -30,13 +26,16 @@ from .errors import (
     RowError,
     StateError,
 )
-from .format import STREAM_BITS, Table
-from .policies import AppendPolicy
-from .schema import Schema
-from .store import NO_LOG, NO_ROWS, Moved, Problem, Source, Store, empty_state, refuse_within
-from .undo import is_undo_file, undo_files
-
-Ints = npt.NDArray[np.int64]
+from ..keys import STREAM_BITS
+from ..policies.base import AppendPolicy
+from ..samples.batch import integer
+from ..samples.schema import Schema
+from ..storage import system
+from ..storage.create import plan_file
+from ..storage.layout import Table
+from ..storage.restore_points import is_undo_file, undo_files
+from ..storage.store import Moved, Problem, Source, Store, empty_state, refuse_within
+from .base import DataBuffer, Rule, _copy_store, _copy_to_memory, _is_left_over, _write_state, optional_int
 
 _PATIENCE = 1.0  # seconds that a reader waits for a load to end
 _LOOKS = 20  # at a folder that a writer may be changing

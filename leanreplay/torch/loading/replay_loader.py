@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ..batches import call, integer, required
-from ..buffers import DataBuffer
-from ..errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
-from ..kernels import reservoir
-from ..store import refuse_within
-from .data import Function, bfloat16_fields, checked, device_named, each_tensor, per_batch, sample, to_torch
+from ...arrays import Ints
+from ...buffers.base import DataBuffer
+from ...errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
+from ...kernels import reservoir
+from ...samples.batch import call, integer, required
+from ...storage.store import refuse_within
+from ..data import Function, bfloat16_fields, checked, device_named, each_tensor, per_batch, sample, to_torch
 
-Ints = npt.NDArray[np.int64]
 Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
 
 

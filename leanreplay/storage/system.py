@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ArgumentError, ExistsError, FormatError, LeanReplayError, LockedError, StorageError
+from ..errors import ArgumentError, ExistsError, FormatError, LeanReplayError, LockedError, StorageError
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; not named by Python's mmap module before 3.13
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module

@@ -15,16 +15,15 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .batches import integer, required
-from .buffers import MERGED, DataBuffer, Reach, Rule, optional_int, places
-from .errors import ArgumentError, CorruptionError, GroupError, RowError
-from .format import Table
-from .kernels import balanced as kernel
-from .keys import key_pair
-from .policies import NO_LOG, NO_ROWS, Policy
-from .schema import Schema
-
-Ints = npt.NDArray[np.int64]
+from ..arrays import NO_LOG, NO_ROWS, Ints
+from ..errors import ArgumentError, CorruptionError, GroupError, RowError
+from ..kernels import balanced as kernel
+from ..keys import key_pair
+from ..policies.base import Policy
+from ..samples.batch import integer, required
+from ..samples.schema import Schema
+from ..storage.layout import Table
+from .base import MERGED, DataBuffer, Reach, Rule, optional_int, places
 
 _TOTALS = ("total_num_classes", "num_experiences", "total_num_groups")
 _MOST_ROWS = 2**31 - 2

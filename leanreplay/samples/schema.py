@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import SchemaError
+from ..errors import SchemaError
 
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
 _KINDS = "biufcS"

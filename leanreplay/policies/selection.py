@@ -11,14 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError
-from .kernels import herding, reservoir
-from .keys import key_pair
+from ..arrays import Floats, Ints
+from ..errors import ArgumentError
+from ..kernels import herding, reservoir
+from ..keys import key_pair
 
 __all__ = ["ClosestToCenterSelection", "FeatureBasedSelection", "HerdingSelection", "RandomSelection", "SelectionStrategy", "checked_order"]
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 _MATRIX_BYTES = 256 << 20  # the most that the products of all pairs of rows may take
 _STEPS_PER_MATRIX = 8  # all of them in one product cost as much as n / 8 products of the rows with a vector (measured)

@@ -11,15 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CorruptionError
-from .format import POLICY_WORDS
-from .kernels import balance, reservoir
-from .keys import key_pair
-
-Ints = npt.NDArray[np.int64]
-
-NO_ROWS: Ints = np.zeros(0, np.int64)
-NO_LOG: Ints = np.zeros((0, 2), np.int64)
+from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Ints
+from ..errors import CorruptionError
+from ..kernels import balance, reservoir
+from ..keys import key_pair
 
 
 class Policy:

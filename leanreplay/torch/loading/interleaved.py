@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler, default_collate
 
-from ..batches import call, integer, length
-from ..errors import ArgumentError, ModeError, RowError, StateError
-from ..kernels import reservoir
-from ..keys import key_pair
+from ...errors import ArgumentError, ModeError, RowError, StateError
+from ...kernels import reservoir
+from ...keys import key_pair
+from ...samples.batch import call, integer, length
 
 _MOST = 2**62
 _CHUNK = 1 << 16  # indices that become Python integers at a time

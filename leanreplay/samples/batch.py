@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArgumentError, LeanReplayError, SchemaError
+from ..arrays import Ints
+from ..errors import ArgumentError, LeanReplayError, SchemaError
 from .schema import Field, as_leaf, batch_leaf, batch_length, check_leaf, is_tensor, leaf_type, to_numpy
 
-Ints = npt.NDArray[np.int64]
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
 Fetch = Callable[[Ints], tuple[Sources, Ints]]
 
@@ -63,7 +63,7 @@ def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def check_call(cls: type, base: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Raise ArgumentError for arguments that a class of this package does not take; its `**options` are those of `base`."""
-    if not next(c for c in cls.__mro__ if "__init__" in vars(c)).__module__.startswith(f"{__package__}."):
+    if not next(c for c in cls.__mro__ if "__init__" in vars(c)).__module__.startswith("leanreplay."):
         return  # a user's own says itself what it takes
     own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
     kinds = {p.kind for p in own}

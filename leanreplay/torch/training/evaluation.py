@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batches import integer, required
-from ..errors import ArgumentError
-from .data import checked, device_named
-from .distributed import unwrapped
+from ...errors import ArgumentError
+from ...samples.batch import integer, required
+from ..data import checked, device_named
+from ..distributed import unwrapped
 from .reading import Reader
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from . import format as fmt
-from .errors import ArgumentError
-from .format import PAGE, Table, round_up
-from .schema import Schema
+from ..errors import ArgumentError
+from ..samples.schema import Schema
+from . import layout as fmt
+from .layout import PAGE, Table, round_up
 
 _JOURNAL_BYTES = 8 << 20
 _END, _CACHED = slice(40, 48), slice(72, 96)  # where in a superblock the end of the file stands, and what it caches of the root group

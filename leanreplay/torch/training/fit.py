@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batches import integer, required
-from ..buffers import DataBuffer
-from ..errors import ArgumentError, ExistsError, LossError, MissingError, StateError
-from ..keys import key_pair
-from . import distributed
-from .data import checked
+from ...buffers.base import DataBuffer
+from ...errors import ArgumentError, ExistsError, LossError, MissingError, StateError
+from ...keys import key_pair
+from ...samples.batch import integer, required
+from .. import distributed
+from ..data import checked
+from ..learners import ReplayLearner
+from ..loading.interleaved import ShuffleSampler
 from .evaluation import device_of, evaluating, predictions
-from .interleaved import ShuffleSampler
-from .learners import ReplayLearner
 from .reading import Reader
 from .states import StateFolder
 

@@ -31,12 +31,11 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, default_collate, default_convert
 
-from ..batches import call, integer, length, required, stack
-from ..buffers import SlidingWindowBuffer
-from ..errors import ArgumentError, LeanReplayError, ModeError, SchemaError, StateError, WorkerError
-from ..format import STREAM_BITS
-from ..keys import key_pair
-from .data import BufferDataset
+from ...buffers.base import SlidingWindowBuffer
+from ...errors import ArgumentError, LeanReplayError, ModeError, SchemaError, StateError, WorkerError
+from ...keys import STREAM_BITS, key_pair
+from ...samples.batch import call, integer, length, required, stack
+from ..data import BufferDataset
 
 _PATIENCE = 5.0  # seconds that running jobs have to end before their processes are killed
 _LOOK = 2.0  # seconds between looks at the workers, while waiting for them

@@ -32,8 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FormatError, SchemaError
-from .schema import Schema
+from ..arrays import POLICY_WORDS
+from ..errors import FormatError, SchemaError
+from ..keys import MAX_STREAM, STREAM_BITS
+from ..samples.schema import Schema
 
 # The class of each kind that is known. Its `_table_problem` says what is impossible about a table of that kind, which only it can know.
 KINDS: dict[str, Any] = {}
@@ -45,13 +47,10 @@ HEADERS = (PAGE, 2 * PAGE)
 TABLE_AT = 3 * PAGE
 _PREAMBLE = struct.Struct("<8sIIQQ32s")  # magic, version, 0, user block, table length, blake2b of these and the table
 
-STREAM_BITS = 48
-MAX_STREAM = 2**15 - 1
 BUCKETS = 256  # digests: one sum of mixed checksums for the rows of each residue modulo this
 
 # Words of a header. From H_SEEN to the checksum it is the state, which H_STATE is the hash of.
 H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_LOG, H_LOG_HASH, H_POLICY = range(11)
-POLICY_WORDS = 8
 _LAST = 2**62  # more commits than that nobody makes, and then the numbers would not fit
 H_DIGESTS = H_POLICY + POLICY_WORDS
 HEADER_WORDS = H_DIGESTS + BUCKETS + 1

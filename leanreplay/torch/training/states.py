@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .. import system
-from ..buffers import DataBuffer
-from ..errors import StateError
-from .distributed import gather, rank_and_size
+from ...buffers.base import DataBuffer
+from ...errors import StateError
+from ...storage import system
+from ..distributed import gather, rank_and_size
 
 
 class StateFolder:

@@ -1,0 +1,1 @@
+"""The public buffers: storage and a policy put together."""

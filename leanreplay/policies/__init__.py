@@ -1,0 +1,1 @@
+"""Which samples stay, planned from positions and groups alone."""

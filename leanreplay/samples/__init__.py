@@ -1,0 +1,1 @@
+"""What a sample is: schemas, batches and datasets."""

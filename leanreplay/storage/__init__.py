@@ -1,0 +1,1 @@
+"""Files, mappings, commits and restore points: a buffer's rows and nothing of what they mean."""

@@ -1,0 +1,1 @@
+"""Loaders and samplers that feed a training loop."""

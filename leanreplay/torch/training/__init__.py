@@ -1,0 +1,1 @@
+"""`fit` and `evaluate`: short loops for people who have none."""
