@@ -851,12 +851,9 @@ class DataBuffer:
         return self._sample(n, replace)  # type: ignore[return-value]
 
     def _sample(
-        self, n: int, replace: bool = False, room: int = 0, at_most: bool = False, convert: Convert | None = None
+        self, n: int, replace: bool = False, at_most: bool = False, convert: Convert | None = None
     ) -> tuple[Any, dict[str, Any]] | None:
-        """`sample`; room: entries, of any content, that the arrays of the batch begin with, for another batch to stand there.
-
-        at_most: take as many as there are, if fewer; None if there are none. convert: makes what transforms get.
-        """
+        """`sample`; at_most: take as many as there are, if fewer; None if there are none. convert: makes what transforms get."""
         with self._lock:
             store = self._require()
             if at_most:
@@ -874,7 +871,7 @@ class DataBuffer:
                     self._check_size(store, n, replace)
                     if counter is None:
                         counter = next(self._counter)
-                    return self._emit(store, self._draw(store, n, bool(replace), "sample", counter), room, convert)
+                    return self._emit(store, self._draw(store, n, bool(replace), "sample", counter), convert)
                 except RowError as error:  # a reader may have met a rollback or resize that freed rows
                     if store is None:
                         raise
@@ -934,10 +931,10 @@ class DataBuffer:
         self._draw_keys = {}
         self._set_counts(0, 0)
 
-    def _emit(self, store: Any, rows: Ints, room: int = 0, convert: Convert | None = None) -> tuple[Any, dict[str, Any]]:
+    def _emit(self, store: Any, rows: Ints, convert: Convert | None = None) -> tuple[Any, dict[str, Any]]:
         if store is None:
             raise RowError("the buffer is empty: it has no schema before its first batch")
-        arrays, index = store.read(rows, None, room)
+        arrays, index = store.read(rows)
         return self._present(store.table.schema, arrays, index, rows, convert)
 
     def _present(

@@ -26,7 +26,6 @@ from .replay import Replay, Statistics, check_layers, forward
 from .term import Term, fraction, number
 
 Function = Callable[[Any], Any]
-_NONE = (None, None, None)
 _OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")  # what torch says of labels that are no class
 _PURE = ("torch.nn.functional", "torch.nn.modules.loss")  # whose losses change nothing that they get
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
@@ -333,7 +332,7 @@ class ReplayLearner:
         else:
             inputs, targets, labels = self._ready(x, y, (self.transform, self.target_transform, self.batch_transform), "", device)
             arrays = _copied(x), _copied(y)
-            draws = self._draw(inputs, targets, arrays if inputs is x and targets is y else (_array(inputs), _array(targets)))
+            draws = self._draw(inputs, targets)
             ready = inputs, targets, labels, draws
         self._statistics.remember(self.module, self._users)
         if self._repeats is not False:  # the model may work in place, and is to see the same again
@@ -404,30 +403,24 @@ class ReplayLearner:
             (None if own else self.batch_transform) if whole is None else whole or None,
         )
 
-    def _draw(self, inputs: torch.Tensor, targets: torch.Tensor, arrays: tuple[Any, Any]) -> list[tuple[Term, Replay]]:
-        """The terms that count now, each with its draw. arrays: of inputs and targets, where they have one."""
+    def _draw(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[tuple[Term, Replay]]:
+        """The terms that count now, each with its draw."""
         draws: list[tuple[Term, Replay]] = []
         m, replay = self.replay_batch_size, None
         layers = self._layers if self.ema_memory_update_gamma < 1 else ()
         functions = self._of_draws()
-        raw = functions == _NONE == (self.buffer.transform, self.buffer.target_transform, None) and inputs.is_cpu
         for term in self.terms if m else ():
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                behind = term.together and raw
-                drawn = self.buffer._sample(m, room=inputs.shape[0] if behind else 0, at_most=True, convert=to_torch)
+                drawn = self.buffer._sample(m, at_most=True, convert=to_torch)
                 if drawn is None:  # the buffer is empty
                     return []
                 pair, metadata = drawn
-                if behind:
-                    replay = self._join(pair, metadata, arrays, inputs.shape[0], layers)
-                else:
-                    x, y, labels = self._ready(*self._tensors(pair), functions, "buffer_", inputs.device)
-                    replay = Replay(self.module, x, y, metadata, layers)
-                    replay.labels = labels
-                if not replay.whole:
-                    self._check_alike(inputs, targets, replay.x, replay.y, term.together)
+                x, y, labels = self._ready(*self._tensors(pair), functions, "buffer_", inputs.device)
+                replay = Replay(self.module, x, y, metadata, layers)
+                replay.labels = labels
+                self._check_alike(inputs, targets, x, y, term.together)
                 replay.bits = self._bits or frozenset()
             else:
                 replay.shared = True
@@ -445,15 +438,6 @@ class ReplayLearner:
             f"samples of the stream ({stream}) and of the buffer ({draw}) differ: the model would see two kinds; let transforms of "
             "the stream (transform, ...) and of draws (buffer_transform, ..., or the buffer's own) make the same"
         )
-
-    def _join(self, pair: Any, metadata: dict[str, Any], arrays: tuple[Any, Any], n: int, layers: tuple[str, ...]) -> Replay:
-        """A draw that was read behind room for the batch: the two become one without a copy of the draw."""
-        whole = self._tensors(pair)
-        for both, first in zip(pair, arrays, strict=True):
-            if type(first) is not np.ndarray or both.dtype != first.dtype or both.shape[1:] != first.shape[1:]:
-                return Replay(self.module, whole[0][n:], whole[1][n:], metadata, layers)
-            both[:n] = first
-        return Replay(self.module, None, None, metadata, layers, whole, n)
 
     def _tensors(self, pair: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What was drawn, as two tensors."""

@@ -41,20 +41,9 @@ class Replay:
     the draw is `shared`, as a model may work in place.
     """
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        x: torch.Tensor | None,
-        y: torch.Tensor | None,
-        metadata: dict[str, Any],
-        layers: Sequence[str],
-        whole: tuple[torch.Tensor, torch.Tensor] | None = None,
-        n: int = 0,
-    ) -> None:
-        """whole: in place of x and y, those of the stream's batch of n samples and of the draw, one after the other."""
-        self._x, self._y, self.metadata, self.layers = x, y, metadata, layers
+    def __init__(self, module: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, metadata: dict[str, Any], layers: Sequence[str]) -> None:
+        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
         self.labels = y  # the targets, where they can be looked at without waiting for a device
-        self._whole, self._n = whole, n
         self.bits: frozenset[str] = frozenset()  # names of fields that hold bfloat16
         self._module = module
         self.shared = False
@@ -64,30 +53,9 @@ class Replay:
     def __len__(self) -> int:
         return len(self.metadata["idx"])
 
-    @property
-    def x(self) -> torch.Tensor:
-        """What was drawn."""
-        if self._x is None:
-            self._x = self._whole[0][self._n :]  # type: ignore[index]
-        return self._x
-
-    @property
-    def y(self) -> torch.Tensor:
-        """Its targets."""
-        if self._y is None:
-            self._y = self._whole[1][self._n :]  # type: ignore[index]
-        return self._y
-
-    @property
-    def whole(self) -> bool:
-        """Whether it stands behind the stream's batch already."""
-        return self._whole is not None
-
     def behind(self, inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream's batch and the draw, one after the other."""
-        if self._whole is None:
-            return torch.cat([inputs, self.x]), torch.cat([targets, self.y])
-        return self._whole[0].clone() if self.shared else self._whole[0], self._whole[1]
+        return torch.cat([inputs, self.x]), torch.cat([targets, self.y])
 
     def stored(self, name: str) -> torch.Tensor:
         """What was stored with these samples under this name, (m, ...), on their device: a copy."""
