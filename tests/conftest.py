@@ -6,22 +6,16 @@ import gc
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 from nightly import is_left_out
+from paths import in_memory
 
-MEMORY = "/dev/shm"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
 multiprocessing.set_forkserver_preload(["leanreplay.torch", "pytest"])  # which take seconds to import
-
-
-def in_memory() -> str | None:
-    """A folder in memory for files whose durability is not what is tested; None where there is none, or little room."""
-    return MEMORY if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**30 else None
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from interpreter import Script
+from paths import ROOT
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 def test_readme_blocks_run(tmp_path: Path) -> None:

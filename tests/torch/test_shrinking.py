@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_uniform import assert_even
+from laws import assert_even
 
 torch = pytest.importorskip("torch")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from paths import import_path
 
 import leanreplay as lr
 
@@ -113,7 +114,7 @@ def everything(folder: Path) -> list[str]:
 
 def test_without_jit(tmp_path: Path) -> None:
     code = "import json, pathlib, sys, test_without_jit as t; print(json.dumps(t.everything(pathlib.Path(sys.argv[1]))))"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(lr.__file__).parent.parent)])
+    path = import_path(__file__)
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "plain")],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": path}, capture_output=True, text=True, check=False,

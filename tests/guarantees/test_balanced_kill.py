@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 import test_kill
 from children import child, killed, outcome
-from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped
 from nightly import times
+from paths import in_memory
 from test_kill import Interrupts, Scene, Steps, image, interrupted, place, stop_everywhere
 
 import leanreplay

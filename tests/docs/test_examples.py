@@ -11,16 +11,15 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from interpreter import Script
 from nightly import times
+from paths import EXAMPLES
 
 import leanreplay
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SPLIT_DIGITS = EXAMPLES / "split_digits.py"
 MNIST = EXAMPLES.parent.parent / "shared" / "data" / "mnist"
 if importlib.util.find_spec("sklearn") is None:  # which takes long to import

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from children import child, result
 from interpreter import Script
-from test_uniform import assert_even, assert_inclusion
+from laws import assert_even, assert_inclusion
 
 torch = pytest.importorskip("torch")
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compiled import as_python, call_helpers
+from paths import ROOT, TESTS
 
 import leanreplay
 from leanreplay import kernels
@@ -33,7 +34,6 @@ GOLDEN = 0x9E3779B97F4A7C15
 FREE = M64
 SIZES = (1, 3, 7, 8, 9, 40, 785)
 FIELDS = len(SIZES)
-ROOT = Path(leanreplay.__file__).parent.parent
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
@@ -1360,8 +1360,8 @@ def test_hash_log(run: None, count: int) -> None:
 
 
 def test_every_kernel_is_tested() -> None:
-    """A new kernel needs a test that calls it, here or in another file of this folder."""
-    text = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    """A new kernel needs a test that calls it, here or in another file."""
+    text = "".join(file.read_text(encoding="utf-8") for file in TESTS.rglob("test_*.py"))
     names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]
     assert {"balance", "balanced", "merge", "reservoir", "rows"} <= set(names)
     for module in names:
@@ -1392,7 +1392,7 @@ def test_kernel_tests_without_jit() -> None:
     ]
     done = subprocess.run(
         [*command, str(here)],
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, cwd=here.parent.parent, capture_output=True, text=True, check=False,
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert "......" in done.stdout

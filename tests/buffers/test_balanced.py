@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import in_memory
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped, keyed, quotas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from laws import assert_inclusion
 from nightly import times
-from test_uniform import assert_inclusion
+from paths import in_memory
 
 import leanreplay
 from leanreplay import (

@@ -2,7 +2,7 @@
 
 `data/replay_v1.h5.gz` stands for all files of format version 1 in the world: later releases must open it and go on with it. It was made by
 
-    python -c "import sys; sys.path.insert(0, 'tests'); import test_format; test_format.write_stored_file('tests/data/replay_v1.h5')"
+    PYTHONPATH=tests/guarantees:tests/support python -c "import test_format; test_format.write_stored_file('tests/data/replay_v1.h5')"
     gzip -9n tests/data/replay_v1.h5
 
 and must not be made again while the version is 1. `data/grouped_v1.h5.gz`, by `write_grouped_file`, stands for those with groups and a log.
@@ -22,13 +22,13 @@ import h5py
 import numpy as np
 import pytest
 from interpreter import Script
+from paths import DATA
 
 import leanreplay as lr
 from leanreplay.samples.schema import Schema
 from leanreplay.storage import layout as fmt
 from leanreplay.storage.create import hash_structure
 
-DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 STORED = os.path.join(DATA, "replay_v1.h5.gz")
 GROUPED = os.path.join(DATA, "grouped_v1.h5.gz")
 

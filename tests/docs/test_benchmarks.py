@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks/ is not installed
+sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
 from benchmarks import pagecache, report, rivals, suite

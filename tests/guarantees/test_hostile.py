@@ -22,8 +22,8 @@ import h5py  # noqa: F401  (loaded before children fork)
 import numpy as np
 import pytest
 from children import child, result
-from conftest import in_memory
 from nightly import times
+from paths import in_memory
 
 import leanreplay as lr
 from leanreplay import merge as merge_module

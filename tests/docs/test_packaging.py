@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "typing" / "user_script.py"
 
 BUILD = """
@@ -54,7 +54,7 @@ def test_source_archive_is_whole(built: tuple[set[str], zipfile.ZipFile, zipfile
         str(path.relative_to(ROOT))
         for folder, endings in (
             ("leanreplay", (".py", ".typed")),
-            ("tests", (".py", ".gz")),
+            ("tests", (".py", ".gz", ".md")),
             ("examples", (".py",)),
             ("benchmarks", (".py",)),
         )

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import pytest
 from children import child, killed, outcome, result
-from conftest import in_memory
 from nightly import times
+from paths import in_memory
 
 import leanreplay
 from leanreplay import (

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import in_memory
 from nightly import times
+from paths import in_memory
 
 import leanreplay
 from leanreplay import (

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import in_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nightly import times
+from paths import in_memory
 
 import leanreplay
 from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer

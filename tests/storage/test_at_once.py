@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from children import child, outcome, result
 from nightly import times
+from paths import import_path
 
 import leanreplay
 from leanreplay import (
@@ -233,7 +234,7 @@ def test_stopped_at_every_line(kind: str, tmp_path: Path) -> None:
     copies = tmp_path / "copies"
     copies.mkdir()
     code = "import sys, test_at_once as t; t.leave_copies(*sys.argv[1:])"
-    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(leanreplay.__file__).parent.parent)])
+    folders = import_path(__file__)
     ran = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, kind, str(tmp_path / "b.h5"), str(copies)],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": folders}, capture_output=True, text=True, check=False,

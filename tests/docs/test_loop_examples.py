@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from interpreter import Script
+from paths import EXAMPLES
 
 import leanreplay
 from leanreplay.torch import ReplayLearner
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CIFAR10 = EXAMPLES.parent.parent / "shared" / "data" / "cifar10"
 pytest.importorskip("sklearn")
 
