@@ -28,7 +28,7 @@ from .policies.base import AppendPolicy, GreedyClassBalancingPolicy, Policy, Res
 from .samples.batch import flat, integer
 from .storage import system
 from .storage.layout import Table
-from .storage.store import Store
+from .storage.store import Change, Store
 
 _CHUNK = 1 << 16  # entries of an index looked at in one go
 _PIECE = 4 << 20  # bytes that are verified in one go
@@ -317,9 +317,9 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
                 if (index[0] != positions[start : start + new.most]).any():
                     raise ModeError("an input changed while it was being merged; close its writer first")
                 where = np.arange(part.shape[0])
-                new.commit(seen, union.state, where + start, index[0], index[1], [(flat(a), where) for a in arrays])
+                new.commit(Change(seen, union.state, where + start, index[0], index[1], [(flat(a), where) for a in arrays]))
             if not places.shape[0] or union.log.shape[0]:
-                new.commit(seen, union.state, log=union.log)
+                new.commit(Change(seen, union.state, log=union.log))
 
     if made._lock_fd is not None:
         system.remove_temporaries(str(made._where))

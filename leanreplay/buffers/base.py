@@ -49,7 +49,7 @@ from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, m
 from ..storage import system
 from ..storage.create import plan_file
 from ..storage.layout import KINDS, Table
-from ..storage.store import Moved, Problem, Store, empty_state, read_table, refuse_within
+from ..storage.store import Change, MetadataUpdate, PlannedBatch, Problem, Store, empty_state, read_table, refuse_within
 
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 Convert = Callable[[Any, frozenset[str], Any, str], Any]  # leanreplay.torch.data.to_torch
@@ -721,7 +721,7 @@ class DataBuffer:
         return policy
 
     def _feed(
-        self, n: int, skip: int, groups: Ints | None, fetch: Fetch, moving: Moved | None = None, data: list[Any] | None = None
+        self, n: int, skip: int, groups: Ints | None, fetch: Fetch, moving: MetadataUpdate | None = None, data: list[Any] | None = None
     ) -> None:
         """Plan and commit samples skip to n, in commits of as many as the journal can undo; `moving` goes with the first.
 
@@ -729,7 +729,7 @@ class DataBuffer:
         """
         store = self._store
         if self._rows.shape[0] == 0:
-            self._rows, self._samples, self._taken, self._places = (np.empty(_CHUNK, np.int64) for _ in range(4))
+            self._rows = np.empty(_CHUNK, np.int64)
         if groups is not None and self.policy_class.check_groups is not Policy.check_groups:
             self._ready_policy(store).check_groups(groups[skip:])
         if data is not None and groups is not None and not groups.flags.carray:
@@ -757,41 +757,43 @@ class DataBuffer:
             if freed is not NO_ROWS:
                 _check_freed(store, policy, freed)
             elif (
-                data is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]
-                and store.commit_planned(first, policy.state, rows[:used], start, groups, done, data, most)
+                data is not None and groups is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]
+                and store.commit_planned(PlannedBatch(first, policy.state, rows[:used], start, groups, done, data, most))
             ):  # fmt: skip
                 self._policy_at = store.sequence
                 done += used
                 continue
-            count = store.keep_last(rows[:used], freed, start, self._samples, self._taken, self._places) if 0 < used <= m else -1
+            kept = store.survivors(rows[:used], freed, start) if 0 < used <= m else None
+            count = -1 if kept is None else kept.n
             if count == -2:
                 raise ArgumentError(
                     f"{type(policy).__name__}.plan freed {freed.shape[0]} rows, of which some are not live, taken by the same plan, "
                     "or given twice: rows that are live before it and free after it are allowed"
                 )
-            if not 0 <= count <= most:
+            if kept is None or not 0 <= count <= most:
                 raise ArgumentError(
                     f"{type(policy).__name__}.plan used {used} of {m} samples and took {count} rows: "
                     f"1 to {m} samples, at most {most} rows from 0 to {self.max_size - 1}, or -1, are allowed"
                 )
-            taken = self._taken[:count]
             if moving is not None:
-                moving = _without(moving, taken, freed)
+                moving = _without(moving, kept.rows, freed)
             if count:
-                picked = self._samples[:count]
                 before = store.sequence
-                sources, picked_groups = fetch(picked + done if done else picked)
+                sources, tags = fetch(kept.samples + done if done else kept.samples)
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
-                places = self._places[:count]
-                store.commit(first + used, policy.state, taken, places, picked_groups, sources, freed, policy.new_log, moving, first)
+                store.commit(
+                    Change(
+                        first + used, policy.state, kept.rows, kept.positions, tags, sources, freed, policy.new_log, moving, first,
+                    )
+                )  # fmt: skip
             else:
-                store.commit(first + used, policy.state, freed=freed, log=policy.new_log, moved=moving, after=first)
+                store.commit(Change(first + used, policy.state, freed=freed, log=policy.new_log, update=moving, after=first))
             moving = None
             self._policy_at = store.sequence
             done += used
 
-    def _moving(self, store: Any, moved: Any) -> Moved | None:
+    def _moving(self, store: Any, moved: Any) -> MetadataUpdate | None:
         """What `add` is to move; None if no row holds its sample any more."""
         try:
             rows, positions, values = moved
@@ -809,19 +811,19 @@ class DataBuffer:
         store.verify_index()
         for field in fields:
             store.read(found, field)  # a damaged row must not get a checksum that fits it
-        return Moved(found, {f: (data, samples) for f, data in sources.items()})
+        return MetadataUpdate(found, {f: (data, samples) for f, data in sources.items()})
 
     def _metadata_source(self, store: Any, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
         """The bytes of values for these rows. Raises SchemaError where they do not fit."""
         schema: Schema = store.table.schema
         return flat(to_numpy(check_leaf(values, schema.fields[field], rows.shape[0]), schema.fields[field]))
 
-    def _move(self, store: Any, moving: Moved) -> None:
+    def _move(self, store: Any, moving: MetadataUpdate) -> None:
         """Commit moved metadata, in commits of as many rows as the journal holds."""
         for start in range(0, moving.rows.shape[0], store.most):
             part = slice(start, start + store.most)
             sources = {f: (data, samples[part]) for f, (data, samples) in moving.sources.items()}
-            store.commit(store.seen, store.policy, moved=Moved(moving.rows[part], sources))
+            store.commit(Change(store.seen, store.policy, update=MetadataUpdate(moving.rows[part], sources)))
         if self._policy_at != -1:
             self._policy_at = store.sequence  # metadata does not concern the policy
 
@@ -1094,7 +1096,7 @@ class DataBuffer:
             store.verify_index()
             for start in range(0, found.shape[0], store.most):
                 store.read(found[start : start + store.most], field)  # a damaged row must not get a checksum that fits it
-            self._move(store, Moved(found, {field: (data, samples)}))
+            self._move(store, MetadataUpdate(found, {field: (data, samples)}))
 
     # -- structure ---------------------------------------------------------------------------------------------------
 
@@ -1180,9 +1182,9 @@ class DataBuffer:
                     arrays.insert(fields.index(extra[0]), np.ascontiguousarray(extra[1][start : start + new.most]))
                 where = np.arange(these.shape[0])
                 sources = [(flat(a), where) for a in arrays]
-                new.commit(store.seen, state, new_rows[start : start + new.most], index[0], index[1], sources)
+                new.commit(Change(store.seen, state, new_rows[start : start + new.most], index[0], index[1], sources))
             if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
-                new.commit(store.seen, state, log=log)
+                new.commit(Change(store.seen, state, log=log))
 
         store.stay()
         self._replacing = True
@@ -1491,13 +1493,13 @@ def _takes_tensors(function: Any) -> bool:
     return isinstance(function, torch.nn.Module) or (isinstance(steps, list) and any(map(_takes_tensors, steps)))
 
 
-def _without(moving: Moved, *gone: Ints) -> Moved | None:
+def _without(moving: MetadataUpdate, *gone: Ints) -> MetadataUpdate | None:
     """What is left to move when these rows get other samples, or none."""
     stays = ~np.isin(moving.rows, np.concatenate(gone))
     if stays.all():
         return moving
     sources = {f: (data, samples[stays]) for f, (data, samples) in moving.sources.items()}
-    return Moved(moving.rows[stays], sources) if stays.any() else None
+    return MetadataUpdate(moving.rows[stays], sources) if stays.any() else None
 
 
 def _check_freed(store: Any, policy: Policy, freed: Any) -> None:

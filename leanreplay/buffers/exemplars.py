@@ -18,6 +18,7 @@ from ..samples.batch import Batch, Fetch, flat, integers, plain_array
 from ..samples.dataset import Items
 from ..samples.schema import Field, Schema
 from ..storage.layout import Table
+from ..storage.store import Change
 from .balanced import BalancedBuffer, BalancedPolicy, group_hash, group_quotas, groups_in, is_flag
 from .base import Rule
 
@@ -414,7 +415,7 @@ class ParametricBuffer(BalancedBuffer):
             return [(flat(np.ascontiguousarray(a)), where) for a in arrays]
 
         self._policy_at = -1
-        store.commit(seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log, after=seen)
+        store.commit(Change(seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log, after=seen))
 
     def _ranks(self, store: Any, rows: Ints) -> Ints:
         arrays, _ = store.read(rows, _rank_field(store.table.schema))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import NO_LOG, NO_ROWS, Ints
+from ..arrays import NO_LOG, Ints
 from ..errors import (
     ArgumentError,
     CorruptionError,
@@ -34,7 +34,7 @@ from ..storage import system
 from ..storage.create import plan_file
 from ..storage.layout import Table
 from ..storage.restore_points import is_undo_file, undo_files
-from ..storage.store import Moved, Problem, Source, Store, empty_state, refuse_within
+from ..storage.store import Change, MetadataUpdate, PlannedBatch, Problem, Store, Survivors, empty_state, refuse_within
 from .base import DataBuffer, Rule, _copy_store, _copy_to_memory, _is_left_over, _write_state, optional_int
 
 _PATIENCE = 1.0  # seconds that a reader waits for a load to end
@@ -75,6 +75,34 @@ class Parts:
     @property
     def most(self) -> int:
         return self.stores[0].most
+
+    @property
+    def layout(self) -> Table:
+        return self.table
+
+    @property
+    def schema(self) -> Schema | None:
+        return self.table.schema
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for store in self.stores)
+
+    @property
+    def max_rows(self) -> int:
+        return self.most
+
+    def recover_or_refresh(self) -> None:
+        self.ready()
+
+    def was_replaced(self) -> bool:
+        return self.moved()
+
+    def policy_log(self) -> Ints:
+        return self.log()
+
+    def state_name(self) -> str:
+        return self.mark_name()
 
     @property
     def policy(self) -> list[int]:
@@ -119,11 +147,10 @@ class Parts:
     def log(self) -> Ints:
         return NO_LOG
 
-    def keep_last(self, rows: Ints, freed: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
+    def survivors(self, rows: Ints, freed: Ints, start: int) -> Survivors:
         """Every sample has a row of its own."""
         n = rows.shape[0]
-        samples[:n], taken[:n], positions[:n] = np.arange(n), rows, np.arange(start, start + n)
-        return n
+        return Survivors(n, rows, np.arange(n), np.arange(start, start + n))
 
     def ready(self) -> None:
         if self._parts:
@@ -191,20 +218,9 @@ class Parts:
             index[:, where] = some_index
         return arrays, index
 
-    def commit(
-        self,
-        seen: int,
-        policy: Sequence[int],
-        rows: Ints = NO_ROWS,
-        positions: Ints = NO_ROWS,
-        groups: Ints = NO_ROWS,
-        sources: Sequence[Source] = (),
-        freed: Ints = NO_ROWS,
-        log: Ints = NO_ROWS,
-        moved: Moved | None = None,
-        after: int | None = None,
-    ) -> None:
+    def commit(self, change: Change) -> None:
         """As `Store.commit`; new rows lie in one part, which is made when it is needed. Other parts in which rows move commit before."""
+        rows, moved, after = change.rows, change.update, change.after
         if after is not None and after != self.seen:
             raise ModeError("the buffer was changed while a batch was being added; the batch was not added")
         if rows.shape[0] and rows[0] // self.rows == len(self.stores):
@@ -219,24 +235,22 @@ class Parts:
         if moved is not None:
             self.stay()
         for store, where, local in self._split(moved.rows) if moved is not None else []:
-            there = Moved(local, {f: (flat, samples[where]) for f, (flat, samples) in moved.sources.items()})  # type: ignore[union-attr]
+            there = MetadataUpdate(local, {f: (flat, samples[where]) for f, (flat, samples) in moved.sources.items()})  # type: ignore[union-attr]
             if store is last:
                 moving = there
             else:
-                store.commit(store.seen, store.policy, moved=there)
+                store.commit(Change(store.seen, store.policy, update=there))
         if last is not None:
             first = (len(self.stores) - 1) * self.rows
             now = None if after is None else after - first
-            last.commit(seen - first, policy, rows - first, positions, groups, sources, moved=moving, after=now)
+            last.commit(change._replace(seen=change.seen - first, rows=rows - first, update=moving, after=now))
 
-    def commit_planned(
-        self, after: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Any], most: int
-    ) -> bool:
+    def commit_planned(self, batch: PlannedBatch) -> bool:
         """As `Store.commit_planned`; not if the part of these rows is still to be made."""
         before = (len(self.stores) - 1) * self.rows
-        if rows[0] >= before + self.rows:
+        if batch.rows[0] >= before + self.rows:
             return False
-        return self.stores[-1].commit_planned(after - before, policy, rows - before, start, groups, first, data, most)
+        return self.stores[-1].commit_planned(batch._replace(after=batch.after - before, rows=batch.rows - before))
 
     def flush(self) -> None:
         for store in self.stores:

@@ -19,7 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from ..errors import CorruptionError, FormatError, LockedError, MissingError, Mo
 from ..kernels import rows as kernel
 from ..kernels.hashing import GOLDEN
 from ..keys import STREAM_BITS
+from ..samples.schema import Schema
 from . import system
 from .create import hash_structure
 from .layout import (
@@ -87,12 +88,67 @@ _Arrangement = tuple[tuple[int, int, int, int], Ints, list[tuple[tuple[int, ...]
 Source = tuple[Bytes, Ints]  # bytes of samples, and which of them each row takes
 
 
-@dataclass(frozen=True)
-class Moved:
+Sources = Sequence[Source]  # one per field
+
+
+class MetadataUpdate(NamedTuple):
     """Live rows that keep their samples, but for some fields. sources: by field, (bytes, samples) with samples[i] for rows[i]."""
 
     rows: Ints
     sources: Mapping[int, Source]
+
+
+class Change(NamedTuple):
+    """One commit. All its rows are distinct, and no more than the journal holds.
+
+    seen, policy: samples seen, and the policy's words, after it.
+    rows: rows[i] gets sample samples[i] of every source, positions[i] and tags[i].
+    sources: one for every field; or a function that returns those of rows[start:stop]. The commit calls it for one piece after the
+        other, so that not all of them are in memory at once.
+    freed: live rows that become free. log: (k, 2), entries to append to the policy's log.
+    after: samples seen when this was planned; the commit raises ModeError if it is not so any more.
+    """
+
+    seen: int
+    policy: Sequence[int]
+    rows: Ints = NO_ROWS
+    positions: Ints = NO_ROWS
+    tags: Ints = NO_ROWS
+    sources: Sources | Callable[[int, int], Sources] = ()
+    freed: Ints = NO_ROWS
+    log: Ints = NO_LOG
+    update: MetadataUpdate | None = None
+    after: int | None = None
+
+
+class PlannedBatch(NamedTuple):
+    """A plan whose samples are all in memory.
+
+    after: samples seen before. policy: the policy's words afterwards.
+    rows: the row that sample i takes, or -1; the later of two that take the same one stays. At most `max_rows` rows are taken.
+    Sample i has stream position start + i, and is number first + i in tags and data (one array of bytes per field).
+    """
+
+    after: int
+    policy: Sequence[int]
+    rows: Ints
+    start: int
+    tags: Ints
+    first: int
+    data: Sequence[Bytes]
+    max_rows: int
+
+
+class Survivors(NamedTuple):
+    """The last sample of a plan for each row that is taken.
+
+    n: their number; -1 if a row is outside the buffer; -2 if a freed one is not live, or is taken, or freed twice.
+    """
+
+    n: int
+    rows: Ints
+    samples: Ints
+    positions: Ints
 
 
 @dataclass(frozen=True)
@@ -539,6 +595,38 @@ class Store:
         return self._now[H_SEQ] if self._settled or not self.writable else -1
 
     @property
+    def layout(self) -> Table:
+        """What never changes in the file."""
+        return self.table
+
+    @property
+    def schema(self) -> Schema | None:
+        """What a sample looks like."""
+        return self.table.schema
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.table.file_size
+
+    @property
+    def max_rows(self) -> int:
+        """How many rows one commit may overwrite."""
+        return self.most
+
+    def recover_or_refresh(self) -> None:
+        self.ready()
+
+    def was_replaced(self) -> bool:
+        return self.moved()
+
+    def policy_log(self) -> Ints:
+        return self.log()
+
+    def state_name(self) -> str:
+        return self.mark_name()
+
+    @property
     def seen(self) -> int:
         return self._now[H_SEEN]
 
@@ -612,9 +700,12 @@ class Store:
         """A number per row, all 0 before and after each use."""
         return np.zeros(self.table.max_size, np.int32)
 
-    def keep_last(self, rows: Ints, freed: Ints, start: int, samples: Ints, taken: Ints, positions: Ints) -> int:
-        """Which samples survive their batch, see the kernel."""
-        return int(kernel.keep_last(rows, freed, self._positions, self.scratch, start, samples, taken, positions))
+    def survivors(self, rows: Ints, freed: Ints, start: int) -> Survivors:
+        """Which samples of a plan stay in it to its end: rows[i] is the row of stream position start + i, or -1."""
+        samples, taken, positions = np.empty((3, rows.shape[0]), np.int64)
+        count = int(kernel.keep_last(rows, freed, self._positions, self.scratch, start, samples, taken, positions))
+        n = max(0, count)
+        return Survivors(count, taken[:n], samples[:n], positions[:n])
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -950,26 +1041,9 @@ class Store:
                 self.read(start + part, narrow)
         self._checked = True
 
-    def commit(
-        self,
-        seen: int,
-        policy: Sequence[int],
-        rows: Ints = NO_ROWS,
-        positions: Ints = NO_ROWS,
-        groups: Ints = NO_ROWS,
-        sources: Sequence[Source] | Callable[[int, int], Sequence[Source]] = (),
-        freed: Ints = NO_ROWS,
-        log: Ints = NO_LOG,
-        moved: Moved | None = None,
-        after: int | None = None,
-    ) -> None:
-        """One commit: rows[i] takes sample samples[i] of every source, positions[i] and groups[i]; `freed` become free.
-
-        sources: (bytes, samples) for every field: uint8 of samples * bytes per row, and (n,) int64; or a function that returns
-        them for rows[start:stop], and is called with the commit under way, so that not all of them are in memory at once.
-        moved: live rows and the sources of those of their fields that change. All rows are distinct, and no more than the journal
-        holds. log: (k, 2), more entries of the policy's log. after: samples seen when this was planned; ModeError if it is not so any more.
-        """
+    def commit(self, change: Change) -> None:
+        """Make one commit, by one kernel call where nothing has to happen between its steps."""
+        seen, policy, rows, positions, groups, sources, freed, log, moved, after = change
         sequence = self._coming(seen, policy, after)
         whole, freeing = rows.shape[0], freed.shape[0]
         if whole and not freeing and moved is None and not log.shape[0] and not callable(sources) and self._unbroken(len(sources)):
@@ -1062,14 +1136,9 @@ class Store:
             self._policy = list(policy)
         return sequence
 
-    def commit_planned(
-        self, after: int, policy: Sequence[int], rows: Ints, start: int, groups: Ints, first: int, data: list[Bytes], most: int
-    ) -> bool:
-        """The commit of a plan whose samples are in memory, by one kernel call; False, and nothing has changed, where that cannot be.
-
-        after: samples seen before. rows: where the next ones go, or -1, for at most `most` rows. Sample i, of position start + i, is
-        number first + i in groups and data.
-        """
+    def commit_planned(self, batch: PlannedBatch) -> bool:
+        """Commit a planned batch by one kernel call; False, and nothing has changed, where that cannot be or the plan is wrong."""
+        after, policy, rows, start, groups, first, data, most = batch
         if not self._unbroken(len(data)):
             return False
         self._coming(after + rows.shape[0], policy, after)
@@ -1079,7 +1148,7 @@ class Store:
         """Whether a commit needs nothing between its steps, so that one kernel call makes it."""
         return not self.durable and fields <= len(_NO_DATA) and _AT_ONCE and not self._logging()
 
-    def _at_once(self, rows: Ints, start: int, positions: Ints, groups: Ints, first: int, data: list[Bytes], most: int) -> bool:
+    def _at_once(self, rows: Ints, start: int, positions: Ints, groups: Ints, first: int, data: Sequence[Bytes], most: int) -> bool:
         """Make the commit that `_coming` began by one kernel call; False, and nothing has changed, for a wrong plan."""
         seal, sequence = self._seal_words, self._next[H_SEQ]
         seal[J_TAG], seal[J_SEQ], seal[J_PREVIOUS], seal[J_FREED] = self._tag, sequence, self._now[H_STATE], 0

@@ -52,6 +52,7 @@ from leanreplay import (
 )
 from leanreplay.kernels import merge as kernel
 from leanreplay.keys import key_pair
+from leanreplay.storage.store import Change
 
 M64 = 2**64 - 1
 STREAM = 2**48
@@ -877,7 +878,7 @@ def test_inputs_that_lie(pair: list[str]) -> None:
         with leanreplay.open(pair[0]) as other:
             index[0] = other.get_metadata("position")[np.argsort([key(p) for p in other.get_metadata("position").tolist()])[-3:]]
         sources = [(np.ascontiguousarray(a).ravel().view(np.uint8), np.arange(3)) for a in arrays]
-        store.commit(store.seen, store.policy, np.arange(3), index[0], index[1], sources)
+        store.commit(Change(store.seen, store.policy, np.arange(3), index[0], index[1], sources))
         refuse(MismatchError, [*pair, "both hold sample"], [pair[0], liar])
     (liar,) = made("classes", None, {0: 90})
     store = liar._store
@@ -885,7 +886,7 @@ def test_inputs_that_lie(pair: list[str]) -> None:
         arrays, index = store.read(np.arange(3))
         index[1, 1] = wrong
         sources = [(np.ascontiguousarray(a).ravel().view(np.uint8), np.arange(3)) for a in arrays]
-        store.commit(store.seen, store.policy, np.arange(3), index[0], index[1], sources)
+        store.commit(Change(store.seen, store.policy, np.arange(3), index[0], index[1], sources))
         refuse(CorruptionError, ["input 0", "log of groups"], [liar])
 
 

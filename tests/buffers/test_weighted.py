@@ -37,6 +37,7 @@ from leanreplay import (
 )
 from leanreplay.kernels import weighted
 from leanreplay.keys import key_pair
+from leanreplay.storage.store import Change
 
 M64 = 2**64 - 1
 TINY, HUGE = 5e-324, 1.7976931348623157e308
@@ -615,6 +616,6 @@ def test_a_file_that_lies() -> None:
             arrays, index = store.read(np.arange(4))
             index[1, 2] = np.array(wrong).view(np.int64)
             sources = [(np.ascontiguousarray(a).ravel().view(np.uint8), np.arange(4)) for a in arrays]
-            store.commit(4, store.policy, np.arange(4), index[0], index[1], sources)
+            store.commit(Change(4, store.policy, np.arange(4), index[0], index[1], sources))
             with pytest.raises(CorruptionError, match="weights"):
                 buffer.add(samples(4, 8), weights=np.ones(4))

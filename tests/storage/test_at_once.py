@@ -146,7 +146,7 @@ def test_rows_that_become_free_want_the_steps(tmp_path: Path, calls: list[int]) 
         sources = [(a.reshape(-1).view(np.uint8), samples) for a in (x, y, np.zeros(1, np.int8))]
         one = np.array([3]), np.array([20]), np.array([0])
         buffer._policy_at, before = -1, len(calls)
-        inside.commit(21, inside.policy, *one, sources, np.array([7]))
+        inside.commit(store.Change(21, inside.policy, *one, sources, np.array([7])))
         assert len(calls) == before
         assert len(buffer) == 19
         assert [str(p) for p in buffer.check()] == []
