@@ -30,6 +30,7 @@ from leanreplay.torch import (
     SamplerIntervalConfig,
     ShuffleSampler,
 )
+from leanreplay.torch.loading.interleaved.config import trains
 
 KINDS = ("every_n_epochs", "every_n_updates", "every_n_samples")
 STOPS = ("max_epochs", "max_updates", "max_samples")
@@ -192,7 +193,7 @@ def test_random_runs_cover_what_matters():
             met |= {k for k in STOPS + STARTS if getattr(config, k) is not None}
             met |= {("cut", config.drop_last) for _ in [0] if config.batch_size > n}
             met |= {("short", config.drop_last) for _ in [0] if n % config.batch_size}
-            met |= {("no training", config.evaluation) for _ in [0] if not config._trains}
+            met |= {("no training", config.evaluation) for _ in [0] if not trains(config)}
             for _, a in intervals:
                 if a.get("every_n_samples", n) < config.batch_size:
                     met.add(("several multiples at once", config.drop_last))
