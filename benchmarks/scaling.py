@@ -126,14 +126,14 @@ def stream(o: Options) -> Curves:
     warm, policy = (leanreplay.ReservoirPolicy(5_000, 0, {}) for _ in range(2))
     for each in (warm, policy):
         each.load(nothing, nothing)
-    warm.plan(0, rows, rows, 1 << 40)  # so that the kernel is there
+    warm.plan(0, rows, 1 << 40)  # so that the kernel is there
     names = ("samples seen", "ns a sample since the line before", "of which stay, expected")
     columns: dict[str, list[float]] = {name: [] for name in names}
     seen = 0
     for goal in [10**e for e in range(4, 8 if o.quick else 10)]:
         first, start = seen, time.perf_counter()
         while seen < goal:
-            seen += policy.plan(seen, rows, rows[: min(rows.shape[0], goal - seen)], 1 << 40)
+            seen += len(policy.plan(seen, rows[: goal - seen], 1 << 40).rows)
         taken = time.perf_counter() - start
         stay = 5_000 * np.log(goal / max(5_000, first)) + max(0, 5_000 - first)
         for name, value in zip(names, (goal, taken / (goal - first) * 1e9, round(stay)), strict=True):

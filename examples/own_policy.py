@@ -31,19 +31,17 @@ class HardestPolicy(leanreplay.Policy):
         self.heap = [(int(g), -int(p), row) for row, (p, g) in enumerate(zip(positions, groups, strict=True))]
         heapq.heapify(self.heap)
 
-    def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
-        """rows[i] is the row that sample start + i takes, -1 to reject it."""
-        n = min(len(rows), most)
-        for i, group in enumerate(groups[:n].tolist()):
+    def plan(self, start: int, groups: Ints, max_rows: int) -> leanreplay.Plan:
+        """Plan.rows[i] is the row that sample start + i takes, -1 to reject it."""
+        rows = np.full(min(len(groups), max_rows), -1)
+        for i, group in enumerate(groups[: len(rows)].tolist()):
             if len(self.heap) < self.capacity:
                 rows[i] = len(self.heap)
                 heapq.heappush(self.heap, (group, -(start + i), int(rows[i])))
             elif (group, -(start + i)) > self.heap[0][:2]:
                 rows[i] = self.heap[0][2]
                 heapq.heapreplace(self.heap, (group, -(start + i), int(rows[i])))
-            else:
-                rows[i] = -1
-        return n
+        return leanreplay.Plan(rows)
 
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
         """For `buffer.resize`."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from .buffers.balanced import (
     BalancedBuffer,
-    BalancedPolicy,
     ClassBalancedBuffer,
     ClassBalancingReservoirBuffer,
-    ClassBalancingReservoirPolicy,
     ExperienceBalancedBuffer,
 )
 from .buffers.base import (
@@ -17,9 +15,9 @@ from .buffers.base import (
     SlidingWindowBuffer,
     open_buffer,
 )
-from .buffers.exemplars import ParametricBuffer, ParametricPolicy
+from .buffers.exemplars import ParametricBuffer
 from .buffers.infinite import InfiniteBuffer
-from .buffers.weighted import WeightedReservoirBuffer, WeightedReservoirPolicy
+from .buffers.weighted import WeightedReservoirBuffer
 from .errors import (
     ArgumentError,
     CapacityWarning,
@@ -43,13 +41,12 @@ from .errors import (
     WorkerError,
 )
 from .merge import merge
-from .policies.base import (
-    AppendPolicy,
-    GreedyClassBalancingPolicy,
-    Policy,
-    ReservoirPolicy,
-    SlidingWindowPolicy,
-)
+from .policies.append import AppendPolicy
+from .policies.balanced import BalancedPolicy, ClassBalancingReservoirPolicy
+from .policies.base import Plan, Policy
+from .policies.exemplars import ParametricPolicy
+from .policies.greedy import GreedyClassBalancingPolicy
+from .policies.reservoir import ReservoirPolicy
 from .policies.selection import (
     ClosestToCenterSelection,
     FeatureBasedSelection,
@@ -57,6 +54,8 @@ from .policies.selection import (
     RandomSelection,
     SelectionStrategy,
 )
+from .policies.weighted import WeightedReservoirPolicy
+from .policies.window import SlidingWindowPolicy
 from .samples.schema import Field, Schema
 from .storage.store import Problem
 
@@ -94,6 +93,7 @@ __all__ = [
     "ModeError",
     "ParametricBuffer",
     "ParametricPolicy",
+    "Plan",
     "Policy",
     "Problem",
     "RandomSelection",

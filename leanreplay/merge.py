@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 
 from .arrays import NO_LOG, POLICY_WORDS, Ints, Words
-from .buffers.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas, groups_in
 from .buffers.base import _KINDS, MERGED, DataBuffer
-from .buffers.weighted import WeightedReservoirPolicy
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
 from .kernels import merge as kernel
 from .kernels import reservoir
 from .keys import MAX_STREAM, STREAM_BITS, key_pair
-from .policies.base import AppendPolicy, GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from .policies.append import AppendPolicy
+from .policies.balanced import BalancedPolicy, group_hash, group_quotas, groups_in
+from .policies.base import Policy
+from .policies.reservoir import ReservoirPolicy
+from .policies.weighted import WeightedReservoirPolicy
 from .samples.batch import flat, integer
 from .storage import system
 from .storage.layout import Table
@@ -34,13 +36,6 @@ _CHUNK = 1 << 16  # entries of an index looked at in one go
 _PIECE = 4 << 20  # bytes that are verified in one go
 _ROW_BITS = 40  # a place is the number of its input << 40 | its row
 _PATIENCE = 1.0  # seconds that a commit of another process may take
-
-_WHY_NOT: dict[type[Policy], str] = {
-    SlidingWindowPolicy: "which samples are the last ones of several streams is not defined",
-    GreedyClassBalancingPolicy: "which samples it holds depends on the order in which all streams arrive",
-    ClassBalancingReservoirPolicy: "which samples it holds depends on the order in which all streams arrive",
-    AppendPolicy: "it keeps everything; read several of them one after the other, for instance with torch's ConcatDataset",
-}
 
 
 @dataclass
@@ -238,8 +233,7 @@ def _check_places(inputs: Sequence[_Input], path: Any) -> None:
 
 
 def _refused(names: Sequence[str], kind: str, policy: type[Policy]) -> MismatchError:
-    why = _WHY_NOT.get(policy, "its policy does not say which samples one buffer over all streams would hold")
-    return MismatchError(f"{' and '.join(names[:2])}: a {kind} cannot be merged: {why}")
+    return MismatchError(f"{' and '.join(names[:2])}: a {kind} cannot be merged: {policy.no_union}")
 
 
 def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:

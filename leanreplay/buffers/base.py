@@ -42,7 +42,10 @@ from ..errors import (
 )
 from ..kernels import reservoir
 from ..keys import MAX_STREAM, STREAM_BITS, key_pair
-from ..policies.base import GreedyClassBalancingPolicy, Policy, ReservoirPolicy, SlidingWindowPolicy
+from ..policies.base import LOG_TOO_SHORT, Policy, check_plan
+from ..policies.greedy import GreedyClassBalancingPolicy
+from ..policies.reservoir import ReservoirPolicy
+from ..policies.window import SlidingWindowPolicy
 from ..samples.batch import Batch, Fetch, call, check_call, flat, integer, integers, plain_array, required, stack
 from ..samples.dataset import Items
 from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
@@ -87,9 +90,8 @@ class DataBuffer:
     >>> import leanreplay
     >>> class Coin(leanreplay.SlidingWindowPolicy):
     ...     "Rejects every second sample."
-    ...     def plan(self, start, groups, rows, most):
-    ...         rows[:1] = -1
-    ...         return super().plan(start, groups, rows[:1], most) if start % 2 == 0 else 1
+    ...     def plan(self, start, groups, max_rows):
+    ...         return leanreplay.Plan(np.array([-1])) if start % 2 else super().plan(start, groups[:1], max_rows)
     >>> class CoinBuffer(leanreplay.DataBuffer):
     ...     policy_class = Coin
     >>> buffer = CoinBuffer(10)
@@ -211,7 +213,7 @@ class DataBuffer:
     def _start(self) -> None:
         """What a fork needs anew."""
         self._lock = threading.RLock()
-        self._rows: Ints = np.empty(0, np.int64)
+        self._no_groups: Ints = np.empty(0, np.int64)
         self._before_write: list[Callable[[], None]] = []  # of those who planned reads of the present rows
         _BUFFERS.add(self)
 
@@ -728,8 +730,8 @@ class DataBuffer:
         data: the bytes of all samples, if they are at hand; then a commit is mostly one call, and `fetch` for what is none.
         """
         store = self._store
-        if self._rows.shape[0] == 0:
-            self._rows = np.empty(_CHUNK, np.int64)
+        if self._no_groups.shape[0] == 0:
+            self._no_groups = np.zeros(_CHUNK, np.int64)
         if groups is not None and self.policy_class.check_groups is not Policy.check_groups:
             self._ready_policy(store).check_groups(groups[skip:])
         if data is not None and groups is not None and not groups.flags.carray:
@@ -742,28 +744,27 @@ class DataBuffer:
             first = store.seen
             policy = self._ready_policy(store)
             m = min(n - done, _CHUNK)
-            rows = self._rows[:m]
             start = (self.stream << STREAM_BITS) + first
             most = store.most if moving is None else store.most - moving.rows.shape[0]
             self._policy_at = -1
-            used = policy.plan(start, groups[done : done + m] if groups is not None else rows, rows, most)
-            if used == 0 and store.table.log[1]:
+            plan = policy.plan(start, self._no_groups[:m] if groups is None else groups[done : done + m], most)
+            check_plan(policy, plan)
+            rows, freed = plan.rows, plan.freed
+            used = rows.shape[0]
+            if plan is LOG_TOO_SHORT and policy.slots:
                 live = self._all_rows(store)
                 slots = 4 * store.table.log[1]
                 self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
                 store = self._store
                 continue
-            freed = policy.freed
-            if freed is not NO_ROWS:
-                _check_freed(store, policy, freed)
-            elif (
-                data is not None and groups is not None and moving is None and 0 < used <= m and not policy.new_log.shape[0]
-                and store.commit_planned(PlannedBatch(first, policy.state, rows[:used], start, groups, done, data, most))
+            if (
+                data is not None and groups is not None and moving is None and 0 < used <= m and not len(freed) and not len(plan.log)
+                and store.commit_planned(PlannedBatch(first, policy.state, rows, start, groups, done, data, most))
             ):  # fmt: skip
                 self._policy_at = store.sequence
                 done += used
                 continue
-            kept = store.survivors(rows[:used], freed, start) if 0 < used <= m else None
+            kept = store.survivors(rows, freed, start) if 0 < used <= m else None
             count = -1 if kept is None else kept.n
             if count == -2:
                 raise ArgumentError(
@@ -782,13 +783,9 @@ class DataBuffer:
                 sources, tags = fetch(kept.samples + done if done else kept.samples)
                 if store.sequence != before:
                     raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
-                store.commit(
-                    Change(
-                        first + used, policy.state, kept.rows, kept.positions, tags, sources, freed, policy.new_log, moving, first,
-                    )
-                )  # fmt: skip
+                store.commit(Change(first + used, policy.state, kept.rows, kept.positions, tags, sources, freed, plan.log, moving, first))
             else:
-                store.commit(Change(first + used, policy.state, freed=freed, log=policy.new_log, update=moving, after=first))
+                store.commit(Change(first + used, policy.state, freed=freed, log=plan.log, update=moving, after=first))
             moving = None
             self._policy_at = store.sequence
             done += used
@@ -1500,17 +1497,6 @@ def _without(moving: MetadataUpdate, *gone: Ints) -> MetadataUpdate | None:
         return moving
     sources = {f: (data, samples[stays]) for f, (data, samples) in moving.sources.items()}
     return MetadataUpdate(moving.rows[stays], sources) if stays.any() else None
-
-
-def _check_freed(store: Any, policy: Policy, freed: Any) -> None:
-    """Raise ArgumentError for what no kernel must see, from a policy of the user's own."""
-    name = type(policy).__name__
-    if not isinstance(freed, np.ndarray) or freed.dtype != np.int64 or freed.ndim != 1 or not freed.flags.c_contiguous:
-        raise ArgumentError(f"{name}.plan set freed to {freed!r:.200}: it must be an (n,) int64 array of rows")
-    if freed.shape[0] and not store.table.log[1]:  # the journal has room for freed rows where there is a log
-        raise ArgumentError(
-            f"{name} frees rows, but its log_slots are 0, and so the file has no room to undo that; give it one slot or more"
-        )
 
 
 def _checked_keep(policy: Policy, kept: Any, size: int, held: int) -> Ints:

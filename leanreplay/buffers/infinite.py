@@ -27,7 +27,7 @@ from ..errors import (
     StateError,
 )
 from ..keys import STREAM_BITS
-from ..policies.base import AppendPolicy
+from ..policies.append import AppendPolicy
 from ..samples.batch import integer
 from ..samples.schema import Schema
 from ..storage import system

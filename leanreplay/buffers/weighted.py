@@ -1,4 +1,4 @@
-"""The reservoir whose samples have weights: policy and buffer."""
+"""The reservoir whose samples have weights."""
 
 from __future__ import annotations
 
@@ -6,76 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import Ints
-from ..errors import ArgumentError, CorruptionError, RowError, SchemaError
-from ..kernels import weighted as kernel
-from ..keys import key_pair
-from ..policies.base import Policy, check_dense
+from ..errors import ArgumentError, RowError, SchemaError
+from ..policies.weighted import WeightedReservoirPolicy
 from ..samples.batch import Batch, plain_array
 from ..samples.dataset import as_dataset
 from ..samples.schema import Schema
 from ..storage.layout import Table
 from .base import DataBuffer
-
-
-class WeightedReservoirPolicy(Policy):
-    """The `capacity` samples of the smallest -log1p(-v) / w, v being uniform in (0, 1) and w the weight (Efraimidis and Spirakis 2006).
-
-    Groups are the bits of the weights, float64. Weight 0 is passed over. state[0] is the capacity rule's bound, as in
-    `ReservoirPolicy`. 24 bytes per row; a heap of the keys gives the row to replace.
-    """
-
-    needs_groups = True
-
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
-        super().__init__(capacity, seed, params)
-        self._k0, self._k1 = key_pair("weighted reservoir", seed)
-        self._keys = np.zeros(0, np.uint64)
-        self._held: Ints = np.zeros(0, np.int64)
-        self._rows: Ints = np.zeros(0, np.int64)
-        self._size = 0
-
-    def load(self, positions: Ints, groups: Ints) -> None:
-        if not self._keys.shape[0]:
-            self._keys = np.empty(self.capacity, np.uint64)
-            self._held, self._rows = np.empty(self.capacity, np.int64), np.empty(self.capacity, np.int64)
-        self._size = 0
-        if positions.shape[0]:
-            weights = groups.view(np.float64)
-            self._size = kernel.build_weighted_heap(positions, weights, self._k0, self._k1, self._keys, self._held, self._rows)
-            if self._size < 0:
-                raise CorruptionError(f"the index holds weights that are not finite and above 0{_ADVICE}")
-            check_dense(self._size, positions)
-
-    def room(self, capacity: int) -> int:
-        return min(capacity, self.state[0] or capacity)
-
-    def plan(self, start: int, groups: Ints, rows: Ints, most: int) -> int:
-        limit = self.room(self.capacity)
-        used, self._size, dropped = kernel.plan_weighted(
-            self._keys, self._held, self._rows, self._size, limit, self._k0, self._k1, start, most, groups.view(np.float64), rows
-        )
-        if dropped:
-            self.state[0] = limit
-        return int(used)
-
-    def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
-        if positions.shape[0] <= capacity:
-            return np.arange(positions.shape[0])
-        self.state[0] = capacity
-        return np.sort(np.lexsort((positions, ~self.keys(positions, groups)))[:capacity])
-
-    def keys(self, positions: Ints, groups: Ints) -> npt.NDArray[np.uint64]:
-        """Keys of these samples, (n,): the largest stay, and of equal ones the oldest."""
-        keys = np.empty(positions.shape[0], np.uint64)
-        if not kernel.weighted_keys(positions, groups.view(np.float64), self._k0, self._k1, keys):
-            raise CorruptionError(f"the index holds weights that are not finite and above 0{_ADVICE}")
-        return keys
-
-
-_ADVICE = "; buffer.check() lists the wrong rows; restore the file from a copy made with save()"
 
 
 def checked_weights(weights: Any, n: int) -> Ints:

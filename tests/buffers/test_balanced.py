@@ -49,8 +49,8 @@ from leanreplay.arrays import NO_LOG
 from leanreplay.buffers import (
     base as buffers,
 )
-from leanreplay.buffers.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
 from leanreplay.kernels import rows as kernel
+from leanreplay.policies.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
 from leanreplay.storage import (
     create,
     store,
@@ -105,12 +105,13 @@ class Bare:
 
     def add(self, labels: Any) -> None:
         labels = np.asarray(labels, np.int64)
-        rows = np.empty(labels.shape[0], np.int64)
-        assert self.policy.plan(self.start, labels, rows, rows.shape[0] + 1) == labels.shape[0]
-        self.positions[self.policy.freed] = -1
+        plan = self.policy.plan(self.start, labels, labels.shape[0] + 1)
+        rows = plan.rows
+        assert rows.shape[0] == labels.shape[0]
+        self.positions[plan.freed] = -1
         taken = rows >= 0
         self.positions[rows[taken]], self.groups[rows[taken]] = self.start + np.flatnonzero(taken), labels[taken]
-        self.log = np.concatenate([self.log, self.policy.new_log])
+        self.log = np.concatenate([self.log, plan.log])
         self.start += labels.shape[0]
 
     def resize(self, size: int) -> None:

@@ -32,6 +32,7 @@ from leanreplay import (
     MissingError,
     ModeError,
     ParametricBuffer,
+    Plan,
     Policy,
     ReservoirBuffer,
     RowError,
@@ -673,12 +674,12 @@ def test_an_own_policy(tmp_path: Path) -> None:
         def load(self, positions: Any, groups: Any) -> None:
             self.size = len(positions)
 
-        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
-            n = min(len(rows), most)
-            for i in range(n):
+        def plan(self, start: int, groups: Any, max_rows: int) -> Plan:
+            rows = np.empty(min(len(groups), max_rows), np.int64)
+            for i in range(len(rows)):
                 rows[i] = self.size if self.size < self.capacity else -1
                 self.size += rows[i] >= 0
-            return n
+            return Plan(rows)
 
     class FirstBuffer(DataBuffer):
         policy_class = FirstPolicy
@@ -697,15 +698,33 @@ def test_a_policy_that_plans_nonsense_is_stopped() -> None:
     class BadPolicy(Policy):
         def load(self, positions: Any, groups: Any) -> None: ...
 
-        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
-            rows[:] = self.capacity  # one past the last
-            return len(rows)
+        def plan(self, start: int, groups: Any, max_rows: int) -> Plan:
+            return Plan(np.full(len(groups), self.capacity))  # one past the last
 
     class BadBuffer(DataBuffer):
         policy_class = BadPolicy
 
     with BadBuffer(10) as buffer:
         with pytest.raises(leanreplay.ArgumentError, match="from 0 to 9"):
+            feed(buffer, 0, 5)
+        assert len(buffer) == 0 and buffer.check() == []
+
+
+@pytest.mark.parametrize("wrong", [3, None, [0], np.zeros(1), np.zeros((1, 1), np.int64), np.arange(4)[::2]], ids=str)
+def test_a_policy_that_returns_no_plan_is_stopped(wrong: Any) -> None:
+    """Kernels believe what they get: a number, a list, floats, a matrix, and a stride are refused before."""
+
+    class WrongPolicy(Policy):
+        def load(self, positions: Any, groups: Any) -> None: ...
+
+        def plan(self, start: int, groups: Any, max_rows: int) -> Any:
+            return wrong if wrong is None or isinstance(wrong, int) else Plan(wrong)
+
+    class WrongBuffer(DataBuffer):
+        policy_class = WrongPolicy
+
+    with WrongBuffer(10) as buffer:
+        with pytest.raises(leanreplay.ArgumentError, match=r"WrongPolicy\.plan (returned|set rows to)"):
             feed(buffer, 0, 5)
         assert len(buffer) == 0 and buffer.check() == []
 
@@ -722,11 +741,11 @@ def test_a_policy_that_frees_rows(slots: int) -> None:
         def load(self, positions: Any, groups: Any) -> None:
             self.live = np.flatnonzero(positions >= 0)
 
-        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
-            self.freed = self.live[1:] if len(self.live) == self.capacity else np.zeros(0, np.int64)
-            rows[0] = -1 if self.freed.shape[0] else len(self.live)
-            self.live = np.append(self.live, rows[:1]) if rows[0] >= 0 else self.live[:1]
-            return 1
+        def plan(self, start: int, groups: Any, max_rows: int) -> Plan:
+            freed = self.live[1:] if len(self.live) == self.capacity else np.zeros(0, np.int64)
+            rows = np.array([-1 if freed.shape[0] else len(self.live)])
+            self.live = np.append(self.live, rows) if rows[0] >= 0 else self.live[:1]
+            return Plan(rows, freed)
 
     class ClearingBuffer(DataBuffer):
         policy_class = ClearingPolicy
@@ -751,11 +770,11 @@ def test_a_policy_that_takes_and_frees_rows() -> None:
         def load(self, positions: Any, groups: Any) -> None:
             self.live = np.flatnonzero(positions >= 0)
 
-        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
-            rows[0] = start % self.capacity
-            self.freed = self.live[:1] if len(self.live) > 2 else np.zeros(0, np.int64)
-            self.live = np.append(self.live[len(self.freed) :], rows[:1])
-            return 1
+        def plan(self, start: int, groups: Any, max_rows: int) -> Plan:
+            rows = np.array([start % self.capacity])
+            freed = self.live[:1] if len(self.live) > 2 else np.zeros(0, np.int64)
+            self.live = np.append(self.live[len(freed) :], rows)
+            return Plan(rows, freed)
 
     class WanderingBuffer(DataBuffer):
         policy_class = WanderingPolicy
@@ -798,10 +817,9 @@ def test_a_policy_that_frees_nonsense_is_stopped(wrong: str) -> None:
             self.size = len(positions)
             scratch.append(self.scratch)
 
-        def plan(self, start: int, groups: Any, rows: Any, most: int) -> int:
-            rows[0], self.freed = (self.size, np.zeros(0, np.int64)) if self.size < 5 else (3, freed)
+        def plan(self, start: int, groups: Any, max_rows: int) -> Plan:
             self.size += 1
-            return 1
+            return Plan(np.array([self.size - 1])) if self.size < 6 else Plan(np.array([3]), freed)
 
     class WrongBuffer(DataBuffer):
         policy_class = WrongPolicy

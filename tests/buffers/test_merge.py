@@ -227,14 +227,14 @@ def test_one_policy_that_saw_all(kind: str) -> None:
         holds: dict[int, int] = {}
         log: list[list[int]] = []
         for p in positions(STREAMS):
-            row = np.empty(1, np.int64)
             group = np.array([weight(p)]).view(np.int64) if kind == "weighted" else np.array([label(p)])
-            assert policy.plan(p, group, row, 2**40) == 1
-            for r in policy.freed.tolist():
+            plan = policy.plan(p, group, 2**40)
+            assert plan.rows.shape == (1,)
+            for r in plan.freed.tolist():
                 del holds[r]
-            if row[0] >= 0:
-                holds[int(row[0])] = p
-            log += policy.new_log.tolist()
+            if plan.rows[0] >= 0:
+                holds[int(plan.rows[0])] = p
+            log += plan.log.tolist()
         ids = [g for what, g in log if what == 0]
         assert sorted(holds.values()) == held(buffer)
         assert policy.state == buffer._store.policy

@@ -11,7 +11,7 @@ from grouped_oracle import keyed
 from grouped_oracle import quotas as group_quotas_by_definition
 
 import leanreplay as lr
-from leanreplay.buffers.balanced import group_hash, group_quotas
+from leanreplay.policies.balanced import group_hash, group_quotas
 from leanreplay.storage import store
 from leanreplay.storage.store import kernel
 

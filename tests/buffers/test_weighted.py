@@ -142,11 +142,10 @@ def planned(weights: Any, size: int, seed: int, cuts: Sequence[int] = (), most: 
     for first, last in itertools.pairwise([0, *cuts, len(bits)]):
         done = first
         while done < last:
-            rows = np.empty(last - done, np.int64)
-            used = policy.plan(start + done, bits[done:last], rows, most)
-            assert 1 <= used <= last - done
-            holds |= {int(r): done + i for i, r in enumerate(rows[:used]) if r >= 0}
-            done += used
+            rows = policy.plan(start + done, bits[done:last], most).rows
+            assert 1 <= len(rows) <= last - done
+            holds |= {int(r): done + i for i, r in enumerate(rows) if r >= 0}
+            done += len(rows)
     return sorted(holds.values())
 
 

@@ -38,10 +38,10 @@ from leanreplay import (
     RecoveryError,
     StateError,
 )
-from leanreplay.buffers import (
+from leanreplay.kernels import rows as kernel
+from leanreplay.policies import (
     balanced,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
     create,
     store,

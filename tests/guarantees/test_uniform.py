@@ -21,7 +21,7 @@ from nightly import times
 
 import leanreplay
 from leanreplay import CapacityWarning, GreedyClassBalancingBuffer, ReservoirBuffer, ReservoirPolicy, Schema, SlidingWindowBuffer
-from leanreplay.policies.base import GreedyClassBalancingPolicy
+from leanreplay.policies.greedy import GreedyClassBalancingPolicy
 
 NUMBER = Schema.from_sample(0)
 STREAM = 2**48
@@ -35,8 +35,8 @@ def planned(capacity: int, n: int, seed: int, stream: int = 0) -> Any:
     """The positions that the policy alone keeps of the first n: (n,) bool."""
     policy = ReservoirPolicy(capacity, seed, {})
     policy.load(NONE, NONE)
-    rows = np.empty(n, np.int64)
-    assert policy.plan(stream * STREAM, rows, rows, n) == n
+    rows = policy.plan(stream * STREAM, np.empty(n, np.int64), n).rows
+    assert len(rows) == n
     held = np.full(capacity, -1)
     for i in np.flatnonzero(rows >= 0):
         held[rows[i]] = i
@@ -61,8 +61,8 @@ class Bare:
         self.policy.load(self.positions, NONE)
 
     def add(self, n: int) -> None:
-        rows = np.empty(n, np.int64)
-        assert self.policy.plan(self.seen, rows, rows, n) == n
+        rows = self.policy.plan(self.seen, np.empty(n, np.int64), n).rows
+        assert len(rows) == n
         self.state = list(self.policy.state)
         index = np.full(self.capacity, -1)
         index[: self.positions.shape[0]] = self.positions
@@ -400,13 +400,11 @@ def test_sample_is_independent_of_what_is_kept() -> None:
 def victims(labels: list[int], new: list[int], seeds: int, offset: int = 0) -> Any:
     """The rows that samples of classes `new` take one after another in a buffer filled with `labels`: (seeds, new)."""
     found = np.empty((seeds, len(new)), np.int64)
-    rows = np.empty(len(labels), np.int64)
     for seed in range(seeds):
         policy = GreedyClassBalancingPolicy(len(labels), seed, {})
         policy.load(NONE, NONE)
-        policy.plan(offset, np.array(labels), rows, len(labels))
-        assert (rows == np.arange(len(labels))).all()
-        policy.plan(offset + len(labels), np.array(new), found[seed], len(new))
+        assert (policy.plan(offset, np.array(labels), len(labels)).rows == np.arange(len(labels))).all()
+        found[seed] = policy.plan(offset + len(labels), np.array(new), len(new)).rows
     return found
 
 
@@ -466,9 +464,7 @@ def test_greedy_in_buffers() -> None:
 def victims_one(labels: Any, seed: int) -> int:
     policy = GreedyClassBalancingPolicy(len(labels) - 1, seed, {})
     policy.load(NONE, NONE)
-    rows = np.empty(len(labels), np.int64)
-    policy.plan(0, labels, rows, len(labels))
-    return int(rows[-1])
+    return int(policy.plan(0, labels, len(labels)).rows[-1])
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,56 @@
+"""The reservoir: a uniform sample of everything seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays import Ints
+from ..kernels import reservoir as kernel
+from ..keys import key_pair
+from .base import Plan, Policy, check_dense
+
+
+class ReservoirPolicy(Policy):
+    """The `capacity` samples of the largest keys: a uniform sample without replacement of the stream (Vitter's problem, 1985).
+
+    state[0] is the capacity rule's bound: 0, or the most rows that may ever be held again, because others were dropped at that size.
+    24 bytes per row; a heap of the keys gives the row to replace.
+    """
+
+    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+        super().__init__(capacity, seed, params)
+        self._k0, self._k1 = key_pair("reservoir", seed)
+        self._keys = np.zeros(0, np.uint64)
+        self._rows: Ints = np.zeros(0, np.int64)
+        self._size = 0
+
+    def load(self, positions: Ints, groups: Ints) -> None:
+        if not self._keys.shape[0]:
+            self._keys, self._rows = np.empty(self.capacity, np.uint64), np.empty(self.capacity, np.int64)
+        if not positions.shape[0]:
+            self._size = 0
+            return
+        self._size = kernel.build_heap(positions, self._k0, self._k1, self._keys, self._rows)
+        check_dense(self._size, positions)
+
+    def size_limit(self, capacity: int) -> int:
+        return min(capacity, self.state[0] or capacity)
+
+    def plan(self, start: int, groups: Ints, max_rows: int) -> Plan:
+        rows = np.empty(groups.shape[0], np.int64)
+        limit = self.size_limit(self.capacity)
+        full_from = limit - self._size
+        used, self._size = kernel.plan_reservoir(self._keys, self._rows, self._size, limit, self._k0, self._k1, start, max_rows, rows)
+        if used > full_from:
+            self.state[0] = limit
+        return Plan(rows[:used])
+
+    def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
+        if positions.shape[0] <= capacity:
+            return np.arange(positions.shape[0])
+        keys = np.empty(positions.shape[0], np.uint64)
+        kernel.position_keys(positions, self._k0, self._k1, keys)
+        self.state[0] = capacity
+        return np.sort(np.argpartition(keys, -capacity)[-capacity:])
