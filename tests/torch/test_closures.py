@@ -105,7 +105,7 @@ def test_a_batch_counts_once(method, optimizer):
         if optimizer is SAM:
             closure()
         learner.optimizer.step(closure)
-        assert learner.buffer.seen == 6 * i and len(learner._queue) == 1
+        assert learner.buffer.seen == 6 * i and len(learner.pending) == 1
         learner.after_step()
         assert learner.buffer.seen == 6 * i + 6 and learner.steps == i + 1
         if "logits" in (writes[-1]["metadata"] or {}):
@@ -173,7 +173,7 @@ def test_an_error_of_the_optimizer_comes_through():
     learner.optimizer.step = fails
     with pytest.raises(TypeError, match="no such thing"):
         learner.step(*batches(1, 6)[0])
-    assert not learner._queue and learner.buffer.seen == 0
+    assert not learner.pending and learner.buffer.seen == 0
 
 
 def test_what_is_another_batch():
@@ -183,13 +183,13 @@ def test_what_is_another_batch():
     learner = make()
     for n, batch in zip([1, 2, 3, 4, 4], several, strict=True):
         learner.loss(*batch)
-        assert len(learner._queue) == n
+        assert len(learner.pending) == n
     x.add_(1)
     learner.loss(x[:6], y[:6])
-    assert len(learner._queue) == 5
+    assert len(learner.pending) == 5
     x.copy_(x.clone())  # filled again, with what happens to be the same
     learner.loss(x[:6], y[:6])
-    assert len(learner._queue) == 6
+    assert len(learner.pending) == 6
     learner.after_step()
     assert learner.buffer.seen == 36
     learner.loss(x[:6], y[:6])  # after a step it counts again
@@ -199,7 +199,7 @@ def test_what_is_another_batch():
         z = torch.ones(6, 4).double()
     for _ in range(2):
         learner.loss(z, y[:6])
-    assert len(learner._queue) == 1 and z.is_inference()
+    assert len(learner.pending) == 1 and z.is_inference()
 
 
 def test_a_closure_over_several_batches():

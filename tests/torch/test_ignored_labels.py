@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from leanreplay import ArgumentError, ReservoirBuffer
 from leanreplay.errors import LossError
 from leanreplay.torch import CLSLearner, Consistency, DERLearner, ERLearner, ReplayLearner, ReplayLoss, SuperERLearner
+from leanreplay.torch.learners.checks import check_labels
 
 LOSSES = {
     "the default": (cross_entropy, {}, -100),
@@ -113,10 +114,10 @@ def test_other_labels_are_still_out_of_range(kind):
     learner = kind(model, sgd(model), ReservoirBuffer(9), loss_fn=torch.nn.CrossEntropyLoss(ignore_index=255))
     y[0] = 255
     learner.step(x, y)
-    learner._check_labels(y, [])
+    check_labels(learner.outputs, [("batch", y)], learner.ignore_index)
     for label in (3, -1, 254, 256):
         y[1] = label
         with pytest.raises(ArgumentError, match=f"a label of the batch is {label}"):
-            learner._check_labels(y, [])
+            check_labels(learner.outputs, [("batch", y)], learner.ignore_index)
     with pytest.raises(ArgumentError, match="ignore_index must be an integer"):
         kind(model, sgd(model), ReservoirBuffer(9), ignore_index="none")

@@ -128,7 +128,7 @@ def test_closures(method):
         options = {k: v() if callable(v) else v for k, v in options.items()}
         learner = kind(model, optimizer, ReservoirBuffer(20), replay_batch_size=4, **options)
         losses = [learner.step(x, y).losses for x, y in batches(4, 6)]
-        assert learner.buffer.seen == 24 and not learner._queue
+        assert learner.buffer.seen == 24 and not learner.pending
         found.append((losses, [p.tolist() for p in model.parameters()], learner.buffer.get(np.arange(20))))
     assert str(found[0]) == str(found[1])
 

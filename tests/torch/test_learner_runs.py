@@ -38,6 +38,7 @@ from leanreplay.torch import (
     SuperERLearner,
     Term,
 )
+from leanreplay.torch.learners.checks import check_labels
 
 METHODS = {
     "er": (ERLearner, {}),
@@ -437,7 +438,7 @@ def test_loss_that_is_not_finite(method, bad):
         assert not differing(everything(learner), before)
     assert (
         not any(m._forward_hooks for m in learner.model.modules())
-        and not learner._queue
+        and not learner.pending
         and draws["classes"] == learner.state_dict()["classes"]
     )
     learner.step(x1, y1)
@@ -504,7 +505,7 @@ def test_labels_out_of_range(method, label):
     bad[1] = label
     with pytest.raises(ArgumentError, match=rf"a label of the batch is {label}, but the model has 3 outputs"):
         learner.step(x, bad)
-    assert not differing(everything(learner), before) and not learner._queue
+    assert not differing(everything(learner), before) and not learner.pending
     if method != "pod" and METHODS[method][1].get("beta", 1):
         learner.buffer_target_transform = lambda y: y * 0 + label
         with pytest.raises(ArgumentError, match=rf"a label of the replayed samples is {label}, but the model has 3 outputs"):
@@ -748,7 +749,7 @@ def test_refused_before_the_step(case):
     before = everything(learner)
     with pytest.raises(error, match=message):
         learner.step(*((x, y) if change is None else change(x, y)))
-    assert not differing(everything(learner), before) and not learner._queue
+    assert not differing(everything(learner), before) and not learner.pending
 
 
 @pytest.mark.parametrize("draws", [True, False])
@@ -825,7 +826,7 @@ def test_a_step_that_fails_in_the_backward_pass():
     before = [p.clone() for p in learner.model.parameters()]
     with pytest.raises(KeyboardInterrupt):
         learner.step(x1, y1)
-    assert len(learner._queue) == 1 and all(map(torch.equal, before, learner.model.parameters()))
+    assert len(learner.pending) == 1 and all(map(torch.equal, before, learner.model.parameters()))
     learner.after_step()
     assert np.array_equal(np.sort(held(learner.buffer)["y"]), np.sort(y.numpy()))
 
@@ -841,7 +842,7 @@ def test_nothing_to_train():
     model.requires_grad_(False)
     with pytest.raises(ArgumentError, match="nothing to train: all parameters are frozen"):
         learner.step(x, y)
-    assert learner.buffer.seen == 0 and not learner._queue
+    assert learner.buffer.seen == 0 and not learner.pending
     model[-1].requires_grad_(True)
     learner.step(x, y)
 
@@ -853,9 +854,9 @@ def test_ignored_labels():
         y[1] = label
         learner = ERLearner(model, sgd(model), ReservoirBuffer(9), loss_fn=loss_fn)
         learner.step(x, y)
-        learner._check_labels(y, [])  # what other devices ask before the loss
+        check_labels(learner.outputs, [("batch", y)], learner.ignore_index)  # what other devices ask before the loss
         with pytest.raises(ArgumentError, match="a label of the batch is -7"):
-            learner._check_labels(torch.where(y == label, y, -7), [])
+            check_labels(learner.outputs, [("batch", torch.where(y == label, y, -7))], learner.ignore_index)
 
 
 @ALL

@@ -483,7 +483,7 @@ def test_classes_count_when_their_batch_does():
     learner.loss(x, y)
     learner.loss(x2, y2)
     learner.loss(x.clone(), y)
-    assert [q.seen.tolist() for q in learner._queue] == [[True, False, seen, False, False] for seen in (False, True, True)]
+    assert [q.seen.tolist() for q in learner.pending] == [[True, False, seen, False, False] for seen in (False, True, True)]
     learner.after_step()
     assert learner.state_dict()["classes"] == [0, 2]
 
@@ -734,7 +734,7 @@ def test_a_full_disk_loses_no_batch(tmp_path, monkeypatch):
                 learner.after_step()
             else:
                 learner.step(x, y)
-            assert buffer.seen == (6 if again else 12) and learner.steps == 1 and not learner._queue
+            assert buffer.seen == (6 if again else 12) and learner.steps == 1 and not learner.pending
             assert sorted(held(buffer)["position"]) == list(range(buffer.seen))
 
 
@@ -766,7 +766,7 @@ def test_a_disk_that_fills_between_commits(commits, monkeypatch):
             learner.after_step()
     assert learner.buffer.seen == 4 * commits and learner.steps == (commits == 3)
     learner.after_step()
-    assert learner.buffer.seen == 12 and not learner._queue
+    assert learner.buffer.seen == 12 and not learner.pending
     found = held(learner.buffer)
     assert sorted(found["position"]) == list(range(12)) and (found["x"][:, 0] == found["position"]).all()
     outputs = torch.cat([model(x), model(x1)])[:, 0].detach().numpy()

@@ -64,7 +64,7 @@ def test_segmentation_labels_out_of_range(method, own):
     )
     with pytest.raises(ArgumentError, match=message):
         learner.step(x, y)
-    assert learner.buffer.seen == 6 and not learner._queue and all(map(torch.equal, weights, learner.model.parameters()))
+    assert learner.buffer.seen == 6 and not learner.pending and all(map(torch.equal, weights, learner.model.parameters()))
     ignoring = segmentation(method, loss_fn=torch.nn.CrossEntropyLoss(ignore_index=255))
     for _ in range(2):
         ignoring.step(x, y)

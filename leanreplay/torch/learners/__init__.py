@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from .base import ReplayLearner, Step
 from .cls import CLSLearner
-from .consistency import Consistency
 from .der import DERLearner
 from .er import ERLearner
+from .forward import Forward
+from .learner import ReplayLearner, Step
 from .pod import PODLearner
-from .replay import Forward, Replay
+from .replay import Replay
 from .super_er import SuperERLearner
 from .term import Term
-from .terms import LogitMatching, PooledOutputDistillation, ReplayLoss, ShrinkAndPerturb
+from .terms import Consistency, LogitMatching, PooledOutputDistillation, ReplayLoss, ShrinkAndPerturb
 
 __all__ = [
     "CLSLearner",

@@ -1,17 +1,75 @@
-"""Whether a batch suits model and loss: what is wrong with one that does not, in words."""
+"""Whether a batch suits the model and the loss, and a state the learner. Errors say what is wrong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ...errors import ArgumentError, LossError
+from ...buffers.base import DataBuffer
+from ...errors import ArgumentError, LossError, StateError
+from .forward import check_layers
+from .term import Term
+
+_OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")  # torch's words for a label that is no class
+
+
+def check_parts(model: Any, optimizer: Any, buffer: Any) -> None:
+    """Raise ArgumentError unless this is a model to train, an optimizer of it and a buffer."""
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    mine = set(model.parameters())
+    if not any(p in mine for group in optimizer.param_groups for p in group["params"]):
+        raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
+    if not isinstance(buffer, DataBuffer):
+        raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+
+
+def check_terms(terms: Sequence[Term], model: torch.nn.Module) -> None:
+    """Raise ArgumentError unless these terms go together, and with the model."""
+    for term in terms:
+        if not isinstance(term, Term):
+            raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+        if term.layers:
+            check_layers(model, term.layers)
+        if term.draw is not None and type(term).loss is Term.loss:
+            raise ArgumentError(f"the term {term.name!r} takes a draw, but {type(term).__name__} has no loss; give it one, or draw=None")
+    names = ["stream", "stream+replay", *(term.name for term in terms)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ArgumentError(f"several terms are called {twice[0]!r}; give each a name of its own: name='...'")
+    if sum(term.together for term in terms) > 1:
+        raise ArgumentError("only one term's draw can go through the model together with the stream")
+
+
+def check_tensors(x: Any, y: Any) -> None:
+    """Raise ArgumentError unless x and y are tensors of samples, as many of each."""
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
+    if x.is_nested or y.is_nested:
+        raise ArgumentError(
+            "a batch is two tensors of samples of one shape, got a nested tensor; pad it: torch.nested.to_padded_tensor(x, 0)"
+        )
+    shapes = x.shape, y.shape
+    if not shapes[0] or not shapes[1] or shapes[0][0] != shapes[1][0]:
+        raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if shapes[0][0] == 0:
+        raise ArgumentError("the batch is empty; leave such a batch out")
+
+
+def speaks_of_labels(error: Exception) -> bool:
+    """Whether this error of torch's is about a label that is no class."""
+    return any(phrase in str(error) for phrase in _OUT_OF_RANGE)
 
 
 def explain(error: Exception, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, outputs: torch.Tensor | None) -> None:
-    """Raise an ArgumentError for an error of torch's that comes from a batch which does not fit the model or the loss.
+    """Raise an ArgumentError in place of torch's error if the batch does not fit the model or the loss.
 
     outputs: the model's, if the loss is cross entropy.
     """
@@ -37,9 +95,11 @@ def explain(error: Exception, model: torch.nn.Module, inputs: torch.Tensor, targ
             ) from error
 
 
-def labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ignored: int | None) -> None:
-    """Raise ArgumentError unless labels, (whose, (n, ...) integers), are numbers of outputs, (n, classes, ...). ignored: one that need
-    not be."""
+def check_labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ignored: int | None) -> None:
+    """Raise ArgumentError unless labels are numbers of outputs (n, classes, ...).
+
+    found: (whose labels, (n, ...) integers). ignored: a label that need not be one.
+    """
     if outputs.ndim < 2:
         return
     classes = outputs.shape[1]
@@ -59,7 +119,10 @@ def labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ign
 
 
 def finite(total: torch.Tensor, losses: Mapping[str, torch.Tensor], step: int, n: int, replayed: int) -> list[float]:
-    """The values of the losses, and of the whole; LossError unless all are finite. The one place that waits for the device."""
+    """The values of the losses and of the total. Raises LossError unless all are finite.
+
+    This is the one place in a step that waits for the device.
+    """
     for name, value in losses.items():
         if not isinstance(value, torch.Tensor) or value.ndim:
             shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -75,3 +138,23 @@ def finite(total: torch.Tensor, losses: Mapping[str, torch.Tensor], step: int, n
             "was neither trained on nor stored; look for bad values in it, lower the learning rate, or clip gradients"
         )
     return values
+
+
+def check_state(state: Any, learner: str, terms: Sequence[Term]) -> None:
+    """Raise StateError unless a learner of this class and these terms can take the state; the buffer checks its own part."""
+    kinds: dict[str, Any] = {"format": int, "steps": int, "task": (int, str, type(None)), "classes": list, "terms": dict}
+    kinds |= {"experience": (int, type(None)), "experiences": list}
+    if not isinstance(state, Mapping) or any(not isinstance(state.get(k, ...), t) for k, t in kinds.items()) or state["format"] != 1:
+        raise StateError(
+            f"not a state of a {learner}: expected a dict with format=1, {', '.join(list(kinds)[1:])} and buffer, got {state!r:.200}"
+        )
+    classes = state["classes"]
+    if state["steps"] < 0 or any(type(c) is not int or not 0 <= c < 2**30 for c in classes):
+        raise StateError(f"not a state of a {learner}: {state['steps']} steps, classes {classes!r:.200}")
+    if not all(isinstance(e, list) and [type(v) for v in e] == [str, int] for e in state["experiences"]):
+        raise StateError(f"not a state of a {learner}: experiences {state['experiences']!r:.200}")
+    mine = [term.name for term in terms]
+    if sorted(state["terms"]) != sorted(mine):
+        raise StateError(f"the state of a learner with the terms {sorted(state['terms'])}, but this one has {sorted(mine)}")
+    for term in terms:
+        term.check_state(state["terms"][term.name])

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from ...buffers.base import DataBuffer
-from .base import ReplayLearner
-from .consistency import Consistency
-from .terms import ReplayLoss
+from .learner import ReplayLearner
+from .terms import Consistency, ReplayLoss
 
 
 class CLSLearner(ReplayLearner):

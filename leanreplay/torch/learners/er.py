@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...buffers.base import DataBuffer
-from .base import ReplayLearner
+from .learner import ReplayLearner
 from .terms import ReplayLoss
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from ...buffers.base import DataBuffer
-from .base import ReplayLearner
-from .consistency import Consistency
-from .terms import LogitMatching, PooledOutputDistillation, ReplayLoss, ShrinkAndPerturb
+from .learner import ReplayLearner
+from .terms import Consistency, LogitMatching, PooledOutputDistillation, ReplayLoss, ShrinkAndPerturb
 
 
 class SuperERLearner(ReplayLearner):

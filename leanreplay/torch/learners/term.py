@@ -1,30 +1,51 @@
-"""What a term of a loss is: the base class, and what terms share."""
+"""What a term of a loss is: its base class, what it sees of a learner, and what terms share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.functional import mse_loss
 
 from ...errors import ArgumentError
 from ...keys import key_pair
-from .replay import Forward, Replay
+from .forward import Forward
+from .replay import Replay
 
-if TYPE_CHECKING:
-    from .base import ReplayLearner
+
+class Learner(Protocol):
+    """What a term sees of a `ReplayLearner`; its docstring explains the parameters.
+
+    module: the model, without a wrapper. mask: during a `loss`, (outputs,) bool: the classes that
+    occurred so far; None without `mask_unused_classes`. steps: how many the optimizer made.
+    """
+
+    model: torch.nn.Module
+    ignore_index: int | None
+    max_outputs: int | None
+    seed: int
+    mask: torch.Tensor | None
+    steps: int
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, without a DistributedDataParallel around it."""
+
+    def criterion(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`loss_fn`, with the outputs of unused classes masked."""
 
 
 class Term:
-    """A part of a loss, and what goes with it. Subclass it, give `loss`, and put it into the `terms` of a `ReplayLearner`.
+    """A part of a loss. Subclass it, write `loss`, and put it into the `terms` of a `ReplayLearner`.
 
-    name: its key in `Step.losses` and in states. weight: its factor in the loss; may be changed while training; 0 leaves it out.
-    draw: "own": it takes a draw of its own from the buffer; "shared": it takes that of the term before (the first one draws in any
-    case); None: it has no loss. layers: names of layers whose outputs it needs, in `features`. together: its draw goes
-    through the model together with the stream, in one batch; weight None: and there is one loss, a mean over both.
+    name: its key in `Step.losses` and in states. weight: its factor in the loss; 0 leaves it out; may
+    change during training. draw: "own": a draw of its own from the buffer; "shared": the draw of the
+    term before (the first term always draws); None: it has no loss. layers: names of layers whose
+    outputs it needs in `features`. together: its draw goes through the model in one batch with the
+    stream; with weight=None the loss is then one mean over both.
 
     >>> import torch
     >>> from leanreplay.torch import Term
@@ -59,32 +80,32 @@ class Term:
         self.name, self.draw, self.layers, self.together = name, draw, tuple(names), together
         self.weight = None if weight is None else number(f"weight of the term {name!r}", weight)
 
-    def attach(self, learner: ReplayLearner) -> None:
+    def attach(self, learner: Learner) -> None:
         """Called once, by the learner that gets this term: the place for checks and copies."""
 
-    def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
         """A single number, a mean over the samples of the draw."""
         raise ArgumentError(f"{type(self).__name__} has no loss")
 
-    def keep(self, learner: ReplayLearner, stream: Forward) -> dict[str, torch.Tensor]:
+    def keep(self, learner: Learner, stream: Forward) -> dict[str, torch.Tensor]:
         """What to store with each sample of the batch: name -> (n, ...), the same names always."""
         return {}
 
-    def move(self, learner: ReplayLearner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
-        """What is stored with replayed samples, moved towards `now`: gamma * stored + (1 - gamma) * now."""
+    def move(self, learner: Learner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
+        """What replaces the stored values of a draw: gamma * stored + (1 - gamma) * now."""
         return {name: gamma * replay.stored(name) + (1 - gamma) * value for name, value in self.keep(learner, now).items()}
 
-    def on_task_start(self, learner: ReplayLearner) -> None:
+    def on_task_start(self, learner: Learner) -> None:
         """Called at the start of a task."""
 
-    def on_task_end(self, learner: ReplayLearner) -> None:
+    def on_task_end(self, learner: Learner) -> None:
         """Called at the end of a task."""
 
-    def after_step(self, learner: ReplayLearner) -> None:
+    def after_step(self, learner: Learner) -> None:
         """Called after each step that the optimizer made; `learner.steps` counts it, from 1."""
 
     def modules(self) -> Iterable[torch.nn.Module]:
-        """Modules of its own that a loss may pass data through: if it fails, their running statistics are put back."""
+        """Modules of its own that a loss passes data through: a failed loss restores their running statistics."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +120,7 @@ class Term:
 
 
 def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared difference, over the entries where `valid` (which broadcasts); in the wider of the two dtypes."""
+    """The mean squared difference over the entries where `valid`, which broadcasts; in the wider of the two dtypes."""
     dtype = torch.promote_types(outputs.dtype, targets.dtype)
     outputs, targets = outputs.to(dtype), targets.to(dtype)
     if valid is None:
@@ -108,7 +129,7 @@ def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tenso
     return torch.where(valid, outputs - targets, 0).square().sum() / valid.sum().clamp(min=1)
 
 
-def key(purpose: str, seed: int, step: int) -> int:
+def random_bits(purpose: str, seed: int, step: int) -> int:
     """A random number of 64 bits that follows from (seed, purpose, step)."""
     return int(key_pair(f"{purpose} {step}", seed)[0])
 

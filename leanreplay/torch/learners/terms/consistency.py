@@ -1,34 +1,34 @@
-"""The consistency term of CLS-ER, with the two slow copies of the model."""
+"""The consistency loss of CLS-ER, with the two slow copies of the model."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from ...errors import ArgumentError, StateError
-from .replay import Replay, check_initialized, forward
-from .term import Term, fraction, key, mean_square
-
-if TYPE_CHECKING:
-    from .base import ReplayLearner
+from ....errors import ArgumentError, StateError
+from ..forward import check_initialized, forward
+from ..replay import Replay
+from ..term import Learner, Term, fraction, mean_square, random_bits
 
 
 class Consistency(Term):
-    """CLS-ER's consistency loss: mean squared difference of the model's outputs on replayed samples and those of a slow copy of it.
+    """CLS-ER's consistency loss: the mean squared difference of the outputs of the model and of a slow copy of it.
 
-    There are two copies. For each sample the stable one counts where it gives the true class strictly more probability, the plastic
-    one otherwise, and where the label is the learner's `ignore_index`. After step t (from 1), each with its probability, a copy moves:
+    There are two copies. For each replayed sample the stable copy counts where it gives the true class
+    strictly more probability, otherwise the plastic one; the plastic one too where the label is the
+    learner's `ignore_index`. After step t (from 1), each with its own probability, a copy moves:
 
         theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
 
-    Copies stay in train mode, without gradients; only parameters are averaged. Parameters that are integers are the model's, and so are
-    buffers of integers and bools, but those of batch norm. A model that grew lets its copies grow: what is new starts as the model's.
-    A model that `copy.deepcopy` cannot copy, or that has lazy layers without weights yet, is an ArgumentError.
+    The copies stay in train mode, without gradients. Only parameters are averaged. Parameters that are
+    integers are copied from the model; so are buffers of integers and bools, except those of batch norm.
+    If the model grew, its copies grow: their new entries start as the model's. A model that
+    `copy.deepcopy` cannot copy, or that has lazy layers without weights yet, is an ArgumentError.
     """
 
     needs_labels = True
@@ -54,9 +54,9 @@ class Consistency(Term):
             "plastic": fraction("plastic_model_update_probability", plastic_model_update_probability),
         }
         self.copies: dict[str, torch.nn.Module] = {}
-        self._learner: ReplayLearner | None = None
+        self._learner: Learner | None = None
 
-    def attach(self, learner: ReplayLearner) -> None:
+    def attach(self, learner: Learner) -> None:
         if self._learner is not None:
             raise ArgumentError(f"the term {self.name!r} already belongs to a learner; make another one")
         check_initialized(learner.module, self.name)
@@ -66,7 +66,7 @@ class Consistency(Term):
     def modules(self) -> Iterable[torch.nn.Module]:
         return self.copies.values()
 
-    def loss(self, learner: ReplayLearner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
         if replay.y.ndim != 1 or replay.y.is_floating_point() or replay.outputs.ndim != 2:
             raise ArgumentError(
                 f"the term {self.name!r} needs outputs (n, classes) and integer labels (n,), got {tuple(replay.outputs.shape)} and "
@@ -91,27 +91,14 @@ class Consistency(Term):
             target = torch.where(stable, logits["stable"], logits["plastic"])
         return mean_square(replay.outputs, target, learner.mask)
 
-    def after_step(self, learner: ReplayLearner) -> None:
+    def after_step(self, learner: Learner) -> None:
         self._follow(learner.module)
         for which, model in self.copies.items():
-            if key(f"{self.name} {which}", learner.seed, learner.steps) < self.probabilities[which] * 2**64:
-                a = min(1 - 1 / (learner.steps + 1), self.weights[which])
-                with torch.no_grad():
-                    mine: list[torch.Tensor] = list(model.parameters())
-                    theirs: list[torch.Tensor] = list(learner.module.parameters())
-                    if not all(map(_averages, mine)):
-                        pairs = list(zip(mine, theirs, strict=True))
-                        for m, t in pairs:
-                            if not _averages(m):
-                                m.copy_(t)
-                        mine, theirs = ([p[i] for p in pairs if _averages(p[0])] for i in range(2))
-                    torch._foreach_mul_(mine, a)
-                    torch._foreach_add_(mine, theirs, alpha=1 - a)
-                    for m, t in _whole_numbers(model, learner.module):
-                        m.copy_(t)
+            if random_bits(f"{self.name} {which}", learner.seed, learner.steps) < self.probabilities[which] * 2**64:
+                _average(model, learner.module, min(1 - 1 / (learner.steps + 1), self.weights[which]))
 
     def _follow(self, model: torch.nn.Module) -> None:
-        """Let the copies have the model's shapes and device."""
+        """Give the copies the model's shapes, dtypes and device."""
         for which, old in self.copies.items():
             mine, theirs = list(old.parameters()), list(model.parameters())
             if len(mine) == len(theirs) and all(_alike(m, t) for m, t in zip(mine, theirs, strict=True)):
@@ -129,11 +116,11 @@ class Consistency(Term):
 
     def check_state(self, state: Any) -> None:
         model = self.copies["stable"] if self._learner is None else self._learner.module
-        mine = model.state_dict()
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
         for which in self.copies:
             theirs = state.get(which) if isinstance(state, Mapping) else None
-            fits = isinstance(theirs, Mapping) and all(isinstance(v, torch.Tensor) for v in theirs.values())
-            if not fits or {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in theirs.items()}:  # type: ignore[union-attr]
+            fits = isinstance(theirs, Mapping) and all(isinstance(value, torch.Tensor) for value in theirs.values())
+            if not fits or {name: value.shape for name, value in theirs.items()} != shapes:  # type: ignore[union-attr]
                 raise StateError(f"the state of the term {self.name!r} is not that of a {which} copy of this model; is it another model's?")
 
     def load_state_dict(self, state: Any) -> None:
@@ -153,8 +140,24 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
         ) from error
 
 
-def _averages(tensor: torch.Tensor) -> bool:
-    """Whether means of it mean something."""
+@torch.no_grad()
+def _average(slow: torch.nn.Module, model: torch.nn.Module, a: float) -> None:
+    """Move a slow copy towards the model; a: how much of the copy stays."""
+    mine: list[torch.Tensor] = list(slow.parameters())
+    theirs: list[torch.Tensor] = list(model.parameters())
+    if not all(map(_has_means, mine)):
+        pairs = list(zip(mine, theirs, strict=True))
+        for m, t in pairs:
+            if not _has_means(m):
+                m.copy_(t)
+        mine, theirs = ([p[i] for p in pairs if _has_means(p[0])] for i in range(2))
+    torch._foreach_mul_(mine, a)
+    torch._foreach_add_(mine, theirs, alpha=1 - a)
+    for m, t in _integer_buffers(slow, model):
+        m.copy_(t)
+
+
+def _has_means(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -162,11 +165,11 @@ def _alike(m: torch.Tensor, t: torch.Tensor) -> bool:
     return m.shape == t.shape and m.dtype == t.dtype and m.device == t.device
 
 
-def _whole_numbers(mine: torch.nn.Module, theirs: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Buffers of a copy and the model's that are integers or bools, masks of classes for instance; batch norm counts for itself."""
+def _integer_buffers(mine: torch.nn.Module, theirs: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers of integers and bools, masks of classes for instance, of both modules; batch norm counts by itself."""
     for m, t in zip(mine.modules(), theirs.modules(), strict=False):
         if m._buffers and not isinstance(m, _NormBase):
             for name, buffer in m._buffers.items():
                 other = t._buffers.get(name)
-                if buffer is not None and other is not None and not _averages(buffer) and _alike(buffer, other):
+                if buffer is not None and other is not None and not _has_means(buffer) and _alike(buffer, other):
                     yield buffer, other

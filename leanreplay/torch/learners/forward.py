@@ -1,0 +1,152 @@
+"""One pass through a model: its outputs, what named layers give on the way, and how to undo its running statistics."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from ...errors import ArgumentError
+from ..distributed import innermost, layer_of, uncompiled, unwrapped
+
+
+class Forward(NamedTuple):
+    """One pass through the model.
+
+    outputs: (n, ...). features: by name, the outputs of the layers that terms asked for, (n, ...).
+    """
+
+    outputs: torch.Tensor
+    features: dict[str, torch.Tensor]
+
+    def part(self, start: int, n: int) -> Forward:
+        """n of the samples, from `start` on."""
+        features = {name: f.narrow(0, start, n) for name, f in self.features.items()}
+        return Forward(self.outputs.narrow(0, start, n), features)
+
+    def detached(self) -> Forward:
+        """The same values without a graph: further operations cost less."""
+        return Forward(self.outputs.detach(), {name: f.detach() for name, f in self.features.items()})
+
+
+def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ()) -> Forward:
+    """Pass x through the model. The hooks on `layers` are removed afterwards, also after an error."""
+    if x.shape[0] < 2:
+        _refuse_batch_norm(model)
+    features: dict[str, torch.Tensor] = {}
+    if not layers:
+        outputs = model(x)
+    else:
+        handles = []
+        try:
+            for name in layers:
+                layer: Any = layer_of(model, name)
+                handles.append(layer.register_forward_hook(partial(_keep_output, features, name)))
+            outputs = uncompiled(model)(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not isinstance(outputs, torch.Tensor):
+        raise ArgumentError(
+            f"the model must return a tensor of outputs (n, ...), got {type(outputs).__name__}; wrap it in a module that does"
+        )
+    for name in layers:
+        f = features.get(name)
+        if f is None:
+            raise ArgumentError(f"layer {name!r} did not run in this pass through the model; name one that always does")
+        if f.ndim < 1 or f.shape[0] != x.shape[0]:
+            raise ArgumentError(f"layer {name!r} gives shape {tuple(f.shape)} for {x.shape[0]} samples, expected ({x.shape[0]}, ...)")
+    return Forward(outputs, features)
+
+
+def _keep_output(features: dict[str, torch.Tensor], name: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    if name in features:
+        raise ArgumentError(f"layer {name!r} runs several times for one batch; name a layer that runs once, say one around it")
+    if not isinstance(output, torch.Tensor):
+        raise ArgumentError(f"layer {name!r} gives a {type(output).__name__}, expected a tensor; name a layer within or after it")
+    features[name] = output.clone()  # the next layer may work in place, as ReLU(inplace=True) does
+
+
+def _refuse_batch_norm(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
+            raise ArgumentError(
+                f"a batch of 1 sample, but {name or 'the model'} is a {type(module).__name__} in train mode, which needs at least 2; "
+                "use drop_last=True in the DataLoader, a larger (replay) batch size, or put that layer into eval mode"
+            )
+
+
+class Statistics:
+    """The running statistics of modules before a pass, to be put back if the pass fails.
+
+    The copies are reused from step to step, so a copy is one call.
+    """
+
+    def __init__(self) -> None:
+        self._now: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] = []
+
+    def remember(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Copy the buffers that these modules have now."""
+        found: list[torch.Tensor] = []
+        for module in modules:
+            _collect_buffers(module, found)
+        if not found and not self._now:
+            return
+        if len(found) == len(self._now) and all(map(operator.is_, found, self._now)):
+            with torch.no_grad():
+                torch._foreach_copy_(self._before, found)
+        else:
+            found = [b for b in found if not is_lazy(b)]
+            self._now, self._before = found, [b.detach().clone() for b in found]
+
+    def put_back(self) -> None:
+        """Restore what `remember` copied."""
+        with torch.no_grad():
+            for now, before in zip(self._now, self._before, strict=True):
+                now.copy_(before)
+
+
+def _collect_buffers(module: torch.nn.Module, found: list[torch.Tensor]) -> None:
+    """Append all buffers of a module, as `buffers()` does, but several times as fast; a shared one may come twice."""
+    if module._buffers:
+        found += [b for b in module._buffers.values() if b is not None]
+    if module._modules:
+        for child in module._modules.values():
+            if child is not None:
+                _collect_buffers(child, found)
+
+
+def check_initialized(model: torch.nn.Module, term: str) -> None:
+    """Raise ArgumentError for a model with lazy layers that have no weights yet."""
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise ArgumentError(
+            f"the term {term!r} needs the model's weights, but {lazy[0]} of {type(model).__name__} is lazy and has no shape yet: pass a "
+            "batch through the model before, model(x)"
+        )
+
+
+def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
+    """Raise ArgumentError unless these are names of layers."""
+    inner = innermost(model)
+    names = [name for name, _ in inner.named_modules(remove_duplicate=False) if name]
+    first_names = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+    if not layers:
+        raise ArgumentError(f"layers: name at least one; {type(inner).__name__} has {first_names}")
+    if unwrapped(model) is not model and uncompiled(unwrapped(model)) is not unwrapped(model):
+        raise ArgumentError(
+            "layers of a compiled model within a DistributedDataParallel cannot be looked at; put it around: "
+            "torch.compile(DistributedDataParallel(model)), or do not compile it"
+        )
+    for layer in layers:
+        if not layer or layer_of(model, layer) is None:
+            near = difflib.get_close_matches(str(layer), names, 5, 0.4)
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has: {first_names}"
+            raise ArgumentError(f"{type(inner).__name__} has no layer {layer!r:.200}; {hint} (names are those of named_modules())")
