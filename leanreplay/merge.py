@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import as_path, integer
 from .arrays import NO_LOG, POLICY_WORDS, Ints, Words
 from .buffers.base import _KINDS, MERGED, DataBuffer
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
@@ -27,7 +28,7 @@ from .policies.balanced import BalancedPolicy, group_hash, group_quotas, groups_
 from .policies.base import Policy
 from .policies.reservoir import ReservoirPolicy
 from .policies.weighted import WeightedReservoirPolicy
-from .samples.batch import flat, integer
+from .samples.batch import flat
 from .storage import system
 from .storage.layout import Table
 from .storage.store import Change, Store
@@ -182,7 +183,7 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
         if store is None:
             raise ArgumentError(f"{name} is empty: it has no schema before its first batch; leave it out")
     else:
-        name = system.checked_path(given, f"input {number}")
+        name = as_path(given, f"input {number}")
         if os.path.isdir(name):
             raise _refused([name], "InfiniteBuffer", AppendPolicy)
         store = Store.open(os.path.realpath(name), writable=False, name=os.path.abspath(name))
@@ -219,7 +220,7 @@ def _check_places(inputs: Sequence[_Input], path: Any) -> None:
     output = None
     if path is not None:
         with contextlib.suppress(OSError):
-            output = os.stat(system.checked_path(path))
+            output = os.stat(as_path(path))
     seen: list[tuple[os.stat_result, str]] = []
     for one in inputs:
         with system.storage_errors(f"looking at {one.name}"), one.store.file() as fd:

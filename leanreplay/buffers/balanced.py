@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..arguments import integer, required
 from ..arrays import NO_LOG, NO_ROWS, Ints
 from ..errors import ArgumentError, GroupError, RowError
 from ..policies.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_quotas
 from ..policies.base import Policy
-from ..samples.batch import integer, required
 from ..samples.schema import Schema
 from ..storage.layout import Table
 from .base import MERGED, DataBuffer, Reach, Rule, optional_int, places

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import as_path, call, check_call, choice, function_or_none, instance, integer, integers, plain_array, required
 from ..arrays import NO_ROWS, Ints
 from ..errors import (
     ArgumentError,
@@ -46,7 +47,7 @@ from ..policies.base import LOG_TOO_SHORT, Policy, check_plan
 from ..policies.greedy import GreedyClassBalancingPolicy
 from ..policies.reservoir import ReservoirPolicy
 from ..policies.window import SlidingWindowPolicy
-from ..samples.batch import Batch, Fetch, call, check_call, flat, integer, integers, plain_array, required, stack
+from ..samples.batch import Batch, Fetch, flat, stack
 from ..samples.dataset import Items
 from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
 from ..storage import system
@@ -159,15 +160,13 @@ class DataBuffer:
     ) -> None:
         if not hasattr(type(self), "policy_class"):
             raise ArgumentError(f"{type(self).__name__} has no policy; set policy_class, or use one of its subclasses")
-        if mode not in MODES:
-            raise ArgumentError(f"mode is one of {MODES}, got {mode!r}")
+        choice("mode", mode, MODES)
         if path is None and mode in ("r", "r+"):
             raise ArgumentError(f"mode {mode!r} opens a file, but path is None; a buffer in memory is new: leave mode out")
-        if schema is not None and not isinstance(schema, Schema):
-            raise ArgumentError(f"schema is a leanreplay.Schema, for instance Schema.from_sample(sample), got {type(schema).__name__}")
+        if schema is not None:
+            instance(schema, Schema, "schema is a leanreplay.Schema, for instance Schema.from_sample(sample)")
         for name, function in (("transform", transform), ("target_transform", target_transform)):
-            if function is not None and not callable(function):
-                raise ArgumentError(f"{name} must be a function of a sample's element, got {function!r:.200}")
+            function_or_none(name, function, "a function of a sample's element")
         self.max_size: int = 0
         self._seed = integer("seed", seed, -(2**127), 2**127 - 1)
         self._stream = integer("stream", stream, 0, MAX_STREAM)
@@ -1290,7 +1289,7 @@ class DataBuffer:
             store = self._require()
             if store is None:
                 raise ModeError("the buffer is empty: there is nothing to save before its first batch")
-            folder = system.checked_path(folder, "folder")
+            folder = as_path(folder, "folder")
             with system.storage_errors(f"saving to {folder}"), contextlib.ExitStack() as held:
                 system.make_folders(folder)
                 system.refuse_alien(os.path.join(folder, "state.json"))
@@ -1342,7 +1341,7 @@ class DataBuffer:
             store = self._require_writable()
             if store is not None:
                 store.stay()
-            folder = system.checked_path(folder, "folder")
+            folder = as_path(folder, "folder")
             with contextlib.ExitStack() as stack:
                 with system.storage_errors(f"loading from {folder}"):
                     if os.path.isdir(folder):
@@ -1457,7 +1456,7 @@ def _file_name(path: Any, mode: str) -> str:
             f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', transform=None), "
             f"or write './{path}' for such a file"
         )
-    return system.checked_path(path)
+    return as_path(path)
 
 
 def _held(store: Any, rows: Ints, positions: Any) -> tuple[Ints, Ints]:
@@ -1564,13 +1563,12 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
     >>> len(leanreplay.open(path))
     5
     """
-    if mode not in MODES:
-        raise ArgumentError(f"mode is one of {MODES}, got {mode!r}")
+    choice("mode", mode, MODES)
     if mode in ("x", "w"):
         raise ArgumentError(
             f"leanreplay.open opens existing buffers; create one with a class, for instance ReservoirBuffer(n, path, mode={mode!r})"
         )
-    where = os.path.realpath(system.checked_path(path))
+    where = os.path.realpath(as_path(path))
     if mode == "a" and not os.path.lexists(where):
         raise MissingError(
             f"{path} does not exist, and leanreplay.open cannot tell what to create; "

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import choice, integers, plain_array
 from ..arrays import NO_ROWS, Ints
 from ..errors import ArgumentError, ModeError, SchemaError
 from ..keys import STREAM_BITS
 from ..policies.base import Policy
 from ..policies.exemplars import ParametricPolicy, make_log
 from ..policies.selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
-from ..samples.batch import Batch, Fetch, flat, integers, plain_array
+from ..samples.batch import Batch, Fetch, flat
 from ..samples.dataset import Items
 from ..samples.schema import Field, Schema
 from ..storage.layout import Table
@@ -135,8 +136,8 @@ class ParametricBuffer(BalancedBuffer):
         total_num_groups: int | None = None,
         **options: Any,
     ) -> None:
-        if groupby not in (*GROUPBY, ""):
-            raise ArgumentError(f"groupby is one of {GROUPBY}, got {groupby!r:.200}; give group ids of your own with the data: group=...")
+        if groupby != "":
+            choice("groupby", groupby, GROUPBY, "; give group ids of your own with the data: group=...")
         if selection_strategy is not None and not isinstance(selection_strategy, SelectionStrategy):
             raise ArgumentError(f"selection_strategy must be a SelectionStrategy, got {selection_strategy!r:.200}")
         self.selection_strategy = selection_strategy

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import integer
 from ..arrays import NO_LOG, Ints
 from ..errors import (
     ArgumentError,
@@ -28,7 +29,6 @@ from ..errors import (
 )
 from ..keys import STREAM_BITS
 from ..policies.append import AppendPolicy
-from ..samples.batch import integer
 from ..samples.schema import Schema
 from ..storage import system
 from ..storage.create import plan_file

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import plain_array
 from ..arrays import Ints
 from ..errors import ArgumentError, RowError, SchemaError
 from ..policies.weighted import WeightedReservoirPolicy
-from ..samples.batch import Batch, plain_array
+from ..samples.batch import Batch
 from ..samples.dataset import as_dataset
 from ..samples.schema import Schema
 from ..storage.layout import Table

@@ -7,8 +7,17 @@ import warnings
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+
+if hasattr(os, "register_at_fork"):
+    # A child that is forked while another thread compiles would wait for Numba's lock for ever. So a fork waits for the compiler.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def njit(function: Any) -> Any:

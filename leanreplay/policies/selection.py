@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import required
 from ..arrays import Floats, Ints
 from ..errors import ArgumentError
 from ..kernels import herding, reservoir
@@ -118,7 +118,7 @@ class RandomSelection(SelectionStrategy):
     uniform = True
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = _integer("seed", seed, -(2**127), 2**127 - 1)
+        self.seed = required("seed", seed, -(2**127), 2**127 - 1)
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
         """The order of len(features) samples. O(n log n)."""
@@ -149,7 +149,7 @@ class FeatureBasedSelection(SelectionStrategy):
         if (model is None) != (layer is None):
             raise ArgumentError(f"model and layer go together: got model={type(model).__name__}, layer={layer!r:.200}")
         self.model, self.layer, self.transform = model, layer, transform
-        self.batch_size = _integer("batch_size", batch_size, 1, 2**63 - 1)
+        self.batch_size = required("batch_size", batch_size, 1, 2**63 - 1)
 
     def features_of(self, dataset: Any) -> npt.NDArray[np.float32]:
         """(n, d) float32: the layer's activations for the samples (the first element of each); see `leanreplay.torch.features`."""
@@ -285,21 +285,9 @@ def _top(x: Floats) -> float:
     return float(max(x.max(initial=0.0), -x.min(initial=0.0)))
 
 
-def _integer(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{name} must be an integer, got {value!r:.200}") from None
-    if not low <= number <= high:
-        raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
-    return number
-
-
 def _count(count: Any, n: int) -> int:
     """How many of n indices are wanted."""
-    return n if count is None else min(n, _integer("count", count, 0, 2**63 - 1))
+    return n if count is None else min(n, required("count", count, 0, 2**63 - 1))
 
 
 def _length(values: Any) -> int:

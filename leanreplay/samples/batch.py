@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import is_tensor
 from ..arrays import Ints
-from ..errors import ArgumentError, LeanReplayError, SchemaError
-from .schema import Field, as_leaf, batch_leaf, batch_length, check_leaf, is_tensor, leaf_type, to_numpy
+from ..errors import ArgumentError, SchemaError
+from .schema import Field, as_leaf, batch_leaf, batch_length, check_leaf, leaf_type, to_numpy
 
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
 Fetch = Callable[[Ints], tuple[Sources, Ints]]
@@ -24,103 +22,12 @@ _NO_GROUPS: Ints = np.zeros(0, np.int64)
 _BYTE = np.dtype(np.uint8)
 
 
-def integer(name: str, value: Any, low: int, high: int) -> int | None:
-    if value is None:
-        return None
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{name} must be an integer, got {value!r:.200}") from None
-    if not low <= number <= high:
-        raise ArgumentError(f"{name} must be from {low} to {high}, got {number}")
-    return number
-
-
-def required(name: str, value: Any, low: int, high: int) -> int:
-    """`integer`, but None is an error too."""
-    number = integer(name, value, low, high)
-    if number is None:
-        raise ArgumentError(f"{name} must be an integer, got None")
-    return number
-
-
-def length(value: Any) -> int:
-    try:
-        return len(value)
-    except (TypeError, ValueError, OverflowError):  # none, or a negative or huge one
-        return -1
-
-
-def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a user's function gives. Raises ArgumentError for a StopIteration, which would end somebody's loop in silence."""
-    try:
-        return function(*arguments)
-    except StopIteration as error:
-        raise ArgumentError(f"{what} raised StopIteration: an iterator that it reads from has come to its end") from error
-
-
-def check_call(cls: type, base: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Raise ArgumentError for arguments that a class of this package does not take; its `**options` are those of `base`."""
-    if not next(c for c in cls.__mro__ if "__init__" in vars(c)).__module__.startswith("leanreplay."):
-        return  # a user's own says itself what it takes
-    own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    kinds = {p.kind for p in own}
-    name, places = cls.__name__, [p.name for p in own if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
-    takes = [p.name for p in own if p.name not in ("self", "options", *places)]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return
-    if inspect.Parameter.VAR_KEYWORD in kinds:
-        takes += [p for p in inspect.signature(base.__init__).parameters if p not in ("self", *places, *takes)]  # type: ignore[misc]
-    if len(args) > len(places):
-        raise ArgumentError(
-            f"{name} takes only {' and '.join(places)} by position, got {len(args)} values: {args!r:.200}; "
-            f"give the others by name: {', '.join(takes)}"
-        )
-    for option in options:
-        if option not in (*places, *takes):
-            near = difflib.get_close_matches(option, [*places, *takes], 1)
-            raise ArgumentError(
-                f"{name} takes no {option!r}{f'; did you mean {near[0]!r}?' if near else ''}; it takes: {', '.join([*places, *takes])}"
-            )
-
-
 def as_batch(value: Any, name: str) -> Any:
     value = as_leaf(value, f"metadata/{name}")
     shape = leaf_type(value, f"metadata/{name}")[1]
     if not shape or shape[0] == 0:
         raise SchemaError(f"metadata/{name}: one entry per sample is needed, got shape {shape}")
     return value
-
-
-def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaError) -> np.ndarray[Any, Any]:
-    """Numbers of any kind (list, array, tensor on any device) as an array. Raises `wrong` for what cannot become one."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise wrong(f"{name}: a masked array has no values where it is masked; use .filled(value), or leave those samples out")
-    try:
-        if not is_tensor(values):
-            return np.asarray(values)
-        values = values.detach().cpu()
-        if values.is_floating_point() and str(values.dtype).startswith(("torch.bfloat", "torch.float8")):
-            values = values.float()  # NumPy has no such dtype; float32 holds all their values
-        return values.numpy()
-    except Exception as error:  # whatever an object's own __array__ raises
-        raise wrong(f"{name}: {type(values).__name__} cannot become an array: {error}") from error
-
-
-def integers(values: Any, n: int, name: str) -> Ints:
-    """n integers, or one for all, as int64. Raises SchemaError for anything else."""
-    if type(values) is int and -(2**63) <= values < 2**63:
-        return np.full(n, values, np.int64)
-    if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
-        return values
-    array = plain_array(values, name)
-    if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
-        raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
-    if array.dtype == np.uint64 and n and array.max() >= 2**63:
-        raise SchemaError(f"{name}: {array.max()} does not fit into int64")
-    return array.astype(np.int64)
 
 
 def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:

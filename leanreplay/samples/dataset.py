@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import integers, is_tensor, length, plain_array
 from ..arrays import Ints
 from ..errors import ArgumentError, SchemaError
-from .batch import Batch, Fetch, Sources, as_batch, flat, integers, length, plain_array
-from .schema import Schema, check_leaf, entry, is_tensor, leaf_type, to_numpy
+from .batch import Batch, Fetch, Sources, as_batch, flat
+from .schema import Schema, check_leaf, entry, leaf_type, to_numpy
 
 _TABLES = (("iloc",), ("to_pydict",), ("columns", "to_numpy"))  # of tables and series of pandas, pyarrow and polars
 

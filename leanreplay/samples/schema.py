@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import is_tensor
 from ..errors import SchemaError
 
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
@@ -219,12 +220,6 @@ def _names(structure: Any, path: str, found: list[str], depth: int) -> None:
             _names(child, f"{path}/{key}", found, depth + 1)
     else:
         raise ValueError(f"structure: {kind!r}")
-
-
-def is_tensor(leaf: Any) -> bool:
-    """Whether this is a torch tensor; never imports torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(leaf, torch.Tensor)
 
 
 def as_leaf(leaf: Any, path: str) -> Any:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba.core.compiler_lock import global_compiler_lock
 
 from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Bytes, Ints, Words
 from ..errors import CorruptionError, FormatError, LockedError, MissingError, ModeError, RecoveryError, RowError, StateError, StorageError
@@ -1593,17 +1592,5 @@ def _after_fork() -> None:
         store.become_reader()
 
 
-def _forked() -> None:
-    """In the parent: counted under the lock, as two threads may fork at once."""
-    system.forks += 1
-    global_compiler_lock.release()  # type: ignore[no-untyped-call]
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-    # A child forked while another thread compiles would wait for Numba's lock for ever: fork only when nobody holds it.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=_forked,
-        after_in_child=global_compiler_lock.release,
-    )

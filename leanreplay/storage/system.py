@@ -18,6 +18,7 @@ import stat
 import struct
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArgumentError, ExistsError, FormatError, LeanReplayError, LockedError, StorageError
+from ..errors import ExistsError, FormatError, LeanReplayError, LockedError, StorageError
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; not named by Python's mmap module before 3.13
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
@@ -41,18 +42,19 @@ _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os,
 OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
 OPEN_WRITE = os.O_RDWR | _COMMON
 OPEN_READ = os.O_RDONLY | _COMMON
+
 forks = 0  # children that this process has forked so far
+_forking = threading.RLock()
 
 
-def checked_path(path: Any, name: str = "path") -> str:
-    """A path as str. Raises ArgumentError for what cannot be one."""
-    try:
-        text = os.fsdecode(path)
-    except TypeError:
-        raise ArgumentError(f"{name} must be a str or os.PathLike, got {path!r:.200}") from None
-    if not text or "\0" in text:
-        raise ArgumentError(f"{name} {text!r} cannot name a file; give a non-empty one without NUL characters")
-    return text
+def _count_fork() -> None:
+    global forks  # noqa: PLW0603
+    forks += 1
+    _forking.release()
+
+
+if hasattr(os, "register_at_fork"):  # threads fork one after another, so that each child sees another number
+    os.register_at_fork(before=_forking.acquire, after_in_parent=_count_fork, after_in_child=_forking.release)
 
 
 @contextlib.contextmanager

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..arguments import call, function_or_none, instance
 from ..buffers.base import DataBuffer, Reach
 from ..errors import ArgumentError
-from ..samples.batch import call, stack
+from ..samples.batch import stack
 from ..samples.schema import Schema
 
 Function = Callable[[Any], Any]
@@ -48,9 +49,8 @@ class BufferDataset(Dataset[Any]):
     """
 
     def __init__(self, buffer: DataBuffer, metadata: bool = False, batch_transform: Function | None = None) -> None:
-        if not isinstance(buffer, DataBuffer):
-            raise ArgumentError(f"BufferDataset takes a buffer of leanreplay, got {type(buffer).__name__}")
-        self.buffer, self.metadata, self.batch_transform = buffer, metadata, checked("batch_transform", batch_transform)
+        instance(buffer, DataBuffer, "BufferDataset takes a buffer of leanreplay")
+        self.buffer, self.metadata, self.batch_transform = buffer, metadata, function_or_none("batch_transform", batch_transform)
         self._reach = Reach()
         len(self)
 
@@ -97,20 +97,13 @@ def sample(
     >>> x.shape, y.dtype, sorted(meta)
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
-    checked("batch_transform", batch_transform)
+    function_or_none("batch_transform", batch_transform)
     batch, meta = buffer._sample(n, replace, convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
     bits = _bfloat16(buffer)
     batch = to_torch(batch, bits, device)
     if batch_transform is not None:
         batch = transformed(batch_transform, batch, n)
     return batch, to_torch(meta, bits, device, "metadata")
-
-
-def checked(name: str, function: Any) -> Any:
-    """A function, or None. Raises ArgumentError for anything else."""
-    if function is not None and not callable(function):
-        raise ArgumentError(f"{name} must be a function or None, got {function!r:.200}")
-    return function
 
 
 def device_named(device: torch.device | str | None) -> torch.device | None:

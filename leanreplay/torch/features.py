@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..arguments import instance
 from ..errors import ArgumentError
 from .data import to_torch
 from .distributed import innermost, layer_of, uncompiled
@@ -83,8 +84,7 @@ def features(
 
 
 def _layer(model: Any, layer: Any) -> torch.nn.Module:
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    instance(model, torch.nn.Module, "model must be a torch.nn.Module")
     found = layer_of(model, layer) if isinstance(layer, str) else None
     if found is None:
         inner = innermost(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import as_path, instance
 from ..errors import ArgumentError, DependencyError
 from ..storage import system
 from .training.evaluation import Evaluation
@@ -22,9 +23,8 @@ def accuracy_matrix(
     path: where to save it, as what the ending says (.png, .pdf, .svg). names: of the tasks. title: default: the average accuracy.
     No window is opened and no backend chosen: the figure can also be shown in a notebook, or saved later.
     """
-    if not isinstance(evaluation, Evaluation):
-        raise ArgumentError(f"evaluation must be what evaluate returned, got {type(evaluation).__name__}")
-    path = None if path is None else system.checked_path(path)
+    instance(evaluation, Evaluation, "evaluation must be what evaluate returned")
+    path = None if path is None else as_path(path)
     rows, tasks = evaluation.matrix.shape
     labels = [str(j) for j in range(tasks)] if names is None else [str(name) for name in names]
     if len(labels) != tasks:

@@ -22,7 +22,7 @@ BOTTOM = {"errors", "arguments", "arrays", "kernels", "keys"}
 CORE = BOTTOM | {"samples", "storage", "policies", "buffers", "merge"}
 MAY_IMPORT = {
     "errors": set(),
-    "arguments": {"errors"},
+    "arguments": {"errors", "arrays"},
     "arrays": set(),
     "kernels": set(),
     "keys": set(),
@@ -93,11 +93,11 @@ def test_directions(name, path):
 
 @pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
 def test_foreign_imports(name, path):
-    """G8: torch is imported by leanreplay.torch alone, h5py by `storage`, numba by the kernels and, for its lock, `storage`."""
+    """G8: torch is imported by leanreplay.torch alone, h5py by `storage`, numba by the kernels."""
     outside = {i.split(".")[0] for i in imports(name, path)} - set(sys.stdlib_module_names) - {"leanreplay"}
     allowed = {"numpy"}
     mine = name.split(".")[0]
-    special = {"torch": {"torch"}, "kernels": {"numba", "llvmlite"}, "storage": {"h5py", "numba"}}
+    special = {"torch": {"torch"}, "kernels": {"numba", "llvmlite"}, "storage": {"h5py"}}
     allowed |= {**special, "cli": {"h5py", "matplotlib"}}.get(mine, set())
     assert outside <= allowed, f"{name} imports {sorted(outside - allowed)}"
 

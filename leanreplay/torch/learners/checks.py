@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...arguments import instance
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, LossError, StateError
 from .forward import check_layers
@@ -18,24 +19,20 @@ _OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")  # 
 
 def check_parts(model: Any, optimizer: Any, buffer: Any) -> None:
     """Raise ArgumentError unless this is a model to train, an optimizer of it and a buffer."""
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    instance(model, torch.nn.Module, "model must be a torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    instance(optimizer, torch.optim.Optimizer, "optimizer must be a torch.optim.Optimizer")
     mine = set(model.parameters())
     if not any(p in mine for group in optimizer.param_groups for p in group["params"]):
         raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
-    if not isinstance(buffer, DataBuffer):
-        raise ArgumentError(f"buffer must be a buffer of leanreplay, got {type(buffer).__name__}")
+    instance(buffer, DataBuffer, "buffer must be a buffer of leanreplay")
 
 
 def check_terms(terms: Sequence[Term], model: torch.nn.Module) -> None:
     """Raise ArgumentError unless these terms go together, and with the model."""
     for term in terms:
-        if not isinstance(term, Term):
-            raise ArgumentError(f"terms are objects of leanreplay.torch.Term, got {type(term).__name__}")
+        instance(term, Term, "terms are objects of leanreplay.torch.Term")
         if term.layers:
             check_layers(model, term.layers)
         if term.draw is not None and type(term).loss is Term.loss:

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from ...arguments import call, check_call, fraction, function_or_none, number, required, required_function
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, LossError, ModeError, StateError, StorageError
-from ...samples.batch import call, check_call, required
-from ..data import Function, checked, device_named
+from ..data import Function, device_named
 from ..distributed import check_reach, unwrapped
 from . import checks
 from .draws import Drawer, Transforms, load_reading_state, reading_state
@@ -21,7 +21,7 @@ from .experiences import Experiences
 from .forward import Forward, Statistics, forward
 from .intake import Intake
 from .pending import Batch, Draws, Moved, copied, unwritten, versions, write
-from .term import Term, fraction, number
+from .term import Term
 
 _LEAVES_ARGUMENTS_ALONE = ("torch.nn.functional", "torch.nn.modules.loss")  # modules of losses that do
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
@@ -134,14 +134,18 @@ class ReplayLearner:
         device: torch.device | str | None = None,
     ) -> None:
         checks.check_parts(model, optimizer, buffer)
-        self.transform = checked("transform", transform)
-        self.target_transform = checked("target_transform", target_transform)
-        self.batch_transform = checked("batch_transform", batch_transform)
-        self.buffer_transform = buffer_transform is not False and checked("buffer_transform", buffer_transform)
-        self.buffer_target_transform = buffer_target_transform is not False and checked("buffer_target_transform", buffer_target_transform)
-        self.buffer_batch_transform = buffer_batch_transform is not False and checked("buffer_batch_transform", buffer_batch_transform)
-        if not callable(loss_fn):
-            raise ArgumentError(f"loss_fn must be a function of (outputs, targets), got {loss_fn!r:.200}")
+        self.transform = function_or_none("transform", transform)
+        self.target_transform = function_or_none("target_transform", target_transform)
+        self.batch_transform = function_or_none("batch_transform", batch_transform)
+        self.buffer_transform, self.buffer_target_transform, self.buffer_batch_transform = (
+            value is not False and function_or_none(name, value)
+            for name, value in (
+                ("buffer_transform", buffer_transform),
+                ("buffer_target_transform", buffer_target_transform),
+                ("buffer_batch_transform", buffer_batch_transform),
+            )
+        )
+        required_function("loss_fn", loss_fn, "a function of (outputs, targets)")
         self.model, self.optimizer, self.buffer, self.loss_fn = model, optimizer, buffer, loss_fn
         self._intake = Intake(buffer, type(self).__name__)
         self.store = store

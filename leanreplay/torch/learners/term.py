@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.functional import mse_loss
 
+from ...arguments import number
 from ...errors import ArgumentError
 from ...keys import key_pair
 from .forward import Forward
@@ -132,17 +131,3 @@ def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tenso
 def random_bits(purpose: str, seed: int, step: int) -> int:
     """A random number of 64 bits that follows from (seed, purpose, step)."""
     return int(key_pair(f"{purpose} {step}", seed)[0])
-
-
-def number(name: str, value: Any) -> float:
-    """A finite number of at least 0. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-        raise ArgumentError(f"{name} must be a finite number of at least 0, got {value!r:.200}")
-    return float(value)
-
-
-def fraction(name: str, value: Any) -> float:
-    """A number from 0 to 1. Raises ArgumentError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise ArgumentError(f"{name} must be from 0 to 1, got {value!r:.200}")
-    return float(value)

@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, default_collate, default_convert
 
+from ...arguments import call, choice, instance, integer, length, required, required_function
 from ...buffers.base import SlidingWindowBuffer
 from ...errors import ArgumentError, LeanReplayError, ModeError, SchemaError, StateError, WorkerError
 from ...keys import STREAM_BITS, key_pair
-from ...samples.batch import call, integer, length, required, stack
+from ...samples.batch import stack
 from ..data import BufferDataset
 
 _PATIENCE = 5.0  # seconds that running jobs have to end before their processes are killed
@@ -124,7 +125,7 @@ class AsyncReservoir:
         if length(source) == 0:
             raise ArgumentError("source is empty: there is nothing to load")
         self.source = source
-        self.function: Callable[[Any], Any] = _function("function", function)
+        self.function: Callable[[Any], Any] = required_function("function", function)
         self.max_reservoir_samples = required("max_reservoir_samples", max_reservoir_samples, 1, _MOST)
         self.min_reservoir_samples = required("min_reservoir_samples", min_reservoir_samples, 1, _MOST)
         if self.min_reservoir_samples > self.max_reservoir_samples:
@@ -134,15 +135,16 @@ class AsyncReservoir:
             )
         self.workers = required("workers", workers, 1, _MOST)
         self.max_jobs_at_once = required("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0, _MOST)
-        self.sampler = None if sampler is None else _function("sampler", sampler, ", for instance torch's RandomSampler class")
+        self.sampler = (
+            None if sampler is None else required_function("sampler", sampler, "a function, for instance torch's RandomSampler class")
+        )
         self._seeded = self.sampler is not None and _takes_generator(self.sampler)
-        self.collate_fn = collate_fn if collate_fn in (None, "default") else _function("collate_fn", collate_fn)
+        self.collate_fn = collate_fn if collate_fn in (None, "default") else required_function("collate_fn", collate_fn)
         limit, replaced = maximum_number_of_samples_per_epoch, max_reservoir_replacement_size
         self.maximum_number_of_samples_per_epoch = integer("maximum_number_of_samples_per_epoch", limit, 1, _MOST)
         self.max_reservoir_replacement_size = integer("max_reservoir_replacement_size", replaced, 1, _MOST)
         for name, value, allowed in (("executor", executor, ("process", "thread")), ("on_error", on_error, ("raise", "skip"))):
-            if value not in allowed:
-                raise ArgumentError(f"{name} is one of {allowed}, got {value!r:.200}")
+            choice(name, value, allowed)
         self.executor, self.on_error, self.mp_context = executor, on_error, _context(mp_context)
         self.flatten, self.deterministic = bool(flatten), bool(deterministic)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
@@ -200,8 +202,7 @@ class AsyncReservoir:
         order = self.sampler(snapshot, **({"generator": self._generator(f"epoch {self.epoch}")} if self._seeded else {}))
         if hasattr(order, "set_epoch"):
             order.set_epoch(self.epoch)
-        if not isinstance(order, Iterable):
-            raise ArgumentError(f"sampler(snapshot) must return an iterable of indices, got {type(order).__name__}")
+        instance(order, Iterable, "sampler(snapshot) must return an iterable of indices")
         return iter(order)
 
     def _batches(self, snapshot: Sequence[Any], order: Iterator[Any]) -> Iterator[Any]:
@@ -707,8 +708,7 @@ class _Window(_Memory):
     """The last `size` entries, in a buffer."""
 
     def __init__(self, buffer: SlidingWindowBuffer, size: int) -> None:
-        if not isinstance(buffer, SlidingWindowBuffer):
-            raise ArgumentError(f"buffer must be a leanreplay.SlidingWindowBuffer, got {type(buffer).__name__}")
+        instance(buffer, SlidingWindowBuffer, "buffer must be a leanreplay.SlidingWindowBuffer")
         if buffer.max_size < size:
             raise ArgumentError(f"buffer has {buffer.max_size} rows, but max_reservoir_samples is {size}; give it as many rows")
         self._buffer, self._size = buffer, size
@@ -772,12 +772,6 @@ def _own(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:  # a lock or an open file, say, or something that holds one
         return value
-
-
-def _function(name: str, value: Any, hint: str = "") -> Any:
-    if not callable(value):
-        raise ArgumentError(f"{name} must be a function{hint}, got {value!r:.200}")
-    return value
 
 
 def _takes_generator(sampler: Callable[..., Any]) -> bool:

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from ...arguments import call, function_or_none, instance, integer, required
 from ...arrays import Ints
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ...kernels import reservoir
-from ...samples.batch import call, integer, required
 from ...storage.store import refuse_within
-from ..data import Function, bfloat16_fields, checked, device_named, each_tensor, per_batch, sample, to_torch
+from ..data import Function, bfloat16_fields, device_named, each_tensor, per_batch, sample, to_torch
 
 Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
 
@@ -143,8 +143,7 @@ class ReplayLoader:
         batches: int | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(buffer, DataBuffer):
-            raise ArgumentError(f"ReplayLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
+        instance(buffer, DataBuffer, "ReplayLoader takes a buffer of leanreplay")
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
         self.buffer, self.device, self.pin_memory = buffer, device_named(device), bool(pin_memory)
@@ -152,7 +151,7 @@ class ReplayLoader:
         self.prefetch = required("prefetch", prefetch, 1, 2**31)
         self.batches = integer("batches", batches, 1, 2**62)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
-        self.batch_transform, self.balance = checked("batch_transform", batch_transform), balance
+        self.batch_transform, self.balance = function_or_none("batch_transform", batch_transform), balance
         self._consumer = f"loader {self.seed}"
         self._planned: list[_Job] = []
         self._delivered = 0  # batches handed out, ever
@@ -421,11 +420,10 @@ class MixedLoader:
         *,
         batch_transform: Function | None = None,
     ) -> None:
-        if not isinstance(buffer, DataBuffer):
-            raise ArgumentError(f"MixedLoader takes a buffer of leanreplay, got {type(buffer).__name__}")
+        instance(buffer, DataBuffer, "MixedLoader takes a buffer of leanreplay")
         self.stream_loader, self.buffer, self.device = stream_loader, buffer, device_named(device)
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
-        self.batch_transform = checked("batch_transform", batch_transform)
+        self.batch_transform = function_or_none("batch_transform", batch_transform)
 
     def __len__(self) -> int:
         return len(self.stream_loader)  # type: ignore[arg-type]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...arguments import LARGEST, function_or_none, instance, integer, number, required
 from ...errors import ArgumentError
-from ...samples.batch import integer, required
-from ..data import checked, device_named
+from ..data import device_named
 from ..distributed import unwrapped
 from .reading import Reader
 
@@ -131,8 +130,7 @@ def evaluate(
     >>> evaluate(model, [(x, torch.tensor([0, 1, 0, 0])), (x, torch.arange(4))], first)
     Evaluation(2 of 2 tasks, average_accuracy=0.7500, forgetting=0.5000, backward_transfer=-0.5000)
     """
-    if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    instance(model, torch.nn.Module, "model must be a torch.nn.Module")
     if previous is not None and not isinstance(previous, Evaluation):
         raise ArgumentError(f"previous must be what evaluate returned for the tasks before, got {type(previous).__name__}")
     if not isinstance(tasks, (list, tuple)) or not tasks:
@@ -141,11 +139,11 @@ def evaluate(
         raise ArgumentError("tasks is a pair of arrays; for a single task give a list of that one: [(x, y)]")
     functions = {"transform": transform, "target_transform": target_transform, "batch_transform": batch_transform}
     for name, function in {**functions, "collate_fn": collate_fn}.items():
-        checked(name, function)
+        function_or_none(name, function)
     required("batch_size", batch_size, 1, 2**40)
     integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold)):
-        raise ArgumentError(f"threshold must be a number, 0.0 for logits and 0.5 for probabilities, got {threshold!r:.200}")
+    if threshold is not None:
+        number("threshold", threshold, -LARGEST, wanted="a number, 0.0 for logits and 0.5 for probabilities")
     device = device_named(device)
     readers = [Reader(f"tasks[{i}]", task, collate_fn, **functions) for i, task in enumerate(tasks)]
     row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]

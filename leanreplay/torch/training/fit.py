@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...arguments import choice, function_or_none, instance, integer, number, required
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, ExistsError, LossError, MissingError, StateError
 from ...keys import key_pair
-from ...samples.batch import integer, required
 from .. import distributed
-from ..data import checked
 from ..learners import ReplayLearner
 from ..loading.interleaved import ShuffleSampler
 from .evaluation import device_of, evaluating, predictions
@@ -176,19 +175,18 @@ def fit(
     """
     # -- what was asked for ----------------------------------------------------------------------------------------------
     rank, ranks = distributed.rank_and_size()
-    if not isinstance(learner, ReplayLearner):
-        raise ArgumentError(f"learner must be a ReplayLearner, such as ERLearner, got {type(learner).__name__}")
+    instance(learner, ReplayLearner, "learner must be a ReplayLearner, such as ERLearner")
     model, optimizer, buffer = learner.module, learner.optimizer, learner.buffer
     task_id = task_id if isinstance(task_id, str) else integer("task_id", task_id, -(2**63), 2**63 - 1)
     seed = required("seed", seed, -(2**127), 2**127 - 1)
     functions = {"train_collate_fn": train_collate_fn, "val_collate_fn": val_collate_fn, "logger": logger}
     of_test = {"transform": test_transform, "target_transform": test_target_transform, "batch_transform": test_batch_transform}
     for name, function in {**functions, **{f"test_{name}": function for name, function in of_test.items()}}.items():
-        checked(name, function)
+        function_or_none(name, function)
     training = Reader("train_dataset", train_dataset, train_collate_fn)
     required("max_epochs", max_epochs, 1, 2**31)
     integer("save_every", save_every, 1, 2**62)
-    _choice("store", store, "first epoch", "every epoch", False)
+    choice("store", store, ("first epoch", "every epoch", False))
     store = learner.store and store
     if store and _holds_rows(train_dataset, buffer):
         raise ArgumentError(
@@ -329,23 +327,12 @@ def saved_task(folder: str | os.PathLike[str]) -> TaskId:
 # -- arguments -----------------------------------------------------------------------------------------------------------
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, (bool, str)) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
-        raise ArgumentError(f"{name} must be a number from {low:g} to {high:g}, got {value!r:.200}")
-    return float(value)
-
-
-def _choice(name: str, value: Any, *choices: str | bool | None) -> None:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise ArgumentError(f"{name} is one of {choices}, got {value!r:.200}")
-
-
 def _shares(batch_size: Any, fraction: Any, own: int) -> tuple[int, int]:
     """How many samples of a step are new, and how many replayed."""
     size = required("batch_size", batch_size, 1, 2**40)
     if fraction is None:
         return size, own
-    replayed = math.floor(size * _number("batch_memory_frac", fraction, 0, 1) + 0.5)
+    replayed = math.floor(size * number("batch_memory_frac", fraction, 0, 1) + 0.5)
     replayed = max(replayed, 1) if fraction > 0 else 0
     if replayed >= size:
         raise ArgumentError(
@@ -377,7 +364,7 @@ def _holds_rows(dataset: Any, buffer: DataBuffer) -> bool:
 
 
 def _check_scheduler(scheduler: Any, interval: Any, optimizer: torch.optim.Optimizer) -> None:
-    _choice("scheduler_interval", interval, "epoch", "step")
+    choice("scheduler_interval", interval, ("epoch", "step"))
     if scheduler is None:
         return
     if isinstance(scheduler, type) or not all(
@@ -390,12 +377,12 @@ def _check_scheduler(scheduler: Any, interval: Any, optimizer: torch.optim.Optim
 
 def _clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> Callable[..., None] | None:
     """What is called before each step of the optimizer."""
-    _choice("gradient_clip_algorithm", algorithm, None, "norm", "value")
+    choice("gradient_clip_algorithm", algorithm, (None, "norm", "value"))
     if value is None:
         if algorithm is not None:
             raise ArgumentError(f"gradient_clip_algorithm={algorithm!r} needs a gradient_clip_val")
         return None
-    limit = _number("gradient_clip_val", value, 0, math.inf)
+    limit = number("gradient_clip_val", value, 0, math.inf)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ArgumentError("gradient_clip_val: LBFGS computes gradients within its step, where nothing clips them; leave it out")
 
@@ -416,7 +403,7 @@ def _watched(
     metric: Any, mode: Any, early_stopping: Any, metrics: Any, validation: Reader | None, plateau: bool, restore_best: Any
 ) -> tuple[str | None, int | None]:
     """The watched quantity's name in records, and how many epochs without a better one end the training."""
-    _choice("mode", mode, "min", "max")
+    choice("mode", mode, ("min", "max"))
     if metrics is not None and (
         not isinstance(metrics, Mapping) or not all(isinstance(name, str) and callable(f) for name, f in metrics.items())
     ):
@@ -427,7 +414,7 @@ def _watched(
     names = ["loss", *(metrics or {})]
     if metric is not None and metric not in names:
         raise ArgumentError(f"metric is one of {', '.join(names)}, got {metric!r:.200}")
-    _choice("restore_best", restore_best, True, False)
+    choice("restore_best", restore_best, (True, False))
     if validation is None and (metric is not None or patience is not None or metrics or restore_best):
         what = (
             "metrics" if metrics else "early_stopping" if patience is not None else "restore_best" if restore_best else f"metric={metric!r}"
@@ -438,7 +425,7 @@ def _watched(
 
 
 def _autocast(precision: Any, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    _choice("precision", precision, "32", "bf16")
+    choice("precision", precision, ("32", "bf16"))
     if precision == "32":
         return contextlib.nullcontext
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():

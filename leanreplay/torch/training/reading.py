@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
+from ...arguments import call, length
 from ...errors import ArgumentError
-from ...samples.batch import call, length
 from ..data import per_batch, per_sample
 
 

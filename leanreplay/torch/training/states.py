@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...arguments import as_path
 from ...buffers.base import DataBuffer
 from ...errors import StateError
 from ...storage import system
@@ -25,7 +26,7 @@ class StateFolder:
     """The states of one run, as this rank sees them. folder: made when the first state is saved."""
 
     def __init__(self, folder: str | os.PathLike[str], name: str = "folder") -> None:
-        self.folder = system.checked_path(folder, name)
+        self.folder = as_path(folder, name)
         self.rank = rank_and_size()[0]
         self._next: int | None = None
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
+from ....arguments import fraction
 from ....errors import ArgumentError, StateError
 from ..forward import check_initialized, forward
 from ..replay import Replay
-from ..term import Learner, Term, fraction, mean_square, random_bits
+from ..term import Learner, Term, mean_square, random_bits
 
 
 class Consistency(Term):

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import normalize
 
+from ....arguments import choice
 from ....errors import ArgumentError
 from ..forward import Forward, check_layers
 from ..replay import Replay
@@ -51,8 +52,7 @@ class PooledOutputDistillation(Term):
         draw: Literal["own", "shared"] = "own",
         name: str = "pod",
     ) -> None:
-        if distillation_type not in POOLINGS:
-            raise ArgumentError(f"distillation_type is one of {sorted(POOLINGS)}, got {distillation_type!r:.200}")
+        choice("distillation_type", distillation_type, sorted(POOLINGS))
         super().__init__(name, weight, draw, layers)
         self.distillation_type, self.normalize = distillation_type, bool(normalize)
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from ....arguments import fraction, number
 from ....errors import StateError
 from ..forward import check_initialized
-from ..term import Learner, Term, fraction, number, random_bits
+from ..term import Learner, Term, random_bits
 
 
 class ShrinkAndPerturb(Term):

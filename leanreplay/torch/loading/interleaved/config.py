@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, default_collate
 
+from ....arguments import function_or_none, integer, length
 from ....errors import ArgumentError
-from ....samples.batch import integer, length
 from .schedule import EVERY
 
 _STOPS = ("max_epochs", "max_updates", "max_samples")
@@ -156,8 +156,7 @@ def sampler_length(name: str, sampler: Any) -> int:
 
 def collator(name: str, function: Any) -> Callable[[Any], Any]:
     """Take a collate function, or torch's default for None. Raises ArgumentError for others."""
-    if function is not None and not callable(function):
-        raise ArgumentError(f"{name} must be a function of a list of samples, or None for torch's default, got {function!r:.200}")
+    function_or_none(name, function, "a function of a list of samples, or None for torch's default")
     return default_collate if function is None else function
 
 

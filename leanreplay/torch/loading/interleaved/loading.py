@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 
+from ....arguments import call
 from ....errors import ArgumentError, ModeError, RowError
-from ....samples.batch import call
 from .batches import Batches
 
 

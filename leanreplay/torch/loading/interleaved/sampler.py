@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
+from ....arguments import instance
 from ....errors import ArgumentError, StateError
 from .batches import Batches, Reader
 from .config import InterleavedSamplerConfig, SamplerIntervalConfig, collator, dataset_of, interval_of, sampler_length, trains
@@ -65,11 +66,9 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
         callback_samplers: Sequence[SamplerIntervalConfig] | None = None,
     ) -> None:
         callbacks = [] if callback_samplers is None else list(callback_samplers)
-        if not isinstance(config, InterleavedSamplerConfig):
-            raise ArgumentError(f"config must be an InterleavedSamplerConfig, got {type(config).__name__}")
+        instance(config, InterleavedSamplerConfig, "config must be an InterleavedSamplerConfig")
         for callback in callbacks:
-            if not isinstance(callback, SamplerIntervalConfig):
-                raise ArgumentError(f"callback_samplers must hold SamplerIntervalConfigs, got {type(callback).__name__}")
+            instance(callback, SamplerIntervalConfig, "callback_samplers must hold SamplerIntervalConfigs")
         self.config = config = dataclasses.replace(config)
         self.train_sampler = train_sampler
         self.callback_samplers = callbacks = [dataclasses.replace(callback) for callback in callbacks]

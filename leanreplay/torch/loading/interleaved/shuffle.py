@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from ....arguments import integer, length
 from ....errors import ArgumentError
 from ....kernels import reservoir
 from ....keys import key_pair
-from ....samples.batch import integer, length
 
 _CHUNK = 1 << 16  # indices that become Python integers at a time
 
