@@ -11,7 +11,7 @@ from paths import ROOT
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import pagecache, report, rivals, suite
+from benchmarks import calls, pagecache, report, rivals, suite
 from benchmarks.common import interleaved, write_section
 from benchmarks.compare import Line, Options, Skipped, WrongError, compare
 
@@ -144,3 +144,12 @@ def test_a_mapped_file_leaves_the_page_cache_whole(tmp_path_factory):
     assert sorted(suite.check_samples("ours", ours, ours.sample(2000), 2000)) == list(range(2000))
     assert pagecache.resident(Path(ours.path)) > 0.3
     ours.close()
+
+
+def test_calls_are_counted_the_same_each_time(capsys):
+    found = calls.measure()
+    assert found == calls.measure() and set(found) == set(calls.BEFORE_AND_WANTED)
+    assert all(1 < len(set(count.files)) <= count.calls and 0 < count.moves < count.calls and count.depth for count in found.values())
+    calls.main()
+    text = capsys.readouterr().out
+    assert all(f"| {name} |" in text and f"| {count} |" in text for name, count in found.items())
