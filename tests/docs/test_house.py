@@ -23,7 +23,7 @@ TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if fo
 
 # Numbers that only go down. The library was 14,257 lines before the redesign, and shall be no longer.
 LIBRARY_LINES = 17300  # while rooms are rebuilt
-PRIVATE_NAMES_IN_TESTS = 354
+PRIVATE_NAMES_IN_TESTS = 353
 
 # Parameters that hold contents of samples, and functions that return such contents: of any type.
 CONTENTS = {
@@ -38,7 +38,7 @@ EXCEPTIONS = {
         "samples": 1,
         "storage": 3,
         "torch/learners": 1,
-        "torch/loading": 3,
+        "torch/loading": 2,
         "torch/training": 1,
     },
     "long_classes": {
@@ -80,7 +80,7 @@ EXCEPTIONS = {
         "storage": 204,
         "torch": 43,
         "torch/learners": 156,
-        "torch/loading": 164,
+        "torch/loading": 111,
         "torch/training": 88,
     },
 }
@@ -261,11 +261,11 @@ RULES = {
 
 @functools.cache
 def exceptions(rule: str) -> dict[str, list[str]]:
-    """room -> what breaks the rule in it. A room is a folder, or a file that stands in none."""
+    """room -> what breaks the rule in it. A room is a folder of the library or of torch/, or a file that stands in none."""
     rooms: dict[str, list[str]] = {}
     for exception in sorted(RULES[rule]()):
-        file = exception.partition(":")[0]
-        rooms.setdefault(file.rpartition("/")[0] or file, []).append(exception)
+        parts = exception.partition(":")[0].split("/")
+        rooms.setdefault("/".join(parts[: 1 + (parts[0] == "torch" and len(parts) > 2)]), []).append(exception)
     return rooms
 
 
