@@ -1,4 +1,5 @@
-"""Where all randomness comes from: 64-bit keys hashed from (purpose, seed). There is no generator and no state."""
+"""Where all randomness comes from: 64-bit keys hashed from (purpose, seed). There is no generator
+and no state."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Exact union of buffers of different streams: the result holds what one buffer over all the streams would hold.
+"""Exact union of buffers of different streams: the result holds what one buffer over all the
+streams would hold.
 
-That works because keys are functions of (seed, position): the largest of the union are the largest of what the parts kept. Where
-that is not so (the order in which all streams arrived would matter), a kind is refused.
+That works because keys are functions of (seed, position): the largest of the union are the largest
+of what the parts kept. Where that is not so (the order in which all streams arrived would matter),
+a kind is refused.
 """
 
 from __future__ import annotations
@@ -10,24 +12,21 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from .arguments import as_path, integer
-from .arrays import NO_LOG, POLICY_WORDS, Ints, Words
+from .arrays import Ints
 from .buffers.base import _KINDS, MERGED, DataBuffer
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
 from .kernels import merge as kernel
-from .kernels import reservoir
-from .keys import MAX_STREAM, STREAM_BITS, key_pair
+from .keys import MAX_STREAM, STREAM_BITS
 from .policies.append import AppendPolicy
-from .policies.balanced import BalancedPolicy, group_hash, group_quotas, groups_in
 from .policies.base import Policy
-from .policies.reservoir import ReservoirPolicy
-from .policies.weighted import WeightedReservoirPolicy
+from .policies.union import Union
 from .samples.batch import flat
 from .storage import system
 from .storage.layout import Table
@@ -51,19 +50,32 @@ class _Input:
         self.sequence = self.store.sequence
 
     @property
+    def size(self) -> int:
+        return self.store.size
+
+    @property
+    def state(self) -> list[int]:
+        return self.store.policy
+
+    @property
+    def log(self) -> Ints:
+        return self.store.policy_log()
+
+    @property
     def table(self) -> Table:
         return self.store.table
 
     @property
     def streams(self) -> set[int]:
-        """Streams whose samples went in. That of a merged buffer itself counts from its first sample on."""
+        """Streams whose samples went in. That of a merged buffer itself counts from its first
+        sample on."""
         params, merged = self.table.params, self.table.params.get("merged")
         own = {self.table.stream} if merged is None or self.store.seen > merged else set()
         return own | set(params.get("streams") or [])
 
     @property
     def params(self) -> dict[str, Any]:
-        return {k: v for k, v in self.table.params.items() if k not in MERGED}
+        return {k: v for k, v in self.table.params.items() if k not in [p.name for p in MERGED]}
 
     def changed(self) -> bool:
         """Whether another process has written to it, or is just doing so."""
@@ -73,9 +85,11 @@ class _Input:
         return self.store.sequence != self.sequence or self.store.pending()
 
     def verify(self) -> None:
-        """Raise CorruptionError if the index cannot be trusted: a wrong position would silently choose another sample.
+        """Raise CorruptionError if the index cannot be trusted: a wrong position would silently
+        choose another sample.
 
-        Checksums of position and group are those of the fields too, so the smallest field of all rows is read.
+        Checksums of position and group are those of the fields too, so the smallest field of all
+        rows is read.
         """
         self.store.verify_index()
         sizes = [f.nbytes for f in self.table.schema.fields]
@@ -93,18 +107,6 @@ class _Input:
             yield live + start, positions[live], groups[live]
 
 
-@dataclass
-class _Union:
-    """Which samples of the inputs stay: of each group (or of all, if `ids` is None) as many as `caps` says, those of the largest keys."""
-
-    caps: Ints
-    keys: Callable[[Ints, Ints], Words]
-    state: list[int]
-    room: int  # rows that the result could come to hold
-    ids: Ints | None = None
-    log: Ints = field(default_factory=lambda: NO_LOG)
-
-
 def merge(
     paths: Iterable[str | os.PathLike[str] | DataBuffer],
     path: str | os.PathLike[str] | None = None,
@@ -114,28 +116,34 @@ def merge(
     stream: int | None = None,
     lock: bool = True,
 ) -> DataBuffer:
-    """One buffer that holds exactly the samples that one buffer over all the inputs' streams would hold; open, of the inputs' class.
+    """One buffer that holds exactly the samples that one buffer over all the inputs' streams would
+    hold; open, of the inputs' class.
 
-    Inputs are reservoirs, weighted reservoirs, or class- or experience-balanced buffers (without `borrow`), all of one kind, schema,
-    seed and parameters, and of different streams (`stream=rank`). Inputs are not changed. Rows stand in the order of stream positions.
+    Inputs are reservoirs, weighted reservoirs, or class- or experience-balanced buffers (without
+    `borrow`), all of one kind, schema, seed and parameters, and of different streams
+    (`stream=rank`). Inputs are not changed. Rows stand in the order of stream positions.
 
     Parameters
     ----------
     paths: files or open buffers, at least one, in any order.
     path: the new file, which appears whole or not at all; None: in shared memory.
     mode: "x" refuse an existing file, "w" replace it.
-    max_size: rows of the result; None: those of the smallest input. More than an input had that dropped samples cannot be filled
-        (the capacity rule), which a CapacityWarning says: the result is then a sample of fewer rows.
-    stream: number of the stream that the result is fed with afterwards; None: the smallest that is not among the inputs'.
+    max_size: rows of the result; None: those of the smallest input. More than an input had that
+        dropped samples cannot be filled (the capacity rule), which a CapacityWarning says: the
+        result is then a sample of fewer rows.
+    stream: number of the stream that the result is fed with afterwards; None: the smallest that is
+        not among the inputs'.
     lock: as for a buffer, of the result.
 
-    `seen` of the result is the sum. Which streams went in is kept in the file, so that it can be merged again.
+    `seen` of the result is the sum. Which streams went in is kept in the file, so that it can be
+    merged again.
 
-    Raises MismatchError, naming the files and why, for buffers that do not fit together or cannot be merged at all;
-    ArgumentError for no input, one given twice, or one that is the output; RecoveryError for one that a killed writer left;
-    CorruptionError for damaged rows (all that are copied are verified); ModeError for one that is written to meanwhile.
-    Costs a pass over the index and the smallest field of the inputs, and a copy of what stays; 24 bytes of memory for each row of the
-    result.
+    Raises MismatchError, naming the files and why, for buffers that do not fit together or cannot
+    be merged at all; ArgumentError for no input, one given twice, or one that is the output;
+    RecoveryError for one that a killed writer left; CorruptionError for damaged rows (all that are
+    copied are verified); ModeError for one that is written to meanwhile. Costs a pass over the
+    index and the smallest field of the inputs, and a copy of what stays; 24 bytes of memory for
+    each row of the result.
 
     >>> import leanreplay, numpy as np
     >>> parts = []
@@ -202,7 +210,8 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
 
 @contextlib.contextmanager
 def _unchanged(inputs: Sequence[_Input]) -> Iterator[None]:
-    """Say so if one of the inputs was written to, also where that is why something else went wrong."""
+    """Say so if one of the inputs was written to, also where that is why something else went
+    wrong."""
     failure = None
     try:
         yield
@@ -238,7 +247,8 @@ def _refused(names: Sequence[str], kind: str, policy: type[Policy]) -> MismatchE
 
 
 def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:
-    """The class of all inputs. Raises MismatchError if they have no common one, or differ in what must be the same."""
+    """The class of all inputs. Raises MismatchError if they have no common one, or differ in what
+    must be the same."""
     first = inputs[0]
     for other in inputs[1:]:
         pairs = [("kind", first.table.kind, other.table.kind), ("schema", first.table.schema, other.table.schema)]
@@ -253,13 +263,8 @@ def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:
     if kind not in _KINDS:
         raise MismatchError(f"{names[0]} is a {kind}; import the module that defines this class first. Known here: {sorted(_KINDS)}")
     policy = _KINDS[kind].policy_class
-    if policy not in _UNIONS:
+    if "union" not in vars(policy):
         raise _refused(names, kind, policy)
-    if first.params.get("borrow"):
-        raise MismatchError(
-            f"{' and '.join(names[:2])}: with borrow=True, which groups hold more than their share depends on the order in which all "
-            "streams arrive; merge buffers without it"
-        )
     holder: dict[int, str] = {}
     for one in inputs:
         for number in sorted(one.streams):
@@ -292,11 +297,11 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
     if seen >= 2**STREAM_BITS:
         raise ArgumentError(f"the inputs have seen {seen} samples together, but a buffer counts at most 2**{STREAM_BITS}")
     with _unchanged(inputs):
-        union = _UNIONS[type(made).policy_class](inputs, size)
+        union = type(made).policy_class(size, first.seed, first.params).union(inputs)
         positions, places = _choose(inputs, union)
-    if union.room < size:
+    if union.size_limit < size:
         warnings.warn(
-            f"merge into {size} rows: the inputs have already dropped samples, and the result will hold no more than {union.room}, "
+            f"merge into {size} rows: the inputs have already dropped samples, and the result will hold no more than {union.size_limit}, "
             "because a larger sample would no longer be uniform; give a smaller max_size",
             CapacityWarning,
             stacklevel=3,
@@ -306,15 +311,8 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
 
     def fill(new: Store) -> None:
         with _unchanged(inputs):
-            for start in range(0, places.shape[0], new.most):
-                part = places[start : start + new.most]
-                arrays, index = _read(inputs, part)
-                if (index[0] != positions[start : start + new.most]).any():
-                    raise ModeError("an input changed while it was being merged; close its writer first")
-                where = np.arange(part.shape[0])
-                new.commit(Change(seen, union.state, where + start, index[0], index[1], [(flat(a), where) for a in arrays]))
-            if not places.shape[0] or union.log.shape[0]:
-                new.commit(Change(seen, union.state, log=union.log))
+            for change in _changes(inputs, union, seen, positions, places, new.max_rows):
+                new.commit(change)
 
     if made._lock_fd is not None:
         system.remove_temporaries(str(made._where))
@@ -324,7 +322,20 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
     made._adopt(None)
 
 
-def _choose(inputs: Sequence[_Input], union: _Union) -> tuple[Ints, Ints]:
+def _changes(inputs: Sequence[_Input], union: Union, seen: int, positions: Ints, places: Ints, max_rows: int) -> Iterator[Change]:
+    """Yield what fills a new file with the samples of these places."""
+    for start in range(0, places.shape[0], max_rows):
+        part = slice(start, start + max_rows)
+        arrays, index = _read(inputs, places[part])
+        if (index[0] != positions[part]).any():
+            raise ModeError("an input changed while it was being merged; close its writer first")
+        order = np.arange(index.shape[1])
+        yield Change(seen, union.state, start + order, index[0], index[1], [(flat(a), order) for a in arrays])
+    if not places.shape[0] or union.log.shape[0]:
+        yield Change(seen, union.state, log=union.log)
+
+
+def _choose(inputs: Sequence[_Input], union: Union) -> tuple[Ints, Ints]:
     """Positions of the samples that stay, ascending, and their places."""
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(union.caps)])
     counts = np.zeros(union.caps.shape[0], np.int64)
@@ -363,81 +374,3 @@ def _read(inputs: Sequence[_Input], places: Ints) -> tuple[list[np.ndarray[Any, 
         for array, values in zip(arrays, some, strict=True):
             array[where] = values
     return arrays, index
-
-
-# -- what each policy holds of several streams ---------------------------------------------------------------------------
-
-
-def _bounded(inputs: Sequence[_Input], size: int, keys: Callable[[Ints, Ints], Words]) -> _Union:
-    """The best `size` of all, or as few as the smallest input that dropped samples holds (the capacity rule)."""
-    bounds = [i.store.policy[0] for i in inputs if i.store.policy[0]]
-    room = min([size, *bounds])
-    total = sum(i.store.size for i in inputs)
-    state = [room if bounds or total > room else 0] + [0] * (POLICY_WORDS - 1)
-    return _Union(np.array([min(room, total)]), keys, state, room)
-
-
-def _position_keys(seed: int) -> Callable[[Ints, Ints], Words]:
-    pair = key_pair("reservoir", seed)
-
-    def keys(positions: Ints, groups: Ints) -> Words:
-        out = np.empty(positions.shape[0], np.uint64)
-        reservoir.position_keys(positions, *pair, out)
-        return out
-
-    return keys
-
-
-def _reservoir(inputs: Sequence[_Input], size: int) -> _Union:
-    return _bounded(inputs, size, _position_keys(inputs[0].table.seed))
-
-
-def _weighted(inputs: Sequence[_Input], size: int) -> _Union:
-    return _bounded(inputs, size, WeightedReservoirPolicy(1, inputs[0].table.seed, {}).keys)
-
-
-def _balanced(inputs: Sequence[_Input], size: int) -> _Union:
-    """Of each group as many as its quota says, or as few as the smallest input holds in which the group was full."""
-    known = [groups_in(i.store.log()) for i in inputs]
-    ids = np.unique(np.concatenate([here for here, _ in known]))
-    seed = inputs[0].table.seed
-    total = BalancedPolicy(size, seed, inputs[0].params)._total
-    if not total:
-        quotas = group_quotas(size, group_hash(ids, seed))
-        spare = 0
-    else:
-        if ids.shape[0] > total:
-            names = " and ".join(i.name for i in inputs)
-            raise MismatchError(f"{names} cannot be merged: {ids.shape[0]} groups together, but they were created for a total of {total}")
-        quotas = np.full(ids.shape[0], size // total)
-        spare = size - int(quotas.sum())
-    offered, most = np.zeros(ids.shape[0], np.int64), quotas.copy()
-    full = np.zeros(ids.shape[0], bool)
-    for one, (here, full_here) in zip(inputs, known, strict=True):
-        held = np.zeros(ids.shape[0], np.int64)
-        for _, _, groups in one.chunks():
-            at = np.searchsorted(ids, groups)
-            if at.shape[0] and (at.max() == ids.shape[0] or (ids[at] != groups).any()):
-                raise CorruptionError(f"{one.name}: the log of groups does not fit the rows; restore the file from a copy")
-            held += np.bincount(at, minlength=ids.shape[0])
-        offered += held
-        stopped = np.searchsorted(ids, here[full_here])
-        full[stopped] = True
-        most[stopped] = np.minimum(most[stopped], held[stopped])
-    full |= offered > most
-    entries = [(0, int(g)) for g in ids] + [(1, int(i)) for i in np.flatnonzero(full)]
-    return _Union(
-        np.minimum(most, offered),
-        _position_keys(seed),
-        [0] * POLICY_WORDS,
-        int(most.sum()) + spare,
-        ids,
-        np.array(entries, np.int64).reshape(-1, 2),
-    )
-
-
-_UNIONS: dict[type[Policy], Callable[[Sequence[_Input], int], _Union]] = {
-    ReservoirPolicy: _reservoir,
-    WeightedReservoirPolicy: _weighted,
-    BalancedPolicy: _balanced,
-}

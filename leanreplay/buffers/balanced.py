@@ -1,4 +1,5 @@
-"""Buffers that share their rows evenly over groups: classes, experiences, or whatever the samples are grouped by."""
+"""Buffers that share their rows evenly over groups: classes, experiences, or whatever the samples
+are grouped by."""
 
 from __future__ import annotations
 
@@ -13,30 +14,32 @@ import numpy as np
 from ..arguments import integer, required
 from ..arrays import NO_LOG, NO_ROWS, Ints
 from ..errors import ArgumentError, GroupError, RowError
-from ..policies.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_quotas
-from ..policies.base import Policy
+from ..policies.balanced import (
+    BalancedPolicy,
+    ClassBalancedPolicy,
+    ClassBalancingReservoirPolicy,
+    ExperienceBalancedPolicy,
+    group_quotas,
+)
+from ..policies.exemplars import ParametricPolicy
 from ..samples.schema import Schema
-from ..storage.layout import Table
-from .base import MERGED, DataBuffer, Reach, Rule, optional_int, places
-
-
-def is_flag(value: Any) -> bool:
-    """Whether a parameter in a file is True or False."""
-    return type(value) is bool
+from .base import DataBuffer, Reach, places
 
 
 class BalancedBuffer(DataBuffer):
-    """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the parameters."""
+    """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the
+    parameters."""
 
-    policy_class: ClassVar[type[Policy]] = BalancedPolicy
+    policy_class: ClassVar[type[BalancedPolicy | ParametricPolicy]] = BalancedPolicy
     _params: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
     _rows_by_group: tuple[Any, int, dict[int, Ints]] | None
     _sizes_by_group: tuple[Any, int, dict[int, int]] | None
-    _total_name: ClassVar[str] = ""  # of the parameter for the number of groups
 
     def _given(self, total: Any, **flags: Any) -> None:
-        """Note the parameters, before anything else; what is None is taken from the file, or set by `_settle_params`."""
-        self._params = {self._total_name: integer(self._total_name, total, 1, 2**31)}
+        """Note the parameters, before anything else; what is None is taken from the file, or
+        settled by the policy."""
+        name = self.policy_class.total_name
+        self._params = {name: integer(name, total, 1, 2**31)}
         for name, value in flags.items():
             if value is not None and not isinstance(value, (bool, np.bool_)):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
@@ -70,38 +73,16 @@ class BalancedBuffer(DataBuffer):
             raise RowError(f"{self.path}: the rows of group {group} keep changing while they are read")
 
     def _settle_params(self) -> None:
-        self._params = dict(self._params)
-        total, adaptive = self._params.get(self._total_name), self._params.get("adaptive_size")
-        if total is not None and adaptive is None:
-            raise ArgumentError(f"{self._total_name}={total} is for fixed quotas: give adaptive_size=False too, or leave it out")
-        adaptive = adaptive is None or adaptive
-        if not adaptive and total is None:
-            raise ArgumentError(f"adaptive_size=False needs {self._total_name}: each group gets max_size // {self._total_name} rows")
-        if not adaptive and (total or 0) > self.max_size:
-            raise ArgumentError(f"{total} groups in {self.max_size} rows: each would hold none; raise max_size, or use adaptive_size=True")
-        self._params["adaptive_size"] = adaptive
-        if "borrow" in self._params:
-            self._params["borrow"] = bool(self._params["borrow"])
+        self._params = self.policy_class.settle(self._params, self.max_size)
 
     def _adopt(self, schema: Schema | None) -> None:
         super()._adopt(schema)
         self._params = dict(self._store.table.params)
 
-    @classmethod
-    def _param_rules(cls) -> dict[str, Rule]:
-        rules: dict[str, Rule] = {"adaptive_size": is_flag, "borrow": lambda value: value is None or is_flag(value)}
-        return super()._param_rules() | rules | {cls._total_name: optional_int(1, 2**31)}
-
-    @classmethod
-    def _table_problem(cls, table: Table) -> str | None:
-        problem, total = super()._table_problem(table), table.params.get(cls._total_name)
-        if problem is None and not table.params.get("adaptive_size", True) and (total is None or total > table.max_size):
-            problem = f"{total} groups in {table.max_size} rows"
-        return problem
-
     @property
     def adaptive_size(self) -> bool:
-        """Whether `max_size` is divided over the groups seen so far, and not over a total known beforehand."""
+        """Whether `max_size` is divided over the groups seen so far, and not over a total known
+        beforehand."""
         return bool(self._params.get("adaptive_size", True))
 
     def get_group_lengths(self, num_groups: int) -> list[int]:
@@ -114,13 +95,14 @@ class BalancedBuffer(DataBuffer):
         n = required("num_groups", num_groups, 0, 2**31)
         if self.adaptive_size:
             return sorted(group_quotas(self.max_size, np.arange(n, dtype=np.uint64)).tolist(), reverse=True)
-        total = self._params[self._total_name]
+        total = self._params[self.policy_class.total_name]
         if n > total:
             raise ArgumentError(f"{n} groups, but this buffer is for a total of {total}")
         return [self.max_size // total] * n
 
     def _by_group(self) -> tuple[Any, dict[int, Ints]]:
-        """The store, and the rows of each group that was ever seen, in order of id. Worked out once per commit, O(rows log rows)."""
+        """The store, and the rows of each group that was ever seen, in order of id. Worked out once
+        per commit, O(rows log rows)."""
         store = self._require()
         if store is None:
             return None, {}
@@ -166,7 +148,8 @@ class BalancedBuffer(DataBuffer):
             raise RowError(f"{self.path or 'this buffer'} changes faster than its groups can be read; try again")
 
     def group_rows(self, group: int) -> Ints:
-        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`. GroupError for one never seen."""
+        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`.
+        GroupError for one never seen."""
         with self._lock:
             return self._rows_of_group(group).copy()
 
@@ -178,7 +161,8 @@ class BalancedBuffer(DataBuffer):
             raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
 
     def _experience(self, given: Any, at: Any, step: int) -> Any:
-        """The number of an experience: given, or `step` beyond the largest seen. An array, one for each sample, is `_groups`' concern."""
+        """The number of an experience: given, or `step` beyond the largest seen. An array, one for
+        each sample, is `_groups`' concern."""
         if isinstance(given, np.ndarray) and given.ndim:
             return given
         number = integer("experience", given, -(2**63), 2**63 - 1)
@@ -213,10 +197,12 @@ class BalancedBuffer(DataBuffer):
 
 
 class Group:
-    """The samples of one group of a buffer as a map-style dataset: what `buffer[i]` gives, for the rows of this group at that time.
+    """The samples of one group of a buffer as a map-style dataset: what `buffer[i]` gives, for the
+    rows of this group at that time.
 
-    Where the group has fewer rows by then, indices up to the largest length that this dataset told are answered by other rows of the
-    group, drawn as `leanreplay.torch.BufferDataset` does. RowError once it has none.
+    Where the group has fewer rows by then, indices up to the largest length that this dataset told
+    are answered by other rows of the group, drawn as `leanreplay.torch.BufferDataset` does.
+    RowError once it has none.
     """
 
     _with_metadata = True
@@ -269,22 +255,28 @@ class Groups(Mapping[int, Group]):
 
 
 class ClassBalancedBuffer(BalancedBuffer):
-    """The same number of rows for each class, and within a class a uniform sample of all its samples.
+    """The same number of rows for each class, and within a class a uniform sample of all its
+    samples.
 
-    The class of a sample is the second element of a pair, or `group`. Of max_size // classes rows for each class seen so far, the
-    remainder goes to the classes whose hash(seed, class) is smallest; with more classes than rows, these have one each. A class that
-    comes new takes its rows from all others at once. Whenever you look, each class is an exact uniform sample without replacement of its
-    own stream, and so it stays through `resize`: a class that dropped or rejected a sample never grows again (the capacity rule).
+    The class of a sample is the second element of a pair, or `group`. Of max_size // classes rows
+    for each class seen so far, the remainder goes to the classes whose hash(seed, class) is
+    smallest; with more classes than rows, these have one each. A class that comes new takes its
+    rows from all others at once. Whenever you look, each class is an exact uniform sample without
+    replacement of its own stream, and so it stays through `resize`: a class that dropped or
+    rejected a sample never grows again (the capacity rule).
 
     Parameters, besides those of `DataBuffer`
     ----------
     adaptive_size: divide the rows over the classes seen so far; a new buffer takes True.
-    total_num_classes: with adaptive_size=False, each class gets max_size // total_num_classes rows; more classes are an ArgumentError.
-    borrow: rows that small classes leave free are used by others until needed; a new buffer takes False. Each class is still uniform,
-        but which classes have more than their share depends on the order in which they came, and so `merge` refuses such buffers. Without
-        it len(buffer) drops at the first sample of a new class, from 500 to 260 where the third and fourth of equal classes come, until
-        that class has its share. On S-MNIST, class by class, that made no difference: with 200 rows 79.3 % without and 79.6 % with
-        it, with 500 rows 84.2 % and 85.0 % (5 seeds, of which the spread is 1.2 and 5); updates with it took 1.2 times as long. Classes
+    total_num_classes: with adaptive_size=False, each class gets max_size // total_num_classes rows;
+        more classes are an ArgumentError.
+    borrow: rows that small classes leave free are used by others until needed; a new buffer takes
+        False. Each class is still uniform, but which classes have more than their share depends on
+        the order in which they came, and so `merge` refuses such buffers. Without it len(buffer)
+        drops at the first sample of a new class, from 500 to 260 where the third and fourth of
+        equal classes come, until that class has its share. On S-MNIST, class by class, that made no
+        difference: with 200 rows 79.3 % without and 79.6 % with it, with 500 rows 84.2 % and 85.0 %
+        (5 seeds, of which the spread is 1.2 and 5); updates with it took 1.2 times as long. Classes
         that stay small for long are the case for it.
 
     Costs O(log max_size) for a sample that stays, about 10 ns for one that does not.
@@ -300,7 +292,7 @@ class ClassBalancedBuffer(BalancedBuffer):
     {0: 2, 1: 2, 2: 2}
     """
 
-    _total_name = "total_num_classes"
+    policy_class = ClassBalancedPolicy
 
     def __init__(
         self,
@@ -317,7 +309,8 @@ class ClassBalancedBuffer(BalancedBuffer):
 
 
 class ExperienceBalancedBuffer(BalancedBuffer):
-    """The same number of rows for each experience, and within one a uniform sample. Parameters as for `ClassBalancedBuffer`.
+    """The same number of rows for each experience, and within one a uniform sample. Parameters as
+    for `ClassBalancedBuffer`.
 
     >>> import numpy as np
     >>> from leanreplay import ExperienceBalancedBuffer
@@ -328,7 +321,7 @@ class ExperienceBalancedBuffer(BalancedBuffer):
     {0: 4, 1: 3, 2: 3}
     """
 
-    _total_name = "num_experiences"
+    policy_class = ExperienceBalancedPolicy
 
     def __init__(
         self,
@@ -352,8 +345,8 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         at: int | None = None,
         moved: tuple[Any, Any, Mapping[str, Any]] | None = None,
     ) -> None:
-        """As `DataBuffer.add`. experience: number of the experience that the batch is of, or an array of one for each sample; None: the
-        newest, at first 0."""
+        """As `DataBuffer.add`. experience: number of the experience that the batch is of, or an
+        array of one for each sample; None: the newest, at first 0."""
         with self._lock:
             super().add(batch, metadata=metadata, group=self._experience(experience, at, 0), at=at, moved=moved)
 
@@ -372,17 +365,20 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         experience: int | None = None,
         at: int | None = None,
     ) -> None:
-        """As `DataBuffer.update`. experience: number of the experience that the dataset is; None: the next one, from 0 on."""
+        """As `DataBuffer.update`. experience: number of the experience that the dataset is; None:
+        the next one, from 0 on."""
         with self._lock:
             super().update(dataset, metadata=metadata, group=self._experience(experience, at, 1), at=at)
 
 
 class ClassBalancingReservoirBuffer(BalancedBuffer):
-    """Class-balancing reservoir sampling for long-tailed online streams (CBRS; Chrysakis and Moens, ICML 2020).
+    """Class-balancing reservoir sampling for long-tailed online streams (CBRS; Chrysakis and Moens,
+    ICML 2020).
 
-    Fills up with whatever comes, then keeps the classes as equal as the stream allows: small classes are held whole, and each of the
-    large ones, which stopped growing when they were the largest, is a uniform sample of its stream. The class is the second element of a
-    pair, or `group`.
+    Fills up with whatever comes, then keeps the classes as equal as the stream allows: small
+    classes are held whole, and each of the large ones, which stopped growing when they were the
+    largest, is a uniform sample of its stream. The class is the second element of a pair, or
+    `group`.
 
     >>> import numpy as np
     >>> from leanreplay import ClassBalancingReservoirBuffer
@@ -396,15 +392,3 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
 
     def _params_given(self) -> dict[str, Any]:
         return {}
-
-    def _settle_params(self) -> None:
-        """There are none."""
-
-    @classmethod
-    def _param_rules(cls) -> dict[str, Rule]:
-        return MERGED
-
-    def get_group_lengths(self, num_groups: int) -> list[int]:
-        """What so many classes come to hold if each has samples enough."""
-        n = required("num_groups", num_groups, 0, 2**31)
-        return sorted(group_quotas(self.max_size, np.arange(n, dtype=np.uint64)).tolist(), reverse=True)

@@ -43,7 +43,7 @@ from ..errors import (
 )
 from ..kernels import reservoir
 from ..keys import MAX_STREAM, STREAM_BITS, key_pair
-from ..policies.base import LOG_TOO_SHORT, Policy, check_plan
+from ..policies.base import LOG_TOO_SHORT, Parameter, Policy, check_plan, optional_int
 from ..policies.greedy import GreedyClassBalancingPolicy
 from ..policies.reservoir import ReservoirPolicy
 from ..policies.window import SlidingWindowPolicy
@@ -67,20 +67,13 @@ _NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|fal
 _KINDS: dict[str, type[DataBuffer]] = KINDS
 _BUFFERS: weakref.WeakSet[DataBuffer]
 
-Rule = Callable[[Any], bool]  # whether a parameter in a file may have this value
 
-
-def optional_int(low: int, high: int) -> Rule:
-    """The rule of a parameter that is an integer from `low` to `high`, or missing."""
-    return lambda value: value is None or (type(value) is int and low <= value <= high)
-
-
-def _is_streams(value: Any) -> bool:
+def _is_streams(value: object) -> bool:
     return value is None or (type(value) is list and all(type(n) is int and 0 <= n <= MAX_STREAM for n in value))
 
 
 # What `merge` adds to the parameters: the streams that went in, and `seen` when they did.
-MERGED: dict[str, Rule] = {"streams": _is_streams, "merged": optional_int(0, 2**STREAM_BITS)}
+MERGED = (Parameter("streams", None, _is_streams), Parameter("merged", None, optional_int(0, 2**STREAM_BITS)))
 
 
 class DataBuffer:
@@ -316,14 +309,10 @@ class DataBuffer:
         return {}
 
     @classmethod
-    def _param_rules(cls) -> dict[str, Rule]:
-        """The parameters that a file of this kind may have, each with what its value may be; a missing one counts as None."""
-        return MERGED
-
-    @classmethod
     def _table_problem(cls, table: Table) -> str | None:
         """What is impossible about a table that names this kind: kernels believe the numbers in it. None if nothing is."""
-        rules = cls._param_rules()
+        policy = getattr(cls, "policy_class", Policy)
+        rules = {p.name: p.allowed for p in (*policy.parameters, *(() if cls._folder else MERGED))}
         wrong = {k: v for k, v in table.params.items() if k not in rules} or {
             k: table.params.get(k) for k, right in rules.items() if not right(table.params.get(k))
         }
@@ -331,9 +320,10 @@ class DataBuffer:
             return f"a {cls.__name__} has no parameters {wrong!r:.200}"
         if cls._whole and table.journal_rows < table.max_size:
             return f"a journal of {table.journal_rows} rows, but a commit may change all {table.max_size}"
-        if hasattr(cls, "policy_class") and cls.policy_class.log_slots(table.max_size) and not table.log[1]:
+        problem = policy.params_problem(table.params, table.max_size)
+        if problem is None and policy.log_slots(table.max_size) and not table.log[1]:
             return f"a {cls.__name__} keeps a log, but there is none"
-        return None
+        return problem
 
     def _settle_params(self) -> None:
         """For a new buffer: give a subclass's parameters that are still None their values. Raises ArgumentError for a bad combination."""

@@ -1,10 +1,11 @@
-"""A balanced buffer whose exemplars are chosen by a strategy: herding, closeness to the centre, at random, or the user's own."""
+"""A balanced buffer whose exemplars are chosen by a strategy: herding, closeness to the centre, at
+random, or the user's own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,20 +14,18 @@ from ..arguments import choice, integers, plain_array
 from ..arrays import NO_ROWS, Ints
 from ..errors import ArgumentError, ModeError, SchemaError
 from ..keys import STREAM_BITS
-from ..policies.base import Policy
-from ..policies.exemplars import ParametricPolicy, make_log
+from ..policies.balanced import make_log
+from ..policies.exemplars import GROUPBY, ParametricPolicy
 from ..policies.selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
 from ..samples.batch import Batch, Fetch, flat
 from ..samples.dataset import Items
 from ..samples.schema import Field, Schema
 from ..storage.layout import Table
 from ..storage.store import Change
-from .balanced import BalancedBuffer, is_flag
-from .base import Rule
+from .balanced import BalancedBuffer
 
 Arrays = list[np.ndarray[Any, Any]]
 
-GROUPBY = (None, "class", "task", "experience")
 _RANK = Field("metadata/rank", np.dtype(np.int64), ())
 _NO_FLAGS = np.zeros(0, bool)
 _BUILT_IN = {c.__name__: c for c in (ClosestToCenterSelection, HerdingSelection, RandomSelection)}
@@ -53,7 +52,8 @@ def _refuse_rank(metadata: Any) -> None:
 
 
 def _element(schema: Schema, i: int) -> int | None:
-    """Field of the i-th element of a sample that is a tuple or list, if that is a single integer."""
+    """Field of the i-th element of a sample that is a tuple or list, if that is a single
+    integer."""
     s = schema.structure
     if s[0] not in ("tuple", "list") or len(s) < i + 2 or s[i + 1][0] != "leaf":
         return None
@@ -67,7 +67,8 @@ def _new_ones(ids: Ints, known: Ints) -> Ints:
 
 
 class Candidates:
-    """The samples of one group that a strategy chooses from: rows of the buffer first, by rank, then new samples."""
+    """The samples of one group that a strategy chooses from: rows of the buffer first, by rank,
+    then new samples."""
 
     def __init__(self, seed: int, positions: Ints, schema: Schema, read: Callable[[Ints], Arrays], features: Callable[[], Any]) -> None:
         self.seed, self.positions = seed, positions
@@ -92,24 +93,30 @@ class Candidates:
 
 
 class ParametricBuffer(BalancedBuffer):
-    """Exemplars of each group, chosen by a selection strategy from the whole group whenever it is fed.
+    """Exemplars of each group, chosen by a selection strategy from the whole group whenever it is
+    fed.
 
-    Each `update` (or `add`) is one unit: the samples of each group in it are ranked together with those that the buffer holds of that
-    group, and the best up to the group's quota stay, in one commit. Other groups shrink to their new quotas by dropping their last
-    ranks. So the rows of a group are at any time the best prefix of its ranking; `meta["rank"]` (0 is the best) says where each stands.
+    Each `update` (or `add`) is one unit: the samples of each group in it are ranked together with
+    those that the buffer holds of that group, and the best up to the group's quota stay, in one
+    commit. Other groups shrink to their new quotas by dropping their last ranks. So the rows of a
+    group are at any time the best prefix of its ranking; `meta["rank"]` (0 is the best) says where
+    each stands.
 
     Parameters, besides those of `DataBuffer`
     ----------
-    groupby: None (one group), "class" (second element of a pair), "task" (metadata "task", else the third element of a triple),
-        "experience" (each update is one, or experience=...). `group` given with the data, (n,) integers, comes before all of them.
+    groupby: None (one group), "class" (second element of a pair), "task" (metadata "task", else the
+        third element of a triple), "experience" (each update is one, or experience=...). `group`
+        given with the data, (n,) integers, comes before all of them.
     selection_strategy: a `SelectionStrategy`; a new buffer takes `RandomSelection()`.
     adaptive_size, total_num_groups: quotas, as for `ClassBalancedBuffer`.
 
-    Features, for strategies that need them, are the first found of: the argument `features`; metadata "features"; the strategy's
-    model and layer. For a group that is fed again those of the old samples are needed too, so a plain array will not do then.
+    Features, for strategies that need them, are the first found of: the argument `features`;
+    metadata "features"; the strategy's model and layer. For a group that is fed again those of the
+    old samples are needed too, so a plain array will not do then.
 
-    Because one commit may change every row, the file has a journal as large as its data: twice the size of other buffers.
-    Costs, an update: the ranking, and a copy of the exemplars that come, go or change their rank.
+    Because one commit may change every row, the file has a journal as large as its data: twice the
+    size of other buffers. Costs, an update: the ranking, and a copy of the exemplars that come, go
+    or change their rank.
 
     >>> import numpy as np
     >>> from leanreplay import HerdingSelection, ParametricBuffer
@@ -120,8 +127,7 @@ class ParametricBuffer(BalancedBuffer):
     ({0: 2, 1: 2}, [0, 1, 3, 4])
     """
 
-    policy_class: ClassVar[type[Policy]] = ParametricPolicy
-    _total_name = "total_num_groups"
+    policy_class = ParametricPolicy
     _whole = True
     selection_strategy: SelectionStrategy | None = None
 
@@ -147,27 +153,15 @@ class ParametricBuffer(BalancedBuffer):
         super().__init__(max_size, path, **options)
 
     def _settle_params(self) -> None:
-        super()._settle_params()
         self.selection_strategy = self.selection_strategy or RandomSelection()
-        self._params |= {
-            "groupby": self._params.get("groupby") or "nothing",
-            "selection_strategy": self.selection_strategy.name,
-            "uniform": bool(self.selection_strategy.uniform),
-        }
+        self._params |= {"selection_strategy": self.selection_strategy.name, "uniform": bool(self.selection_strategy.uniform)}
+        super()._settle_params()
 
     def _adopt(self, schema: Schema | None) -> None:
         super()._adopt(schema)
         name = self._params["selection_strategy"]
         if self.selection_strategy is None and name in _BUILT_IN:
             self.selection_strategy = _BUILT_IN[name]()
-
-    @classmethod
-    def _param_rules(cls) -> dict[str, Rule]:
-        return super()._param_rules() | {
-            "groupby": lambda value: value in ("nothing", *GROUPBY[1:]),
-            "selection_strategy": lambda value: type(value) is str,
-            "uniform": is_flag,
-        }
 
     @classmethod
     def _table_problem(cls, table: Table) -> str | None:
@@ -194,7 +188,8 @@ class ParametricBuffer(BalancedBuffer):
         experience: int | None = None,
         at: int | None = None,
     ) -> None:
-        """Feed a batch as one unit. features: (n, d), or a function of a batch of samples as stored, (B, ...) -> (B, d)."""
+        """Feed a batch as one unit. features: (n, d), or a function of a batch of samples as
+        stored, (B, ...) -> (B, d)."""
         with self._lock:
             schema, checked, groups = self._unit(batch, metadata, group, experience, at)
             self._feed_unit(schema, checked.n, checked.fetch, features, groups, at)
@@ -228,9 +223,11 @@ class ParametricBuffer(BalancedBuffer):
         experience: int | None = None,
         at: int | None = None,
     ) -> None:
-        """Feed a map-style dataset as one unit; only exemplars are loaded, besides what functions of features, and labels, look at.
+        """Feed a map-style dataset as one unit; only exemplars are loaded, besides what functions
+        of features, and labels, look at.
 
-        features: (n, d), or a function of a batch of samples as stored, (B, ...) -> (B, d). The rest as for `DataBuffer.update`.
+        features: (n, d), or a function of a batch of samples as stored, (B, ...) -> (B, d). The
+            rest as for `DataBuffer.update`.
         """
         with self._lock:
             store = self._require_writable()
@@ -265,7 +262,8 @@ class ParametricBuffer(BalancedBuffer):
         return leaf(field)
 
     def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: Any) -> None:
-        """Rank the samples of each group in it together with those held, and commit what changes."""
+        """Rank the samples of each group in it together with those held, and commit what
+        changes."""
         store = self._store
         strategy = self.selection_strategy
         if strategy is None:
@@ -336,7 +334,8 @@ class ParametricBuffer(BalancedBuffer):
         seen: int,
         fed: int,
     ) -> None:
-        """One commit: new samples take dropped rows and free ones, the lowest first; old ones get their new ranks."""
+        """One commit: new samples take dropped rows and free ones, the lowest first; old ones get
+        their new ranks."""
         newly = full.copy()
         newly[: policy.full.shape[0]] &= ~policy.full
         log = np.concatenate([make_log(_new_ones(known, policy.known), _NO_FLAGS), make_log(NO_ROWS, newly)])

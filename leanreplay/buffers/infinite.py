@@ -27,7 +27,6 @@ from ..errors import (
     RowError,
     StateError,
 )
-from ..keys import STREAM_BITS
 from ..policies.append import AppendPolicy
 from ..samples.schema import Schema
 from ..storage import system
@@ -35,7 +34,7 @@ from ..storage.create import plan_file
 from ..storage.layout import Table
 from ..storage.restore_points import is_undo_file, undo_files
 from ..storage.store import Change, MetadataUpdate, PlannedBatch, Problem, Store, Survivors, empty_state, refuse_within
-from .base import DataBuffer, Rule, _copy_store, _copy_to_memory, _is_left_over, _write_state, optional_int
+from .base import DataBuffer, _copy_store, _copy_to_memory, _is_left_over, _write_state
 
 _PATIENCE = 1.0  # seconds that a reader waits for a load to end
 _LOOKS = 20  # at a folder that a writer may be changing
@@ -522,16 +521,6 @@ class InfiniteBuffer(DataBuffer):
 
     def _params_given(self) -> dict[str, Any]:
         return {"rows_per_part": self._rows_per_part}
-
-    @classmethod
-    def _param_rules(cls) -> dict[str, Rule]:
-        return {"rows_per_part": optional_int(1, 2**40), "first": optional_int(0, 2**STREAM_BITS)}
-
-    @classmethod
-    def _table_problem(cls, table: Table) -> str | None:
-        rows, first = table.params.get("rows_per_part"), table.params.get("first")
-        wrong = rows != table.max_size or first is None or first % rows or first + rows >= 2**STREAM_BITS
-        return super()._table_problem(table) or (f"a part of {rows} rows from {first} on, in a file of {table.max_size}" if wrong else None)
 
     def _take_from_file(self) -> None:
         super()._take_from_file()

@@ -19,7 +19,8 @@ from .base import DataBuffer
 
 
 def checked_weights(weights: Any, n: int) -> Ints:
-    """The bits of n weights, a copy. Raises SchemaError for anything but n numbers, ArgumentError for a negative or non-finite one."""
+    """The bits of n weights, a copy. Raises SchemaError for anything but n numbers, ArgumentError
+    for a negative or non-finite one."""
     if weights is None:
         raise ArgumentError("a weighted reservoir needs weights=(n,) numbers with every batch; use ReservoirBuffer for equal ones")
     array = plain_array(weights, "weights")
@@ -37,12 +38,14 @@ def checked_weights(weights: Any, n: int) -> Ints:
 
 
 class WeightedReservoirBuffer(DataBuffer):
-    """A weighted sample without replacement of everything seen: as if `max_size` samples were drawn one after the other, each with
-    a chance in proportion to its weight among those not yet drawn (Efraimidis and Spirakis, Information Processing Letters 2006).
+    """A weighted sample without replacement of everything seen: as if `max_size` samples were drawn
+    one after the other, each with a chance in proportion to its weight among those not yet drawn
+    (Efraimidis and Spirakis, Information Processing Letters 2006).
 
-    Weights come with every batch, (n,) numbers, finite and not negative; only their ratios matter. A sample of weight 0 is never
-    kept. The weights of what is kept are "weight" in the metadata of samples, float64. Costs as `ReservoirBuffer`, and 70 ns for a
-    sample that may stay. `index/group` of the file holds the bits of the weights.
+    Weights come with every batch, (n,) numbers, finite and not negative; only their ratios matter.
+    A sample of weight 0 is never kept. The weights of what is kept are "weight" in the metadata of
+    samples, float64. Costs as `ReservoirBuffer`, and 70 ns for a sample that may stay.
+    `index/group` of the file holds the bits of the weights.
 
     >>> import numpy as np
     >>> from leanreplay import WeightedReservoirBuffer
@@ -67,8 +70,8 @@ class WeightedReservoirBuffer(DataBuffer):
     ) -> None:
         """As `DataBuffer.add`. weights: (n,) numbers, which must be given: finite, 0 or more.
 
-        Raises ArgumentError, naming the row, for a negative, infinite or NaN weight, and SchemaError for weights of another length or
-        type; nothing of that batch is kept.
+        Raises ArgumentError, naming the row, for a negative, infinite or NaN weight, and
+        SchemaError for weights of another length or type; nothing of that batch is kept.
 
         >>> import numpy as np
         >>> from leanreplay import WeightedReservoirBuffer

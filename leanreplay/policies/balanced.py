@@ -1,44 +1,92 @@
 """Rows shared evenly over groups: one reservoir of the largest keys per group, with quotas.
 
-Groups are classes, experiences, or whatever the samples are grouped by. All groups live in the same rows; a new group shrinks the
-quotas of the others. The file's log holds what the index does not tell: groups that hold no row, and groups that may not grow.
+Groups are classes, experiences, or whatever the samples are grouped by. All groups live in the same
+rows; a new group shrinks the quotas of the others. The file's log holds what the index does not
+tell: groups that hold no row, and groups that may not grow.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import NO_LOG, NO_ROWS, Ints
-from ..errors import ArgumentError, CorruptionError
+from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Ints, Words
+from ..errors import ArgumentError, CorruptionError, MismatchError
 from ..kernels import balanced as kernel
+from ..kernels.reservoir import position_keys
 from ..keys import key_pair
-from .base import LOG_TOO_SHORT, Plan, Policy
+from .base import LOG_TOO_SHORT, Parameter, Params, Plan, Policy, optional_int
+from .union import Holder, Union
 
-_TOTALS = ("total_num_classes", "num_experiences", "total_num_groups")
-_MOST_ROWS = 2**31 - 2  # links between rows are int32
+_MAX_ROWS = 2**31 - 2  # links between rows are int32
 
 
-def group_hash(ids: Any, seed: int) -> npt.NDArray[np.uint64]:
-    """Hash of each group id, (n,): the groups of the smallest hashes get the remainder of the rows."""
+def group_hash(ids: npt.ArrayLike, seed: int) -> Words:
+    """Hash of each group id, (n,): the groups of the smallest hashes get the remainder of the
+    rows."""
     groups = np.asarray(ids, np.int64).reshape(-1)
     out = np.empty(groups.shape[0], np.uint64)
     kernel.hash_groups(groups, *key_pair("group", seed), out)
     return out
 
 
-def group_quotas(max_size: int, hashes: npt.NDArray[np.uint64]) -> Ints:
-    """Rows for each of n groups: max_size // n, and one more for the max_size % n groups of the smallest hashes."""
+def group_quotas(max_size: int, hashes: Words) -> Ints:
+    """Rows for each of n groups: max_size // n, and one more for the max_size % n groups of the
+    smallest hashes."""
     n = hashes.shape[0]
     quotas = np.full(n, max_size // max(n, 1), np.int64)
     quotas[np.argsort(hashes)[: max_size % max(n, 1)]] += 1
     return quotas
 
 
+def is_flag(value: object) -> bool:
+    """Return whether a parameter in a file is True or False."""
+    return type(value) is bool
+
+
+ADAPTIVE_SIZE = Parameter("adaptive_size", True, is_flag)
+BORROW = Parameter("borrow", False, lambda value: value is None or is_flag(value))
+
+
+def total_of(name: str) -> Parameter:
+    """Return the parameter for the number of groups that will come, which fixed quotas need."""
+    return Parameter(name, None, optional_int(1, 2**31))
+
+
+def settle_quotas(name: str, given: Params, max_size: int) -> None:
+    """Raise ArgumentError for quotas that cannot be. name: of the parameter for the number of
+    groups."""
+    check_rows(max_size)
+    total, adaptive = given.get(name), given.get("adaptive_size")
+    if total is not None and adaptive is None:
+        raise ArgumentError(f"{name}={total} is for fixed quotas: give adaptive_size=False too, or leave it out")
+    if adaptive is not None and not adaptive:
+        if total is None:
+            raise ArgumentError(f"adaptive_size=False needs {name}: each group gets max_size // {name} rows")
+        if total > max_size:
+            raise ArgumentError(f"{total} groups in {max_size} rows: each would hold none; raise max_size, or use adaptive_size=True")
+
+
+def quotas_problem(name: str, params: Params, max_size: int) -> str | None:
+    """Return what is impossible about the quotas in a file; None if nothing is."""
+    total = params.get(name)
+    if params.get("adaptive_size", True) or (total is not None and total <= max_size):
+        return None
+    return f"{total} groups in {max_size} rows"
+
+
+def check_rows(capacity: int) -> None:
+    """Raise ArgumentError for more rows than links can name."""
+    if capacity > _MAX_ROWS:
+        raise ArgumentError(f"{capacity} rows, but groups share at most {_MAX_ROWS}; lower max_size")
+
+
 def groups_in(log: Ints) -> tuple[Ints, Ints]:
-    """Ids of the groups in a log, in order of appearance, and numbers of those that are full. CorruptionError for what is no log."""
+    """Ids of the groups in a log, in order of appearance, and numbers of those that are full.
+    CorruptionError for what is no log."""
     known, full = log[log[:, 0] == 0, 1], log[log[:, 0] == 1, 1]
     n = known.shape[0]
     if n + full.shape[0] != log.shape[0] or np.unique(known).shape[0] != n or (full < 0).any() or (full >= n).any():
@@ -46,20 +94,37 @@ def groups_in(log: Ints) -> tuple[Ints, Ints]:
     return known, full
 
 
+def make_log(known: Ints, full: npt.NDArray[np.bool_]) -> Ints:
+    """The log of these groups, `full` saying which may not grow."""
+    entries = [(0, g) for g in known.tolist()] + [(1, i) for i in np.flatnonzero(full).tolist()]
+    return np.array(entries, np.int64).reshape(-1, 2)
+
+
 class BalancedPolicy(Policy):
     """A reservoir of the largest keys per group, with quotas; `params` say how these come about.
 
-    adaptive_size: the capacity divided over the groups seen so far; otherwise over a total that is known. borrow: groups may take
-    free rows beyond their quota until others need them. 20 bytes per row and 64 per group; O(log rows) for a sample that stays,
-    about 10 ns for one that does not.
+    adaptive_size: the capacity divided over the groups seen so far; otherwise over a total that is
+    known. borrow: groups may take free rows beyond their quota until others need them. 20 bytes per
+    row and 64 per group; O(log rows) for a sample that stays, about 10 ns for one that does not.
     """
 
     needs_groups = True
+    total_name: ClassVar[str] = ""  # of the parameter for the number of groups
+    parameters: ClassVar[tuple[Parameter, ...]] = (ADAPTIVE_SIZE, BORROW)
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    @classmethod
+    def settle(cls, given: Params, max_size: int) -> Params:
+        settle_quotas(cls.total_name, given, max_size)
+        return super().settle(given, max_size)
+
+    @classmethod
+    def params_problem(cls, params: Params, max_size: int) -> str | None:
+        return quotas_problem(cls.total_name, params, max_size)
+
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._mode = kernel.BORROW if params.get("borrow") else kernel.QUOTA
-        self._total = 0 if params.get("adaptive_size", True) else next(params[name] for name in _TOTALS if name in params)
+        self._total = 0 if params.get("adaptive_size", True) else params[self.total_name]
         self._fixed = bool(self._total)
         self._keys01 = (*key_pair("reservoir", seed), *key_pair("group", seed))
         self._groups: Ints = np.zeros((0, kernel.COLUMNS), np.int64)
@@ -69,9 +134,9 @@ class BalancedPolicy(Policy):
 
     @staticmethod
     def log_slots(capacity: int) -> int:
-        """Two entries per group; a file with more groups than rows is given a longer log when it needs one."""
-        if capacity > _MOST_ROWS:
-            raise ArgumentError(f"{capacity} rows, but groups share at most {_MOST_ROWS}; lower max_size")
+        """Two entries per group; a file with more groups than rows is given a longer log when it
+        needs one."""
+        check_rows(capacity)
         return 2 * max(capacity, 2048)
 
     def load(self, positions: Ints, groups: Ints) -> None:
@@ -156,9 +221,48 @@ class BalancedPolicy(Policy):
         return np.flatnonzero(stays)
 
     def _whole_log(self) -> Ints:
-        """A log that says what the arrays do."""
-        full = np.flatnonzero(self._groups[: int(self._counters[kernel.GROUPS]), kernel.FULL])
-        return np.array([(0, g) for g in self._known()] + [(1, i) for i in full], np.int64).reshape(-1, 2)
+        """Return a log that says what the arrays do."""
+        known = self._known()
+        return make_log(known, self._groups[: known.shape[0], kernel.FULL] != 0)
+
+    def union(self, holders: Sequence[Holder]) -> Union:
+        """Of each group as many stay as its quota says, or as few as the smallest buffer holds in
+        which the group is full."""
+        names = " and ".join([h.name for h in holders][:2])
+        if self._mode == kernel.BORROW:
+            raise MismatchError(
+                f"{names}: with borrow=True, which groups hold more than their share depends on the order in which all streams arrive; "
+                "merge buffers without it"
+            )
+        logs = [groups_in(h.log) for h in holders]
+        ids = np.unique(np.concatenate([known for known, _ in logs]))
+        limits, spare = self._union_quotas(ids, " and ".join(h.name for h in holders))
+        held = np.array([_count_groups(h, ids) for h in holders])
+        full = np.zeros(ids.shape[0], bool)
+        for (known, full_here), held_here in zip(logs, held, strict=True):
+            stopped = np.searchsorted(ids, known[full_here])
+            full[stopped] = True
+            limits[stopped] = np.minimum(limits[stopped], held_here[stopped])
+        offered = held.sum(axis=0)
+        full |= offered > limits
+        state = [0] * POLICY_WORDS
+        return Union(np.minimum(limits, offered), self._position_keys, state, int(limits.sum()) + spare, ids, make_log(ids, full))
+
+    def _union_quotas(self, ids: Ints, names: str) -> tuple[Ints, int]:
+        """Return the quotas of these groups, and the rows that are left for groups to come."""
+        if not self._total:
+            return group_quotas(self.capacity, group_hash(ids, self.seed)), 0
+        if ids.shape[0] > self._total:
+            raise MismatchError(
+                f"{names} cannot be merged: {ids.shape[0]} groups together, but they were created for a total of {self._total}"
+            )
+        quotas = np.full(ids.shape[0], self.capacity // self._total)
+        return quotas, self.capacity - int(quotas.sum())
+
+    def _position_keys(self, positions: Ints, groups: Ints) -> Words:
+        keys = np.empty(positions.shape[0], np.uint64)
+        position_keys(positions, *self._keys01[:2], keys)
+        return keys
 
     def capacity_warning(self, capacity: int) -> str | None:
         n = int(self._counters[kernel.GROUPS])
@@ -171,18 +275,54 @@ class BalancedPolicy(Policy):
         )
 
 
+def _count_groups(holder: Holder, ids: Ints) -> Ints:
+    """Return how many rows of a buffer each of these groups holds."""
+    held = np.zeros(ids.shape[0], np.int64)
+    for _, _, groups in holder.chunks():
+        at = np.searchsorted(ids, groups)
+        if at.shape[0] and (at.max() == ids.shape[0] or (ids[at] != groups).any()):
+            raise CorruptionError(f"{holder.name}: the log of groups does not fit the rows; restore the file from a copy")
+        held += np.bincount(at, minlength=ids.shape[0])
+    return held
+
+
+class ClassBalancedPolicy(BalancedPolicy):
+    """The policy of `ClassBalancedBuffer`."""
+
+    total_name = "total_num_classes"
+    parameters = (total_of(total_name), ADAPTIVE_SIZE, BORROW)
+    union = BalancedPolicy.union
+
+
+class ExperienceBalancedPolicy(BalancedPolicy):
+    """The policy of `ExperienceBalancedBuffer`."""
+
+    total_name = "num_experiences"
+    parameters = (total_of(total_name), ADAPTIVE_SIZE, BORROW)
+    union = BalancedPolicy.union
+
+
 class ClassBalancingReservoirPolicy(BalancedPolicy):
     """Class-balancing reservoir sampling (CBRS; Chrysakis and Moens, ICML 2020, Algorithm 1).
 
-    While there are free rows every sample takes one. Then a class is full for ever once it is one of the largest: a sample of a full
-    class competes within its class, one of another class takes a row of the largest. With keys instead of draws: the row of the
-    smallest key, and a sample enters its full class if its key exceeds the smallest there; both have the same law. Of several largest
-    classes a hash of the position chooses. O(classes) for a sample of a class that is not full, which happens `max_size` times or so.
+    While there are free rows every sample takes one. Then a class is full for ever once it is one
+    of the largest: a sample of a full class competes within its class, one of another class takes a
+    row of the largest. With keys instead of draws: the row of the smallest key, and a sample enters
+    its full class if its key exceeds the smallest there; both have the same law. Of several largest
+    classes a hash of the position chooses. O(classes) for a sample of a class that is not full,
+    which happens `max_size` times or so.
     """
 
     no_union = "which samples it holds depends on the order in which all streams arrive"
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    parameters = ()
+
+    @classmethod
+    def settle(cls, given: Params, max_size: int) -> Params:
+        check_rows(max_size)
+        return given
+
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._mode, self._fixed = kernel.LARGEST, True
 

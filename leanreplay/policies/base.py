@@ -1,21 +1,45 @@
-"""The contract of policies: which row, if any, each incoming sample takes. A policy sees positions and groups, never the samples."""
+"""The contract of policies: which row, if any, each incoming sample takes. A policy sees positions
+and groups, never the samples."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Ints
 from ..errors import ArgumentError, CorruptionError
+from .union import Holder, Union
+
+Params = dict[str, Any]  # values of JSON, by name
+
+
+class Parameter(NamedTuple):
+    """A parameter of a policy, as it stands in the file.
+
+    default: what a new buffer takes where none was given. allowed: whether a file may hold this
+        value; a missing one counts as None.
+    """
+
+    name: str
+    default: bool | int | str | None
+    allowed: Callable[[object], bool]
+
+
+def optional_int(low: int, high: int) -> Callable[[object], bool]:
+    """Return the check of a parameter that is an integer from `low` to `high`, or missing."""
+    return lambda value: value is None or (type(value) is int and low <= value <= high)
 
 
 class Plan:
     """Where the next samples of a stream go: what `Policy.plan` returns.
 
-    rows: (k,) int64. rows[i] is the row that the i-th sample takes, or -1 to reject it. k samples are planned.
-    freed: (f,) int64, rows that are live now and free afterwards. Only a policy with a log may free rows.
+    rows: (k,) int64. rows[i] is the row that the i-th sample takes, or -1 to reject it. k samples
+        are planned.
+    freed: (f,) int64, rows that are live now and free afterwards. Only a policy with a log may free
+        rows.
     log: (e, 2) int64, the entries to append to the policy's log.
     """
 
@@ -29,18 +53,24 @@ LOG_TOO_SHORT = Plan(NO_ROWS)  # nothing is planned: the file needs a longer log
 
 
 class Policy:
-    """Base class of policies. Override `load` and `plan`, and `keep` if the buffer is to be resized.
+    """Base class of policies. Override `load` and `plan`, and `keep` if the buffer is to be
+    resized.
 
-    A policy is a deterministic function of (seed, stream). Its plans must not depend on how the stream is cut into batches. `load`
-    must bring it to the same state from the index alone, because the index is all that a killed process leaves behind.
+    A policy is a deterministic function of (seed, stream). Its plans must not depend on how the
+    stream is cut into batches. `load` must bring it to the same state from the index alone, because
+    the index is all that a killed process leaves behind.
 
-    capacity: rows of the buffer. seed: the buffer's seed. needs_groups: whether `plan` looks at the groups.
-    state: 8 non-negative ints, for what cannot be derived from the index. They are committed with every plan and are there again
-    when `load` is called.
+    capacity: rows of the buffer. seed: the buffer's seed. needs_groups: whether `plan` looks at the
+        groups.
+    state: 8 non-negative ints, for what cannot be derived from the index. They are committed with
+    every plan and are there again when `load` is called.
+    parameters: what a buffer of this policy is made with, besides its size and seed; the file holds
+        their values, `params`.
 
-    A policy whose state grows keeps a log: it overrides `log_slots`, and each plan says which entries to append. `log`,
-    (entries, 2) int64, holds them when `load` is called; `slots` is the number of entries that the file can hold. A policy with a
-    log may also free rows. It has `scratch`, int32 per row, all 0, for `plan` to use and to leave all 0 again.
+    A policy whose state grows keeps a log: it overrides `log_slots`, and each plan says which
+    entries to append. `log`, (entries, 2) int64, holds them when `load` is called; `slots` is the
+    number of entries that the file can hold. A policy with a log may also free rows. It has
+    `scratch`, int32 per row, all 0, for `plan` to use and to leave all 0 again.
 
     A policy that keeps the first `capacity` samples and rejects all others:
 
@@ -54,48 +84,80 @@ class Policy:
     """
 
     needs_groups: ClassVar[bool] = False
+    parameters: ClassVar[tuple[Parameter, ...]] = ()
     no_union: ClassVar[str] = "its policy does not say which samples one buffer over all streams would hold"
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         self.capacity, self.seed, self.params = capacity, seed, params
         self.state: list[int] = [0] * POLICY_WORDS
         self.log: Ints = NO_LOG
         self.slots = 0
         self.scratch: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
+    @classmethod
+    def settle(cls, given: Params, max_size: int) -> Params:
+        """Return the parameters of a new buffer: defaults where None was given. Raises
+        ArgumentError for a bad combination."""
+        return given | {p.name: p.default for p in cls.parameters if given.get(p.name) is None}
+
+    @classmethod
+    def params_problem(cls, params: Params, max_size: int) -> str | None:
+        """Return what is impossible about the parameters in a file, each of which is allowed by
+        itself; None if nothing is."""
+        return None
+
     @staticmethod
     def log_slots(capacity: int) -> int:
-        """Return how many entries the log of a new file of this capacity can hold; 0 for a policy without a log."""
+        """Return how many entries the log of a new file of this capacity can hold; 0 for a policy
+        without a log."""
         return 0
 
     def check_groups(self, groups: Ints) -> None:
-        """Raise ArgumentError if a batch of these groups must be refused as a whole. Called before its first plan."""
+        """Raise ArgumentError if a batch of these groups must be refused as a whole. Called before
+        its first plan."""
 
     def load(self, positions: Ints, groups: Ints) -> None:
-        """Derive what `plan` needs from the index: (rows in use so far,) int64 each, position -1 where a row is free.
+        """Derive what `plan` needs from the index: (rows in use so far,) int64 each, position -1
+        where a row is free.
 
-        Called before the first plan, and again after anything that interrupted a commit. Keep no reference to the arrays.
+        Called before the first plan, and again after anything that interrupted a commit. Keep no
+        reference to the arrays.
         """
         raise NotImplementedError
 
     def plan(self, start: int, groups: Ints, max_rows: int) -> Plan:
-        """Say where the samples of positions start, start + 1, ... go. groups: (n,) int64, one for each sample on offer.
+        """Say where the samples of positions start, start + 1, ... go. groups: (n,) int64, one for
+        each sample on offer.
 
-        Plan at least one sample, and no more than take `max_rows` rows; the rest is offered again. Two samples may take the same
-        row: the later one stays. Return LOG_TOO_SHORT, with nothing planned, if the log cannot hold the new entries.
+        Plan at least one sample, and no more than take `max_rows` rows; the rest is offered again.
+        Two samples may take the same
+        row: the later one stays. Return LOG_TOO_SHORT, with nothing planned, if the log cannot hold
+            the new entries.
         """
         raise NotImplementedError
 
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
-        """For `resize`: return the rows to keep, at most `capacity`, in the order that they get their new rows in. Updates `state`."""
+        """For `resize`: return the rows to keep, at most `capacity`, in the order that they get
+        their new rows in. Updates `state`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be resized: its policy does not say which rows to keep")
 
+    def union(self, holders: Sequence[Holder]) -> Union:
+        """For `merge` into a buffer of this policy: say which samples stay of buffers of different
+        streams.
+
+        A class that does not define `union` itself cannot be merged: `no_union` says why. What
+        holds for its base need not hold for it.
+        """
+        raise NotImplementedError
+
     def size_limit(self, capacity: int) -> int:
-        """Return how many rows a buffer of this capacity can come to hold, given the present state."""
+        """Return how many rows a buffer of this capacity can come to hold, given the present
+        state."""
         return capacity
 
     def capacity_warning(self, capacity: int) -> str | None:
-        """Return what the user who resizes to this capacity should know of the capacity rule; None if the rule changes nothing."""
+        """Return what the user who resizes to this capacity should know of the capacity rule; None
+        if the rule changes nothing."""
         limit = self.size_limit(capacity)
         if limit >= capacity:
             return None
@@ -106,7 +168,8 @@ class Policy:
 
 
 def check_plan(policy: Policy, plan: Plan) -> None:
-    """Raise ArgumentError for a plan that no kernel must see, because kernels believe what they get."""
+    """Raise ArgumentError for a plan that no kernel must see, because kernels believe what they
+    get."""
     name = type(policy).__name__
     if not isinstance(plan, Plan):
         raise ArgumentError(f"{name}.plan returned {plan!r:.200}: it must return a leanreplay.Plan, which holds the rows of the samples")
@@ -125,7 +188,8 @@ def _are_rows(rows: Any) -> bool:
 
 
 def check_dense(live: int, positions: Ints) -> None:
-    """Raise CorruptionError for free rows among those in use: a reservoir fills rows in order, and would take one that is live."""
+    """Raise CorruptionError for free rows among those in use: a reservoir fills rows in order, and
+    would take one that is live."""
     if live != positions.shape[0]:
         raise CorruptionError(
             f"{positions.shape[0] - live} free rows among those in use, which no reservoir leaves; restore the file from a copy"

@@ -1,18 +1,52 @@
-"""Exemplars: groups whose samples a selection strategy ranks; the quotas of the groups say how many stay."""
+"""Exemplars: groups whose samples a selection strategy ranks; the quotas of the groups say how many
+stay."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import Ints
 from ..errors import ArgumentError, CorruptionError
-from .balanced import BalancedPolicy, group_hash, group_quotas, groups_in
-from .base import Plan, Policy
+from .balanced import (
+    ADAPTIVE_SIZE,
+    BalancedPolicy,
+    group_hash,
+    group_quotas,
+    groups_in,
+    is_flag,
+    make_log,
+    quotas_problem,
+    settle_quotas,
+    total_of,
+)
+from .base import Parameter, Params, Plan, Policy
+
+GROUPBY = (None, "class", "task", "experience")
 
 
 class ParametricPolicy(Policy):
-    """The groups and which of them are full. Rows are not planned sample by sample: `ParametricBuffer` chooses among whole groups."""
+    """The groups and which of them are full. Rows are not planned sample by sample:
+    `ParametricBuffer` chooses among whole groups."""
+
+    total_name: ClassVar[str] = "total_num_groups"
+    parameters = (
+        total_of(total_name),
+        ADAPTIVE_SIZE,
+        Parameter("groupby", "nothing", lambda value: value in ("nothing", *GROUPBY[1:])),
+        Parameter("selection_strategy", "RandomSelection", lambda value: type(value) is str),
+        Parameter("uniform", True, is_flag),
+    )
+
+    @classmethod
+    def settle(cls, given: Params, max_size: int) -> Params:
+        settle_quotas(cls.total_name, given, max_size)
+        return super().settle(given, max_size)
+
+    @classmethod
+    def params_problem(cls, params: Params, max_size: int) -> str | None:
+        return quotas_problem(cls.total_name, params, max_size)
 
     @staticmethod
     def log_slots(capacity: int) -> int:
@@ -54,9 +88,3 @@ class ParametricPolicy(Policy):
 
     def plan(self, start: int, groups: Ints, max_rows: int) -> Plan:
         raise NotImplementedError("ParametricBuffer plans for itself")
-
-
-def make_log(known: Ints, full: npt.NDArray[np.bool_]) -> Ints:
-    """The log of these groups, `full` saying which may not grow."""
-    entries = [(0, g) for g in known.tolist()] + [(1, i) for i in np.flatnonzero(full).tolist()]
-    return np.array(entries, np.int64).reshape(-1, 2)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ..arrays import Ints
 from ..kernels import balance as kernel
 from ..keys import key_pair
-from .base import Plan, Policy
+from .base import Params, Plan, Policy
 
 
 class GreedyClassBalancingPolicy(Policy):
-    """Every sample enters; once full, a random member of the largest class leaves (the greedy sampler of GDumb, Prabhu et al. 2020).
+    """Every sample enters; once full, a random member of the largest class leaves (the greedy
+    sampler of GDumb, Prabhu et al. 2020).
 
     Ties between largest classes are broken at random. Costs O(classes) a sample; 8 bytes per row.
     """
@@ -21,7 +20,7 @@ class GreedyClassBalancingPolicy(Policy):
     needs_groups = True
     no_union = "which samples it holds depends on the order in which all streams arrive"
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._k0, self._k1 = key_pair("greedy", seed)
 

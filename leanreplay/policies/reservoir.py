@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from ..arrays import Ints
+from ..arrays import Ints, Words
 from ..kernels import reservoir as kernel
 from ..keys import key_pair
-from .base import Plan, Policy, check_dense
+from .base import Params, Plan, Policy, check_dense
+from .union import Holder, Union, bounded_union
 
 
 class ReservoirPolicy(Policy):
-    """The `capacity` samples of the largest keys: a uniform sample without replacement of the stream (Vitter's problem, 1985).
+    """The `capacity` samples of the largest keys: a uniform sample without replacement of the
+    stream (Vitter's problem, 1985).
 
-    state[0] is the capacity rule's bound: 0, or the most rows that may ever be held again, because others were dropped at that size.
-    24 bytes per row; a heap of the keys gives the row to replace.
+    state[0] is the capacity rule's bound: 0, or the most rows that may ever be held again, because
+    others were dropped at that size. 24 bytes per row; a heap of the keys gives the row to replace.
     """
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._k0, self._k1 = key_pair("reservoir", seed)
         self._keys = np.zeros(0, np.uint64)
@@ -50,7 +52,14 @@ class ReservoirPolicy(Policy):
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
         if positions.shape[0] <= capacity:
             return np.arange(positions.shape[0])
+        self.state[0] = capacity
+        return np.sort(np.argpartition(self.keys(positions, groups), -capacity)[-capacity:])
+
+    def keys(self, positions: Ints, groups: Ints) -> Words:
+        """Return the keys of these samples, (n,): the largest stay."""
         keys = np.empty(positions.shape[0], np.uint64)
         kernel.position_keys(positions, self._k0, self._k1, keys)
-        self.state[0] = capacity
-        return np.sort(np.argpartition(keys, -capacity)[-capacity:])
+        return keys
+
+    def union(self, holders: Sequence[Holder]) -> Union:
+        return bounded_union(holders, self.capacity, self.keys)

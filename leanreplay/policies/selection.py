@@ -1,4 +1,5 @@
-"""Which samples become exemplars: at random, by herding, the closest to the centre, or by a strategy of the user's own."""
+"""Which samples become exemplars: at random, by herding, the closest to the centre, or by a
+strategy of the user's own."""
 
 from __future__ import annotations
 
@@ -44,10 +45,13 @@ class Candidates(Protocol):
 
 
 class SelectionStrategy:
-    """The base of strategies. One of your own overrides `sorted_indices`, or `sorted_indices_of` to look at the samples themselves.
+    """The base of strategies. One of your own overrides `sorted_indices`, or `sorted_indices_of` to
+    look at the samples themselves.
 
-    needs_features: False for a strategy that works without: a buffer then calls `sorted_indices_of`.
-    uniform: True if each prefix of the order is a uniform sample of everything ranked so far; buffers then keep the capacity rule.
+    needs_features: False for a strategy that works without: a buffer then calls
+        `sorted_indices_of`.
+    uniform: True if each prefix of the order is a uniform sample of everything ranked so far;
+        buffers then keep the capacity rule.
 
     >>> import numpy as np
     >>> class LargestNorm(SelectionStrategy):
@@ -62,11 +66,13 @@ class SelectionStrategy:
 
     @property
     def name(self) -> str:
-        """What a buffer's file says of its strategy, and compares when it is opened with one again."""
+        """What a buffer's file says of its strategy, and compares when it is opened with one
+        again."""
         return type(self).__name__
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
-        """Indices of samples, (k,) int64, the best first, given their features, (n, d): all of them, or the first `count`."""
+        """Indices of samples, (k,) int64, the best first, given their features, (n, d): all of
+        them, or the first `count`."""
         raise ArgumentError(
             f"{type(self).__name__} does not choose by features: use sorted_indices_of(dataset), or override "
             "sorted_indices(features, count)"
@@ -80,7 +86,8 @@ class SelectionStrategy:
         )
 
     def order(self, candidates: Candidates, count: int | None = None) -> Ints:
-        """What a buffer calls, for the samples of one group: `sorted_indices` of their features, or `sorted_indices_of` the samples."""
+        """What a buffer calls, for the samples of one group: `sorted_indices` of their features, or
+        `sorted_indices_of` the samples."""
         mine = type(self)
         by_features = mine.sorted_indices is not SelectionStrategy.sorted_indices
         by_samples = mine.sorted_indices_of is not SelectionStrategy.sorted_indices_of
@@ -90,7 +97,8 @@ class SelectionStrategy:
 
 
 def checked_order(order: Any, n: int, strategy: Any) -> Ints:
-    """An order that a strategy gave for n samples, as (k,) int64. Raises ArgumentError unless it is distinct integers from 0 to n - 1."""
+    """An order that a strategy gave for n samples, as (k,) int64. Raises ArgumentError unless it is
+    distinct integers from 0 to n - 1."""
     name = type(strategy).__name__
     array = _array(order, f"the order from {name}")
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -107,8 +115,9 @@ def checked_order(order: Any, n: int, strategy: Any) -> Ints:
 class RandomSelection(SelectionStrategy):
     """A uniform random order. Features are not looked at.
 
-    In a buffer the order is that of the reservoir keys of the samples' stream positions, with the buffer's seed: so each group is at
-    every moment an exact uniform sample of everything it was fed. Elsewhere it depends on `seed` and the number of samples alone.
+    In a buffer the order is that of the reservoir keys of the samples' stream positions, with the
+    buffer's seed: so each group is at every moment an exact uniform sample of everything it was
+    fed. Elsewhere it depends on `seed` and the number of samples alone.
 
     >>> RandomSelection(seed=1).sorted_indices(np.zeros((6, 2)), count=3)
     array([2, 3, 1])
@@ -136,11 +145,13 @@ class RandomSelection(SelectionStrategy):
 
 
 class FeatureBasedSelection(SelectionStrategy):
-    """The base of strategies that choose by features: overrides `sorted_indices`, and may hold what makes the features.
+    """The base of strategies that choose by features: overrides `sorted_indices`, and may hold what
+    makes the features.
 
-    model, layer: a torch module and the name of one of its layers (`model.named_modules()`), whose activations are the features where
-    none are given. batch_size: samples that go through the model at a time. transform: makes of a batch of inputs, a tensor (B, ...), what
-    the model wants (`lambda x: x.float() / 255` for images stored as uint8); default: inputs as they are.
+    model, layer: a torch module and the name of one of its layers (`model.named_modules()`), whose
+    activations are the features where none are given. batch_size: samples that go through the model
+    at a time. transform: makes of a batch of inputs, a tensor (B, ...), what the model wants
+    (`lambda x: x.float() / 255` for images stored as uint8); default: inputs as they are.
     """
 
     def __init__(
@@ -152,40 +163,50 @@ class FeatureBasedSelection(SelectionStrategy):
         self.batch_size = required("batch_size", batch_size, 1, 2**63 - 1)
 
     def features_of(self, dataset: Any) -> npt.NDArray[np.float32]:
-        """(n, d) float32: the layer's activations for the samples (the first element of each); see `leanreplay.torch.features`."""
+        """(n, d) float32: the layer's activations for the samples (the first element of each); see
+        `leanreplay.torch.features`."""
         if self.model is None:
             raise ArgumentError(
                 f"{type(self).__name__} chooses by features: give them, as (n, d), or make it with a model and the name of a layer: "
                 f"{type(self).__name__}(model, layer)"
             )
-        # The core never imports torch (it may be missing, and takes a second): only who has a torch model in hand comes here.
+        # The core never imports torch (it may be missing, and takes a second): only who has a torch
+        # model in hand comes here.
         module = importlib.import_module("leanreplay.torch.features")
         return module.features(self.model, self.layer, dataset, self.batch_size, transform=self.transform, progress=False)
 
     def sorted_indices_of(self, dataset: Any, count: int | None = None) -> Ints:
-        """`sorted_indices` of the activations of the layer. One pass of the samples through the model."""
+        """`sorted_indices` of the activations of the layer. One pass of the samples through the
+        model."""
         return self.sorted_indices(self.features_of(dataset), count)
 
 
 class HerdingSelection(FeatureBasedSelection):
-    """Herding, as in iCaRL (Rebuffi et al. 2017, "iCaRL: Incremental Classifier and Representation Learning", algorithm 4).
+    """Herding, as in iCaRL (Rebuffi et al. 2017, "iCaRL: Incremental Classifier and Representation
+    Learning", algorithm 4).
 
         p_k = argmin over x of || mu - (phi(x) + phi(p_1) + ... + phi(p_{k-1})) / k ||
 
-    over the samples not chosen yet, mu being the mean of all phi(x): each prefix of the order has a mean close to mu.
+    over the samples not chosen yet, mu being the mean of all phi(x): each prefix of the order has a
+    mean close to mu.
 
-    The order is that of a direct implementation in float64, `np.argmin(np.linalg.norm(mu - (phi + S) / k, axis=1))` with S the sum of
-    those chosen, so of samples that tie, such as equal rows, the lowest index comes first. Scores are kept up to date in single
-    precision; of rows closer together than rounding could take them apart they are made in double, and if that cannot tell either,
-    the definition decides. `count` does not matter. (Features whose squares leave the range of float64 are scaled by a power of 2.)
+    The order is that of a direct implementation in float64, `np.argmin(np.linalg.norm(mu - (phi +
+    S) / k, axis=1))` with S the sum of those chosen, so of samples that tie, such as equal rows,
+    the lowest index comes first. Scores are kept up to date in single precision; of rows closer
+    together than rounding could take them apart they are made in double, and if that cannot tell
+    either, the definition decides. `count` does not matter. (Features whose squares leave the range
+    of float64 are scaled by a power of 2.)
 
-    normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as iCaRL does; default: features as given.
+    normalize: divide each row by its Euclidean length first, in float64 (rows of zeros stay), as
+        iCaRL does; default: features as given.
     model, layer, batch_size, transform: as for `FeatureBasedSelection`.
 
-    Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full order (0.03 s for n=2,000, d=512 on two
-    cores), or a matrix-vector product, O(n * d), for each of the first few. Memory: the features in float64, if they are not yet, a copy
-    in float32, and 4 * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector product for each step.
-    Where many rows are too close together for single precision, the copy and the matrix become float64.
+    Costs, n samples of d features: one matrix product of n * n * d and n steps of O(n) for a full
+    order (0.03 s for n=2,000, d=512 on two cores), or a matrix-vector product, O(n * d), for each
+    of the first few. Memory: the features in float64, if they are not yet, a copy in float32, and 4
+    * n * n bytes for the matrix, where that is at most 256 MB; else there is a matrix-vector
+    product for each step. Where many rows are too close together for single precision, the copy and
+    the matrix become float64.
 
     >>> HerdingSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 4, 0])
@@ -200,7 +221,8 @@ class HerdingSelection(FeatureBasedSelection):
         return super().name + ("(normalize=True)" if self.normalize else "")
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
-        """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
+        """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits,
+        finite. Raises ArgumentError otherwise."""
         phi, top = _checked_features(features, self.normalize)
         stop = _count(count, phi.shape[0])
         return _herd(phi, top, stop) if stop else np.zeros(0, np.int64)
@@ -209,9 +231,10 @@ class HerdingSelection(FeatureBasedSelection):
 class ClosestToCenterSelection(FeatureBasedSelection):
     """Samples by the distance of their features from the mean of all, the closest first.
 
-    The order is that of the distances in float64, `np.argsort(np.linalg.norm(phi - mu, axis=1), kind="stable")`: where they tie, the lowest
-    index comes first.
-    All arguments are those of `HerdingSelection`. Costs O(n * d), and a float64 copy of features of other dtypes.
+    The order is that of the distances in float64, `np.argsort(np.linalg.norm(phi - mu, axis=1),
+    kind="stable")`: where they tie, the lowest index comes first.
+    All arguments are those of `HerdingSelection`. Costs O(n * d), and a float64 copy of features of
+    other dtypes.
 
     >>> ClosestToCenterSelection().sorted_indices(np.array([[0.0], [1], [2], [3], [9]]))
     array([3, 2, 1, 0, 4])
@@ -226,7 +249,8 @@ class ClosestToCenterSelection(FeatureBasedSelection):
         return super().name + ("(normalize=True)" if self.normalize else "")
 
     def sorted_indices(self, features: Any, count: int | None = None) -> Ints:
-        """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits, finite. Raises ArgumentError otherwise."""
+        """The order, (min(count, n),) int64. features: (n, d) of any real dtype up to 64 bits,
+        finite. Raises ArgumentError otherwise."""
         phi, _ = _checked_features(features, self.normalize)
         stop = _count(count, phi.shape[0])
         if stop == 0:
@@ -238,7 +262,8 @@ class ClosestToCenterSelection(FeatureBasedSelection):
 
 
 def _array(values: Any, name: str) -> np.ndarray[Any, Any]:
-    """Lists, arrays and tensors on any device as an array. Raises ArgumentError for what cannot become one."""
+    """Lists, arrays and tensors on any device as an array. Raises ArgumentError for what cannot
+    become one."""
     try:
         if hasattr(values, "detach"):
             values = values.detach().cpu()
@@ -254,8 +279,8 @@ def _array(values: Any, name: str) -> np.ndarray[Any, Any]:
 
 
 def _checked_features(features: Any, normalize: bool) -> tuple[Floats, float]:
-    """(n, d) float64, C-contiguous, finite, rows divided by their lengths if wanted, such that squares stay within float64; the largest
-    absolute value."""
+    """(n, d) float64, C-contiguous, finite, rows divided by their lengths if wanted, such that
+    squares stay within float64; the largest absolute value."""
     array = _array(features, "features")
     if array.ndim != 2:
         raise ArgumentError(f"features: expected (n, d), one row for each sample, got shape {array.shape}; flatten with reshape(n, -1)")
@@ -308,10 +333,12 @@ def _by_key(positions: Ints, purpose: str, seed: int) -> Ints:
 
 
 def _herd(phi: Floats, top: float, count: int) -> Ints:
-    """The first `count` of the order. phi: (n, d), n and count at least 1; top: the largest absolute value."""
+    """The first `count` of the order. phi: (n, d), n and count at least 1; top: the largest
+    absolute value."""
     n, d = phi.shape
     mean = phi.mean(axis=0)
-    # Distances do not change when all features are moved; around their mean they are small, and so are rounding errors.
+    # Distances do not change when all features are moved; around their mean they are small, and so
+    # are rounding errors.
     squares, marks = np.empty(n), np.empty(n)
     herding.measure(phi, mean, np.cos(np.arange(d, dtype=np.float64)), squares, marks)
     lengths = np.sqrt(squares)
@@ -335,7 +362,8 @@ def _herd(phi: Floats, top: float, count: int) -> Ints:
 
 
 def _rows(phi: Floats, mean: Floats, lengths: Floats, count: int, dtype: Any) -> tuple[Any, Any, float]:
-    """The rows around their mean, of length 1; the products of all with all, if that pays; and how far off these may be."""
+    """The rows around their mean, of length 1; the products of all with all, if that pays; and how
+    far off these may be."""
     n, d = phi.shape
     rows = np.empty((n, d), dtype)
     herding.make_rows(phi, mean, lengths, rows)
@@ -349,7 +377,8 @@ def _by_definition(phi: Floats, mean: Floats, total: Floats, k: int, close: Ints
 
 
 def _twins(phi: Floats, squares: Floats, marks: Floats) -> tuple[Floats, Ints]:
-    """Of equal rows only the first need be looked at until it is chosen: (squares, inf for the others; the next equal row or -1).
+    """Of equal rows only the first need be looked at until it is chosen: (squares, inf for the
+    others; the next equal row or -1).
 
     marks: (n,), the same for equal rows; few others share one.
     """

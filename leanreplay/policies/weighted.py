@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from ..arrays import Ints, Words
 from ..errors import CorruptionError
 from ..kernels import weighted as kernel
 from ..keys import key_pair
-from .base import Plan, Policy, check_dense
+from .base import Params, Plan, Policy, check_dense
+from .union import Holder, Union, bounded_union
 
 _WRONG_WEIGHTS = (
     "the index holds weights that are not finite and above 0; buffer.check() lists the wrong rows; restore the file from a copy made "
@@ -19,15 +20,17 @@ _WRONG_WEIGHTS = (
 
 
 class WeightedReservoirPolicy(Policy):
-    """The `capacity` samples of the smallest -log1p(-v) / w, v being uniform in (0, 1) and w the weight (Efraimidis and Spirakis 2006).
+    """The `capacity` samples of the smallest -log1p(-v) / w, v being uniform in (0, 1) and w the
+    weight (Efraimidis and Spirakis 2006).
 
-    Groups are the bits of the weights, float64. A sample of weight 0 is rejected. state[0] is the capacity rule's bound, as in
-    `ReservoirPolicy`. 24 bytes per row; a heap of the keys gives the row to replace.
+    Groups are the bits of the weights, float64. A sample of weight 0 is rejected. state[0] is the
+    capacity rule's bound, as in `ReservoirPolicy`. 24 bytes per row; a heap of the keys gives the
+    row to replace.
     """
 
     needs_groups = True
 
-    def __init__(self, capacity: int, seed: int, params: dict[str, Any]) -> None:
+    def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._k0, self._k1 = key_pair("weighted reservoir", seed)
         self._keys = np.zeros(0, np.uint64)
@@ -67,8 +70,12 @@ class WeightedReservoirPolicy(Policy):
         return np.sort(np.lexsort((positions, ~self.keys(positions, groups)))[:capacity])
 
     def keys(self, positions: Ints, groups: Ints) -> Words:
-        """Return the keys of these samples, (n,): the largest stay, and of equal ones the oldest."""
+        """Return the keys of these samples, (n,): the largest stay, and of equal ones the
+        oldest."""
         keys = np.empty(positions.shape[0], np.uint64)
         if not kernel.weighted_keys(positions, groups.view(np.float64), self._k0, self._k1, keys):
             raise CorruptionError(_WRONG_WEIGHTS)
         return keys
+
+    def union(self, holders: Sequence[Holder]) -> Union:
+        return bounded_union(holders, self.capacity, self.keys)

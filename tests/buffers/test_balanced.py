@@ -50,7 +50,7 @@ from leanreplay.buffers import (
     base as buffers,
 )
 from leanreplay.kernels import rows as kernel
-from leanreplay.policies.balanced import BalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
+from leanreplay.policies.balanced import ClassBalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
 from leanreplay.storage import (
     create,
     store,
@@ -90,7 +90,7 @@ class Bare:
 
     def __init__(self, kind: str, size: int, seed: int, total: int = 0, stream: int = 0) -> None:
         mode, fixed = KINDS[kind]
-        self.cls = ClassBalancingReservoirPolicy if mode == LARGEST else BalancedPolicy
+        self.cls = ClassBalancingReservoirPolicy if mode == LARGEST else ClassBalancedPolicy
         self.params: dict[str, Any] = {} if mode == LARGEST else {"adaptive_size": not fixed, "borrow": mode == BORROW}
         self.params |= {"total_num_classes": total} if fixed else {}
         self.seed, self.start, self.log = seed, stream * STREAM, NO_LOG

@@ -535,5 +535,14 @@ def test_keep_of_an_own_policy(kept):
 def test_too_many_rows_for_groups():
     """Links between rows are 32 bits wide: more rows than that are refused, not wrapped around."""
     schema = lr.Schema.from_sample((np.zeros(1, np.uint8), 1))
-    with pytest.raises(lr.ArgumentError, match="lower max_size"):
-        lr.ClassBalancedBuffer(2**31, schema=schema)
+    for kind in (lr.ClassBalancedBuffer, lr.ExperienceBalancedBuffer, lr.ClassBalancingReservoirBuffer, lr.ParametricBuffer):
+        with pytest.raises(lr.ArgumentError, match="lower max_size"):
+            kind(2**31, schema=schema)
+        with pytest.raises(lr.ArgumentError, match="lower max_size"):
+            kind(2**31 - 1)  # before the first batch, too
+        with kind(4) as buffer:
+            for _ in range(2):
+                with pytest.raises(lr.ArgumentError, match="lower max_size"):
+                    buffer.resize(2**31 - 1)
+                assert buffer.max_size == 4
+                buffer.add((np.zeros((3, 1), np.uint8), np.arange(3)))
