@@ -14,6 +14,7 @@ import pytest
 from nightly import is_left_out
 from paths import in_memory
 
+collect_ignore_glob = ["*/conftest.py", "support/*", "typing/*"]  # which hold no tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # there are as many test processes as cores
 multiprocessing.set_forkserver_preload(["leanreplay.torch", "pytest"])  # which take seconds to import
 

@@ -19,22 +19,27 @@ def times(default: int, nightly: int) -> int:
 # Tests of a file that only a nightly run makes. By default the same checks are made of the kinds of buffers (learners, workers) that do
 # most: what is left out shares the code with them.
 LEFT_OUT = {
-    "test_async_reservoir": r"dies_sending-False|dies_sending-True-1|test_ctrl_c\[(wait|begin|train-fork-no)",
+    "test_async_ends": r"test_ctrl_c\[(wait|begin|train-fork-no)",
+    "test_async_sources": r"dies_sending-False|dies_sending-True-1",
     "test_at_once": r"test_stopped_at_every_line\[(window|reservoir)|test_a_signal_handler\[.*Reservoir",
-    "test_balanced": r"test_uniform_within_groups\[(fixed|borrow)|test_random_streams\[(fixed|borrow)",
     "test_balanced_kill": r"\[(fixed|borrow)",
+    "test_balanced_kill_steps": r"\[(fixed|borrow)",
+    "test_damaged_files": r"test_parameters_that_lie",  # test_hostile.py does that to every kind
     "test_examples": r"test_resume_of_a_finished_run|test_killed_at_|test_mnist",
-    "test_format": r"test_parameters_that_lie",  # test_hostile.py does that to every kind
-    "test_interleaved": r"test_resume_every_position_with_workers\[2",
+    "test_fit_resume": r"test_killed_anywhere\[(Super|CLS)",
+    "test_interleaved_resume": r"test_resume_every_position_with_workers\[2",
     "test_kernels": r"test_kernel_tests_without_jit",  # each is called as Python as well
     "test_kill": r"\[(greedy|window)",
-    "test_loader": r"\[(greedy|window).*(asleep|held|done)|test_ctrl_c_at_every_line\[(balance|transform)",
+    "test_kill_steps": r"\[(greedy|window)",
+    "test_loader": r"\[(greedy|window).*(asleep|held|done)",
+    "test_loader_ends": r"test_ctrl_c_at_every_line\[(balance|transform)",
     "test_memory": r"\[(update|classes)",
-    "test_merge": r"test_memory_stays_small",
+    "test_merge_kills": r"test_memory_stays_small",
     "test_parametric": r"test_any_history\[(Random|Closest|Largest)",
     "test_power": r"\[(greedy|window)",
+    "test_quotas": r"test_uniform_within_groups\[(fixed|borrow)|test_random_streams\[(fixed|borrow)",
     "test_torch": r"test_data_loader_sees_commits\[(ram|parts)-.*persistent",
-    "test_training": r"test_killed_anywhere\[(Super|CLS)",
+    "test_undo_files": r"\[(greedy|window)",
 }
 
 

@@ -1,0 +1,10 @@
+""""""
+
+from __future__ import annotations
+
+from leanreplay import (
+    ClosestToCenterSelection,
+    HerdingSelection,
+)
+
+FEATURES = [HerdingSelection, ClosestToCenterSelection]
