@@ -35,7 +35,8 @@ from .loading.async_reservoir import AsyncReservoir
 from .loading.interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
 from .loading.replay_loader import MixedLoader, ReplayLoader
 from .training.evaluation import Evaluation, evaluate
-from .training.fit import History, fit, saved_task
+from .training.fit import History, fit
+from .training.resume import saved_task
 
 __all__ = [
     "AsyncReservoir",

@@ -102,6 +102,20 @@ def test_data_of_the_own_buffer(kind, tmp_path):
     assert buffer.seen == 90
 
 
+def test_a_dataset_may_hold_the_buffer_for_another_purpose():
+    """A buffer in an attribute of a dataset does not make its rows the samples: these are new, and stored."""
+    learner = make(ReservoirBuffer(30))
+    fit(learner, data(), max_epochs=1, progress=False)
+    for i, held in enumerate((learner.buffer, {"replay": learner.buffer}, learner.buffer.sample, [learner.buffer, learner.buffer])):
+        dataset = Wrapped(TensorDataset(*data(seed=i)))
+        dataset.held = held
+        fit(learner, Subset(dataset, range(20)), max_epochs=1, progress=False, task_id=i)
+        assert learner.buffer.seen == 40 + 20 * (i + 1)
+    for dataset in (learner.buffer, Subset(learner.buffer, [0, 1]), ConcatDataset([TensorDataset(*data()), learner.buffer])):
+        with pytest.raises(ArgumentError, match="rows of the learner's own buffer"):
+            fit(learner, dataset, max_epochs=1, progress=False, task_id=9)
+
+
 def test_a_buffer_that_is_only_read(tmp_path):
     """Open for reading, or of exemplars: replayed from, by a learner with store=False."""
     with ReservoirBuffer(30, tmp_path / "b.h5") as buffer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import numpy.typing as npt
 import torch
 
 from ...arguments import LARGEST, function_or_none, instance, integer, number, required
+from ...arrays import Ints
 from ...errors import ArgumentError
 from ..data import device_named
-from ..distributed import unwrapped
-from .reading import Reader
+from ..distributed import gather, rank_and_size, unwrapped
+from ..learners.draws import Transforms
+from .reading import Reader, piece
 
 
 class Evaluation:
@@ -137,15 +139,18 @@ def evaluate(
         raise ArgumentError(f"tasks must be a list of datasets, at least one, got {type(tasks).__name__} {tasks!r:.100}")
     if isinstance(tasks, tuple) and any(isinstance(task, (torch.Tensor, np.ndarray)) for task in tasks):
         raise ArgumentError("tasks is a pair of arrays; for a single task give a list of that one: [(x, y)]")
-    functions = {"transform": transform, "target_transform": target_transform, "batch_transform": batch_transform}
-    for name, function in {**functions, "collate_fn": collate_fn}.items():
+    functions = transform, target_transform, batch_transform, collate_fn
+    for name, function in zip(("transform", "target_transform", "batch_transform", "collate_fn"), functions, strict=True):
         function_or_none(name, function)
     required("batch_size", batch_size, 1, 2**40)
     integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if threshold is not None:
         number("threshold", threshold, -LARGEST, wanted="a number, 0.0 for logits and 0.5 for probabilities")
     device = device_named(device)
-    readers = [Reader(f"tasks[{i}]", task, collate_fn, **functions) for i, task in enumerate(tasks)]
+    readers = [
+        Reader(f"tasks[{i}]", task, collate_fn, Transforms(transform, target_transform, batch_transform, f"tasks[{i}]: "))
+        for i, task in enumerate(tasks)
+    ]
     row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]
     rows = [] if previous is None else previous.matrix.tolist()
     width = max(map(len, [*rows, row]))
@@ -172,7 +177,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def predictions(
-    model: torch.nn.Module, reader: Reader, indices: npt.NDArray[np.int64], batch_size: int, device: torch.device | str
+    model: torch.nn.Module, reader: Reader, indices: Ints, batch_size: int, device: torch.device | str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(outputs, targets) of each batch, on the device. To be used within `evaluating`."""
     for start in range(0, len(indices), batch_size):
@@ -182,6 +187,45 @@ def predictions(
             got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise ArgumentError(f"{reader.name}: expected a tensor of outputs ({len(y)}, ...) for {len(y)} targets, the model gave {got}")
         yield outputs, y.to(device)
+
+
+def validate(
+    model: torch.nn.Module,
+    reader: Reader,
+    loss_fn: Callable[..., Any],
+    metrics: Mapping[str, Callable[..., Any]],
+    batch_size: int,
+    device: torch.device,
+    cast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """Compute loss and metrics on the whole set, as "val_<name>".
+
+    Each rank computes the outputs of its part, and all get the same numbers. cast: makes the context of
+    the forward passes.
+    """
+    rank, ranks = rank_and_size()
+    with evaluating(model):
+        with cast():
+            parts = list(predictions(model, reader, piece(np.arange(len(reader)), rank, ranks), batch_size, device))
+        if ranks > 1:
+            everyone = gather([(outputs.cpu(), targets.cpu()) for outputs, targets in parts])
+            parts = [(outputs.to(device), targets.to(device)) for part in everyone for outputs, targets in part]
+        outputs, targets = (torch.cat(column) for column in zip(*parts, strict=True))
+        outputs = outputs.float() if outputs.dtype is torch.bfloat16 else outputs
+        try:
+            values = {"val_loss": float(loss_fn(outputs.clone(), targets.clone()))}
+        except (IndexError, RuntimeError) as error:
+            raise ArgumentError(
+                f"{reader.name}: the learner's loss_fn does not take outputs of shape {tuple(outputs.shape)} and {targets.dtype} "
+                f"targets of shape {tuple(targets.shape)}: {str(error).splitlines()[0]:.200}; map them with test_target_transform"
+            ) from error
+        for name, function in metrics.items():
+            value = function(outputs.clone(), targets.clone())  # it may work in place, as may the loss
+            try:
+                values[f"val_{name}"] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ArgumentError(f"metrics[{name!r}] must give a number, got {value!r:.200}") from None
+    return values
 
 
 def _accuracy(

@@ -1,7 +1,8 @@
 """State folders: checkpoints of a training run that appear whole, on all ranks or on none.
 
-A rank writes `state-<number>.rank<rank>.pt`: aside, synced, then renamed. Only when all ranks have a number are older ones removed: so
-there is always one that all have, and it is one of the last two. That many restore points every buffer has.
+A rank writes `state-<number>.rank<rank>.pt`: aside, synced, then renamed. Older states are removed
+only when all ranks have the number. So there is always a state that all ranks have, and it is one of
+the last two. Every buffer has that many restore points.
 """
 
 from __future__ import annotations
@@ -30,8 +31,16 @@ class StateFolder:
         self.rank = rank_and_size()[0]
         self._next: int | None = None
 
+    @property
+    def real_path(self) -> str:
+        """The same for all names of one folder."""
+        return os.path.realpath(self.folder)
+
     def newest(self) -> int | None:
-        """The number of the newest state that all ranks have; None if there is none at all. All ranks must call it."""
+        """Return the number of the newest state that all ranks have; None if there is none at all.
+
+        All ranks must call it.
+        """
         everyone = gather(self._numbers())
         if not any(everyone):
             return None
@@ -41,13 +50,14 @@ class StateFolder:
         return max(common)
 
     def load(self, number: int) -> dict[str, Any]:
-        """A state, its tensors on the CPU."""
+        """Load a state, its tensors on the CPU."""
         return _read(self._path(number))
 
     def save(self, state: Mapping[str, Any], buffer: DataBuffer | None = None) -> int:
-        """Write a state, with a copy of the buffer if one is given, and remove older ones. Returns its number. All ranks must call it.
+        """Write a state, with a copy of the buffer if one is given, and remove older states.
 
-        Raises StateError, and leaves older states, for one that could not be loaded.
+        Returns its number. All ranks must call it. Raises StateError, and leaves older states, for a
+        state that could not be loaded.
         """
         if self._next is None:
             self._next = 1 + max(n for numbers in gather(self._numbers()) for n in [0, *numbers])
@@ -66,7 +76,7 @@ class StateFolder:
         return number
 
     def buffer_copy(self, number: int) -> str:
-        """Where the copy of the buffer is that belongs to a state, if one was asked for."""
+        """Where the copy of the buffer is that belongs to a state, if it has one."""
         return os.path.join(self.folder, f"buffer-{number}.rank{self.rank}")
 
     def write(self, name: str, state: Any) -> None:
@@ -83,7 +93,7 @@ class StateFolder:
         return os.path.join(self.folder, f"state-{number}.rank{self.rank}.pt")
 
     def _numbers(self) -> list[int]:
-        """Of this rank's states."""
+        """The numbers of this rank's states."""
         if not os.path.isdir(self.folder):
             return []
         found = [re.fullmatch(rf"state-([0-9]{{1,18}})\.rank{self.rank}\.pt", name) for name in os.listdir(self.folder)]
@@ -91,7 +101,7 @@ class StateFolder:
 
 
 def _write(path: str, state: Any) -> None:
-    """torch.save, so that a killed process leaves the old file or the new one, and never one that `weights_only` refuses."""
+    """Save a state so that a kill leaves the old file or the new one, and that `weights_only` takes it."""
     system.remove_temporaries(path)
     fd, temp = system.temporary(path)
     try:
