@@ -33,7 +33,8 @@ from .learners import (
 )
 from .loading.async_reservoir import AsyncReservoir
 from .loading.interleaved import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig, ShuffleSampler
-from .loading.replay_loader import MixedLoader, ReplayLoader
+from .loading.mixed_loader import MixedLoader
+from .loading.replay_loader import ReplayLoader
 from .training.evaluation import Evaluation, evaluate
 from .training.fit import History, fit
 from .training.resume import saved_task

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .... import SlidingWindowBuffer
 from ....arguments import instance
-from ....buffers.base import SlidingWindowBuffer
 from ....errors import ArgumentError, StateError
 from ....keys import STREAM_BITS
 from ....samples.batch import stack

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate, default_convert
 
+from .... import SlidingWindowBuffer
 from ....arguments import call, choice, instance, integer, length, required, required_function
-from ....buffers.base import SlidingWindowBuffer
 from ....errors import ArgumentError, ModeError, SchemaError, WorkerError
 from ....keys import key_pair
 from .entries import InBuffer, InMemory
