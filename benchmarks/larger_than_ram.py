@@ -137,10 +137,10 @@ def warm_reads(folder: str, repetitions: int) -> Row:
     path = os.path.join(folder, "warm.h5")
     fill(path, 100_000)
     with leanreplay.open(path) as with_it, leanreplay.open(path) as without:
-        store = without._store
+        store = without.current.store
         system.advise(store._map, "NORMAL", 0, store.table.file_size)
         store._large = []
-        without._set_counts(10**9, 0)  # other rows than the first, which the caches of the processor now hold
+        without.draws.begin(10**9, 0)  # other rows than the first, which the caches of the processor now hold
         found = interleaved(
             {"with": lambda: seconds(lambda: with_it.sample(_BATCH)), "without": lambda: seconds(lambda: without.sample(_BATCH))},
             repetitions,

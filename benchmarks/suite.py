@@ -486,7 +486,7 @@ def opening(o: Options) -> Lines:
         calls["torchrl loads, where the files lie"] = lambda: theirs(True)
     generator = np.random.default_rng(0)
     with leanreplay.open(ours.path) as buffer:
-        columns = buffer._store.table.columns[:3]  # no call of the library takes part in this
+        columns = buffer.current.store.layout.columns[:3]  # no call of the library takes part in this
 
     def mapped() -> float:
         where = generator.choice(rows, 256, replace=False)

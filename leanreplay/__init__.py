@@ -8,15 +8,11 @@ from .buffers.balanced import (
     ClassBalancingReservoirBuffer,
     ExperienceBalancedBuffer,
 )
-from .buffers.base import (
-    DataBuffer,
-    GreedyClassBalancingBuffer,
-    ReservoirBuffer,
-    SlidingWindowBuffer,
-    open_buffer,
-)
+from .buffers.base import DataBuffer
 from .buffers.exemplars import ParametricBuffer
 from .buffers.infinite import InfiniteBuffer
+from .buffers.registry import open_buffer
+from .buffers.simple import GreedyClassBalancingBuffer, ReservoirBuffer, SlidingWindowBuffer
 from .buffers.weighted import WeightedReservoirBuffer
 from .errors import (
     ArgumentError,

@@ -20,7 +20,9 @@ import numpy as np
 
 from .arguments import as_path, integer
 from .arrays import Ints
-from .buffers.base import _KINDS, MERGED, DataBuffer
+from .buffers.base import DataBuffer
+from .buffers.parameters import MERGED
+from .buffers.registry import KINDS, unknown
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
 from .kernels import merge as kernel
 from .keys import MAX_STREAM, STREAM_BITS
@@ -163,8 +165,8 @@ def merge(
         raise ArgumentError("merge needs at least one buffer, got none")
     with contextlib.ExitStack() as stack:
         # In one order everywhere: two merges of the same open buffers must not wait for each other.
-        for buffer in sorted((b for b in given if isinstance(b, DataBuffer)), key=lambda b: id(b._lock)):
-            stack.enter_context(buffer._lock)
+        for buffer in sorted((b for b in given if isinstance(b, DataBuffer)), key=lambda b: id(b.lock)):
+            stack.enter_context(buffer.lock)
         inputs = [_input(one, number, stack) for number, one in enumerate(given)]
         _check_places(inputs, path)
         kind = _check_fit(inputs)
@@ -185,10 +187,10 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
     """Open one input, and see that its index is sound."""
     if isinstance(given, DataBuffer):
         name = given.path or f"input {number} (in memory)"
-        if given._folder:
+        if not given.sized:
             raise _refused([name], given.kind, AppendPolicy)
-        store = given._require()
-        if store is None:
+        store = given.current.reading()
+        if store.schema is None:
             raise ArgumentError(f"{name} is empty: it has no schema before its first batch; leave it out")
     else:
         name = as_path(given, f"input {number}")
@@ -260,9 +262,9 @@ def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:
             raise MismatchError(f"{first.name} and {other.name} cannot be merged: they differ in {'; '.join(differing)}")
     names = [i.name for i in inputs]
     kind = first.table.kind
-    if kind not in _KINDS:
-        raise MismatchError(f"{names[0]} is a {kind}; import the module that defines this class first. Known here: {sorted(_KINDS)}")
-    policy = _KINDS[kind].policy_class
+    if kind not in KINDS:
+        raise unknown(names[0], kind)
+    policy = KINDS[kind].policy_class
     if "union" not in vars(policy):
         raise _refused(names, kind, policy)
     holder: dict[int, str] = {}
@@ -274,7 +276,7 @@ def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:
                     "give each buffer its own, for instance stream=rank"
                 )
             holder[number] = one.name
-    return _KINDS[kind]
+    return KINDS[kind]
 
 
 def _free_stream(inputs: Sequence[_Input], given: int | None) -> int:
@@ -307,19 +309,18 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
             stacklevel=3,
         )
     params = first.params | {"streams": sorted(set().union(*(i.streams for i in inputs))), "merged": seen}
-    table, pieces = made._plan_file(params, size, first.seed, stream, first.schema, made._uuid, 2 * union.log.shape[0])
+    table, pieces = made.parameters.plan_file(first.schema, size, params, 2 * union.log.shape[0])
 
     def fill(new: Store) -> None:
         with _unchanged(inputs):
             for change in _changes(inputs, union, seen, positions, places, new.max_rows):
                 new.commit(change)
 
-    if made._lock_fd is not None:
-        system.remove_temporaries(str(made._where))
-    with made._replacing_file() if made.mode == "w" else contextlib.nullcontext():
-        made._store = Store.create(made._where, table, pieces, replace=made.mode == "w", fill=fill, guard=made._locking)
-    made._take_from_file()
-    made._adopt(None)
+    here, replace = made.location, made.mode == "w"
+    with here.replacing() if replace else contextlib.nullcontext():
+        made.current.store = Store.create(here.where, table, pieces, replace=replace, fill=fill, guard=here.options.guard)
+    made.parameters.forget()
+    made.parameters.adopt(table, None, made.path)
 
 
 def _changes(inputs: Sequence[_Input], union: Union, seen: int, positions: Ints, places: Ints, max_rows: int) -> Iterator[Change]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..arguments import integer, required
-from ..arrays import NO_LOG, NO_ROWS, Ints
+from ..arrays import NO_ROWS, Ints
 from ..errors import ArgumentError, GroupError, RowError
 from ..policies.balanced import (
     BalancedPolicy,
@@ -22,8 +22,9 @@ from ..policies.balanced import (
     group_quotas,
 )
 from ..policies.exemplars import ParametricPolicy
-from ..samples.schema import Schema
-from .base import DataBuffer, Reach, places
+from ..storage.store import Store
+from .base import DataBuffer
+from .reading import Reach, parse_indices
 
 
 class BalancedBuffer(DataBuffer):
@@ -31,9 +32,8 @@ class BalancedBuffer(DataBuffer):
     parameters."""
 
     policy_class: ClassVar[type[BalancedPolicy | ParametricPolicy]] = BalancedPolicy
-    _params: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
-    _rows_by_group: tuple[Any, int, dict[int, Ints]] | None
-    _sizes_by_group: tuple[Any, int, dict[int, int]] | None
+    _rows_by_group: tuple[Store, int, dict[int, Ints]] | None = None
+    _sizes_by_group: tuple[Store, int, dict[int, int]] | None = None
 
     def _given(self, total: Any, **flags: Any) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or
@@ -45,20 +45,14 @@ class BalancedBuffer(DataBuffer):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
             self._params[name] = None if value is None else bool(value)
 
-    def _params_given(self) -> dict[str, Any]:
-        return self._params
-
-    def _take_from_file(self) -> None:
-        super()._take_from_file()
-        self._params = {}
-
-    def _items_of_group(self, group: int, indices: Sequence[int], reach: int) -> list[tuple[Any, dict[str, Any]]]:
-        with self._lock:
+    def items_of_group(self, group: int, indices: Sequence[int], reach: int) -> list[tuple[Any, dict[str, Any]]]:
+        """The samples at these places in the rows of a group. reach: as of `parse_indices`."""
+        with self.lock:
             for _ in range(100):
                 rows = self._rows_of_group(group)
-                store = self._require()
+                store = self.current.reading()
                 size = rows.shape[0]
-                chosen = rows[places(indices, size, reach, functools.partial(self._stand_in, store, size))]
+                chosen = rows[parse_indices(indices, size, reach, functools.partial(self.draws.stand_in, store, size))]
                 if not chosen.shape[0]:
                     return []
                 try:
@@ -68,22 +62,15 @@ class BalancedBuffer(DataBuffer):
                         raise
                     continue
                 if store.writable or (index[1] == group).all():
-                    return self._items_of(store.table.schema, arrays, index, chosen)
+                    return self.view.items(store.layout.schema, arrays, index, chosen)
                 self._rows_by_group = None  # a reader: the row has gone to another group since
             raise RowError(f"{self.path}: the rows of group {group} keep changing while they are read")
-
-    def _settle_params(self) -> None:
-        self._params = self.policy_class.settle(self._params, self.max_size)
-
-    def _adopt(self, schema: Schema | None) -> None:
-        super()._adopt(schema)
-        self._params = dict(self._store.table.params)
 
     @property
     def adaptive_size(self) -> bool:
         """Whether `max_size` is divided over the groups seen so far, and not over a total known
         beforehand."""
-        return bool(self._params.get("adaptive_size", True))
+        return bool(self.parameters.own.get("adaptive_size", True))
 
     def get_group_lengths(self, num_groups: int) -> list[int]:
         """Quotas of so many groups, the largest first.
@@ -95,24 +82,22 @@ class BalancedBuffer(DataBuffer):
         n = required("num_groups", num_groups, 0, 2**31)
         if self.adaptive_size:
             return sorted(group_quotas(self.max_size, np.arange(n, dtype=np.uint64)).tolist(), reverse=True)
-        total = self._params[self.policy_class.total_name]
+        total = self.parameters.own[self.policy_class.total_name]
         if n > total:
             raise ArgumentError(f"{n} groups, but this buffer is for a total of {total}")
         return [self.max_size // total] * n
 
-    def _by_group(self) -> tuple[Any, dict[int, Ints]]:
+    def _by_group(self) -> tuple[Store, dict[int, Ints]]:
         """The store, and the rows of each group that was ever seen, in order of id. Worked out once
         per commit, O(rows log rows)."""
-        store = self._require()
-        if store is None:
-            return None, {}
+        store = self.current.reading()
         for _ in range(100):
             known_of = self._rows_by_group
             if known_of is not None and known_of[0] is store and known_of[1] == store.sequence:
                 return store, known_of[2]
             if store.writable:
                 store.verify_index()
-            sequence, log = store.sequence, store.log()
+            sequence, log = store.sequence, store.policy_log()
             positions, groups = store.snapshot(slice(0, store.high))
             live = np.flatnonzero(positions >= 0)
             order = np.argsort(groups[live], kind="stable")
@@ -127,16 +112,14 @@ class BalancedBuffer(DataBuffer):
 
     def group_sizes(self) -> dict[int, int]:
         """Rows that each group holds, by id: all groups seen so far, those without a row too."""
-        with self._lock:
-            store, known = self._require(), self._sizes_by_group
-            if store is None:
-                return {}
+        with self.lock:
+            store, known = self.current.reading(), self._sizes_by_group
             if known is not None and known[0] is store and known[1] == store.sequence:
                 return known[2].copy()
             if store.writable:
                 store.verify_index()
             for _ in range(100):
-                sequence, log = store.sequence, store.log()
+                sequence, log = store.sequence, store.policy_log()
                 sizes = dict.fromkeys(log[log[:, 0] == 0, 1].tolist(), 0)
                 for _, positions, groups in store.pieces():
                     for g, count in zip(*map(np.ndarray.tolist, np.unique(groups[positions >= 0], return_counts=True)), strict=True):
@@ -150,7 +133,7 @@ class BalancedBuffer(DataBuffer):
     def group_rows(self, group: int) -> Ints:
         """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`.
         GroupError for one never seen."""
-        with self._lock:
+        with self.lock:
             return self._rows_of_group(group).copy()
 
     def _rows_of_group(self, group: int) -> Ints:
@@ -160,7 +143,7 @@ class BalancedBuffer(DataBuffer):
         except (KeyError, TypeError):
             raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
 
-    def _experience(self, given: Any, at: Any, step: int) -> Any:
+    def experience_number(self, given: Any, at: Any, step: int) -> Any:
         """The number of an experience: given, or `step` beyond the largest seen. An array, one for
         each sample, is `_groups`' concern."""
         if isinstance(given, np.ndarray) and given.ndim:
@@ -170,8 +153,8 @@ class BalancedBuffer(DataBuffer):
             return number
         if at is not None:
             raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
-        store = self._require()
-        log = NO_LOG if store is None else store.log()
+        store = self.current.reading()
+        log = store.policy_log()
         seen = log[log[:, 0] == 0, 1]  # the rows need not be looked at, which would take memory for each of them
         newest = int(seen.max()) + step if seen.shape[0] else 0
         if newest >= 2**63:
@@ -190,10 +173,6 @@ class BalancedBuffer(DataBuffer):
         (4, 2, np.int64(3))
         """
         return Groups(self)
-
-    def _start(self) -> None:
-        super()._start()
-        self._rows_by_group = self._sizes_by_group = None
 
 
 class Group:
@@ -225,7 +204,7 @@ class Group:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
-        return self.buffer._items_of_group(self.group, indices, self._reach.now())
+        return self.buffer.items_of_group(self.group, indices, self._reach.now())
 
     def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         for i in range(len(self)):
@@ -347,15 +326,15 @@ class ExperienceBalancedBuffer(BalancedBuffer):
     ) -> None:
         """As `DataBuffer.add`. experience: number of the experience that the batch is of, or an
         array of one for each sample; None: the newest, at first 0."""
-        with self._lock:
-            super().add(batch, metadata=metadata, group=self._experience(experience, at, 0), at=at, moved=moved)
+        with self.lock:
+            super().add(batch, metadata=metadata, group=self.experience_number(experience, at, 0), at=at, moved=moved)
 
     def check_batch(  # type: ignore[override]
         self, batch: Any, *, metadata: Mapping[str, Any] | None = None, experience: int | None = None
     ) -> None:
         """As `DataBuffer.check_batch`."""
-        with self._lock:
-            super().check_batch(batch, metadata=metadata, group=self._experience(experience, None, 0))
+        with self.lock:
+            super().check_batch(batch, metadata=metadata, group=self.experience_number(experience, None, 0))
 
     def update(  # type: ignore[override]
         self,
@@ -367,8 +346,8 @@ class ExperienceBalancedBuffer(BalancedBuffer):
     ) -> None:
         """As `DataBuffer.update`. experience: number of the experience that the dataset is; None:
         the next one, from 0 on."""
-        with self._lock:
-            super().update(dataset, metadata=metadata, group=self._experience(experience, at, 1), at=at)
+        with self.lock:
+            super().update(dataset, metadata=metadata, group=self.experience_number(experience, at, 1), at=at)
 
 
 class ClassBalancingReservoirBuffer(BalancedBuffer):
@@ -389,6 +368,3 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
     """
 
     policy_class = ClassBalancingReservoirPolicy
-
-    def _params_given(self) -> dict[str, Any]:
-        return {}

@@ -23,6 +23,9 @@ from ..samples.schema import Field, Schema
 from ..storage.layout import Table
 from ..storage.store import Change
 from .balanced import BalancedBuffer
+from .feeding import skipped
+from .reading import all_rows
+from .rewriting import lengthen_log
 
 Arrays = list[np.ndarray[Any, Any]]
 
@@ -128,8 +131,8 @@ class ParametricBuffer(BalancedBuffer):
     """
 
     policy_class = ParametricPolicy
-    _whole = True
-    selection_strategy: SelectionStrategy | None = None
+    whole_journal = True
+    _strategy: SelectionStrategy | None = None
 
     def __init__(
         self,
@@ -146,34 +149,34 @@ class ParametricBuffer(BalancedBuffer):
             choice("groupby", groupby, GROUPBY, "; give group ids of your own with the data: group=...")
         if selection_strategy is not None and not isinstance(selection_strategy, SelectionStrategy):
             raise ArgumentError(f"selection_strategy must be a SelectionStrategy, got {selection_strategy!r:.200}")
-        self.selection_strategy = selection_strategy
+        self._strategy = selection_strategy
         self._given(total_num_groups, adaptive_size=adaptive_size)
         self._params["groupby"] = None if groupby == "" else groupby or "nothing"
-        self._params["selection_strategy"] = None if selection_strategy is None else selection_strategy.name
+        if selection_strategy is not None:
+            self._params |= {"selection_strategy": selection_strategy.name, "uniform": bool(selection_strategy.uniform)}
         super().__init__(max_size, path, **options)
 
-    def _settle_params(self) -> None:
-        self.selection_strategy = self.selection_strategy or RandomSelection()
-        self._params |= {"selection_strategy": self.selection_strategy.name, "uniform": bool(self.selection_strategy.uniform)}
-        super()._settle_params()
-
-    def _adopt(self, schema: Schema | None) -> None:
-        super()._adopt(schema)
-        name = self._params["selection_strategy"]
-        if self.selection_strategy is None and name in _BUILT_IN:
-            self.selection_strategy = _BUILT_IN[name]()
+    @classmethod
+    def table_problem(cls, table: Table) -> str | None:
+        return super().table_problem(table) or (None if _RANK in table.schema.metadata else "there is no rank in the metadata")
 
     @classmethod
-    def _table_problem(cls, table: Table) -> str | None:
-        return super()._table_problem(table) or (None if _RANK in table.schema.metadata else "there is no rank in the metadata")
+    def _stored_schema(cls, schema: Schema) -> Schema:
+        return _with_rank(schema)
 
-    def _create(self, schema: Schema) -> None:
-        super()._create(_with_rank(schema))
+    @property
+    def selection_strategy(self) -> SelectionStrategy | None:
+        """The strategy that was given, else the built-in one that the file names; None if there is
+        no such."""
+        built_in = _BUILT_IN.get(self.parameters.own.get("selection_strategy", ""))
+        if self._strategy is None and built_in is not None:
+            self._strategy = built_in()
+        return self._strategy
 
     @property
     def groupby(self) -> str | None:
         """What samples are grouped by."""
-        name = self._params["groupby"]
+        name = self.parameters.own["groupby"]
         return None if name == "nothing" else name
 
     # -- feeding -----------------------------------------------------------------------------------------------------
@@ -190,7 +193,7 @@ class ParametricBuffer(BalancedBuffer):
     ) -> None:
         """Feed a batch as one unit. features: (n, d), or a function of a batch of samples as
         stored, (B, ...) -> (B, d)."""
-        with self._lock:
+        with self.lock:
             schema, checked, groups = self._unit(batch, metadata, group, experience, at)
             self._feed_unit(schema, checked.n, checked.fetch, features, groups, at)
 
@@ -198,14 +201,14 @@ class ParametricBuffer(BalancedBuffer):
         self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, experience: int | None = None
     ) -> None:
         """As `DataBuffer.check_batch`; features are not looked at."""
-        with self._lock:
+        with self.lock:
             self._unit(batch, metadata, group, experience, None)
 
     def _unit(self, batch: Any, metadata: Any, group: Any, experience: Any, at: Any) -> tuple[Schema, Batch, Ints]:
         """A batch that fits, and the groups of its samples."""
-        store = self._require_writable()
+        store = self.current.writing()
         _refuse_rank(metadata)
-        schema = Schema.from_batch(batch, metadata) if store is None else _without_rank(store.table.schema)
+        schema = Schema.from_batch(batch, metadata) if store.schema is None else _without_rank(store.schema)
         leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
         checked = Batch(leaves, schema.fields)
         checked.groups = np.zeros(checked.n, np.int64)
@@ -229,10 +232,10 @@ class ParametricBuffer(BalancedBuffer):
         features: (n, d), or a function of a batch of samples as stored, (B, ...) -> (B, d). The
             rest as for `DataBuffer.update`.
         """
-        with self._lock:
-            store = self._require_writable()
+        with self.lock:
+            store = self.current.writing()
             _refuse_rank(metadata)
-            items = Items(dataset, metadata, None if store is None else _without_rank(store.table.schema))
+            items = Items(dataset, metadata, None if store.schema is None else _without_rank(store.schema))
             n, schema = items.n, items.schema
             if n == 0:
                 return
@@ -252,7 +255,7 @@ class ParametricBuffer(BalancedBuffer):
         if by is None:
             return 0
         if by == "experience":
-            return self._experience(experience, at, step)
+            return self.experience_number(experience, at, step)
         if by == "task" and "task" in schema.metadata_names:
             return leaf(len(schema.data) + schema.metadata_names.index("task"))
         field = _element(schema, 1 if by == "class" else 2)
@@ -264,21 +267,21 @@ class ParametricBuffer(BalancedBuffer):
     def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: Any) -> None:
         """Rank the samples of each group in it together with those held, and commit what
         changes."""
-        store = self._store
+        store = self.current.store
         strategy = self.selection_strategy
         if strategy is None:
-            raise ArgumentError(f"give selection_strategy={self._params['selection_strategy']} when opening this buffer to feed it")
-        skip = self._skip(at, n, store)
+            raise ArgumentError(f"give selection_strategy={self.parameters.own['selection_strategy']} when opening this buffer to feed it")
+        skip = skipped(at, n, store)
         if n == skip:
             return
-        if store is None:
-            fresh: Any = self._new_policy(self._params)
+        if store.schema is None:
+            fresh: Any = self.parameters.new_policy()
             fresh.load(NO_ROWS, NO_ROWS)
             ids = np.unique(groups[skip:])
             fresh.quotas(ids, self.max_size, np.zeros_like(ids))
-            self._create(schema)
-            store = self._store
-        policy: Any = self._ready_policy(store)
+            self.current.create(schema)
+            store = self.current.store
+        policy: Any = self.feeder.take_policy(store)
         start = (self.stream << STREAM_BITS) + store.seen - skip
         before = self._by_group()[1]
         fed = groups[skip:]
@@ -312,7 +315,7 @@ class ParametricBuffer(BalancedBuffer):
             old_ranks.append(mine[moved])
             new.take(fresh[theirs >= 0], theirs[theirs >= 0], group)
         seen = store.seen
-        if self._store is not store or store.sequence != sequence:
+        if self.current.store is not store or store.sequence != sequence:
             raise ModeError(
                 "the dataset or the features changed the buffer that they were feeding, which stops here; feed it from elsewhere"
             )
@@ -339,15 +342,12 @@ class ParametricBuffer(BalancedBuffer):
         newly = full.copy()
         newly[: policy.full.shape[0]] &= ~policy.full
         log = np.concatenate([make_log(_new_ones(known, policy.known), _NO_FLAGS), make_log(NO_ROWS, newly)])
-        if store.log().shape[0] + log.shape[0] > store.table.log[1]:
-            live = self._all_rows(store)
-            slots = max(4 * store.table.log[1], 4 * known.shape[0])
-            self._rewrite(store, self.max_size, store.table.schema, live, live, store.policy, store.log(), slots, keep_points=True)
-            store = self._store
-            source.store = store
+        slots = store.layout.log[1]
+        if store.policy_log().shape[0] + log.shape[0] > slots:
+            source.store = store = lengthen_log(self.current, store, max(4 * slots, 4 * known.shape[0]))
         samples, ranks, groups = new.sorted()
         free = np.ones(self.max_size, bool)
-        free[self._all_rows(store)] = False
+        free[all_rows(store)] = False
         free[dropped] = True
         rows = np.concatenate([np.flatnonzero(free)[: samples.shape[0]], old])
         positions, row_groups = store.index()
@@ -355,7 +355,7 @@ class ParametricBuffer(BalancedBuffer):
         row_groups = np.concatenate([groups, row_groups[old]])
         ranks = np.concatenate([ranks, old_ranks])
         freed = np.setdiff1d(dropped, rows)
-        rank_field = _rank_field(store.table.schema)
+        rank_field = _rank_field(store.layout.schema)
 
         def pieces(begin: int, stop: int) -> list[tuple[npt.NDArray[np.uint8], Ints]]:
             k = samples.shape[0]
@@ -364,14 +364,13 @@ class ParametricBuffer(BalancedBuffer):
             where = np.arange(stop - begin)
             return [(flat(np.ascontiguousarray(a)), where) for a in arrays]
 
-        self._policy_at = -1
         store.commit(Change(seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log, after=seen))
 
     def _ranks(self, store: Any, rows: Ints) -> Ints:
-        arrays, _ = store.read(rows, _rank_field(store.table.schema))
+        arrays, _ = store.read(rows, _rank_field(store.layout.schema))
         return np.asarray(arrays[0], np.int64)
 
-    def _keep(self, store: Any, policy: Any, size: int, live: Ints) -> Ints:
+    def _rows_to_keep(self, store: Any, policy: Any, size: int, live: Ints) -> Ints:
         kept: Ints = policy.keep_ranks(size, store.index()[1][live], self._ranks(store, live))
         return kept
 
@@ -429,7 +428,7 @@ class _Source:
             ])  # fmt: skip
         if rows.shape[0] or not parts:
             arrays, _ = self.store.read(rows)
-            del arrays[_rank_field(self.store.table.schema)]
+            del arrays[_rank_field(self.store.layout.schema)]
             parts.append(arrays)
         return parts[0] if len(parts) == 1 else [np.concatenate(both) for both in zip(*parts, strict=True)]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import secrets
 import stat
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from ..arrays import NO_LOG, Ints
 from ..errors import (
     ArgumentError,
     CorruptionError,
-    ExistsError,
     FormatError,
     MissingError,
     ModeError,
@@ -30,11 +29,13 @@ from ..errors import (
 from ..policies.append import AppendPolicy
 from ..samples.schema import Schema
 from ..storage import system
-from ..storage.create import plan_file
 from ..storage.layout import Table
 from ..storage.restore_points import is_undo_file, undo_files
 from ..storage.store import Change, MetadataUpdate, PlannedBatch, Problem, Store, Survivors, empty_state, refuse_within
-from .base import DataBuffer, _copy_store, _copy_to_memory, _is_left_over, _write_state
+from .base import DataBuffer
+from .copies import copy_store, copy_to_memory, is_left_over, write_state
+from .location import Claim, Location, Options, new_store
+from .parameters import Parameters, Pieces
 
 _PATIENCE = 1.0  # seconds that a reader waits for a load to end
 _LOOKS = 20  # at a folder that a writer may be changing
@@ -44,9 +45,9 @@ _LOADING = ".loading"  # a complete copy on its way into the folder
 class Parts:
     """Several stores end to end, with the interface of one: row r is row r % n of part r // n. Rows are only ever appended."""
 
-    def __init__(self, folder: str | None, stores: list[Store], make: Callable[[int, Table], Store]) -> None:
+    def __init__(self, folder: str | None, stores: list[Store], make: Callable[[int], Store]) -> None:
         self.folder, self.stores = folder, stores
-        self._make = weakref.WeakMethod(make)  # of the buffer that holds this: a cycle would keep a forgotten buffer open
+        self._make = make
         self.rows = stores[0].table.max_size
         self._parts = 0  # how many are to stay, while a rollback removes the others
 
@@ -223,10 +224,8 @@ class Parts:
         if after is not None and after != self.seen:
             raise ModeError("the buffer was changed while a batch was being added; the batch was not added")
         if rows.shape[0] and rows[0] // self.rows == len(self.stores):
-            make = self._make()
-            assert make is not None
             self.stores[-1].stay()  # else the new part could come into another buffer's folder
-            store = make(len(self.stores), self.table)
+            store = self._make(len(self.stores))
             self.stores[-1].release()
             self.stores.append(store)
         last = self.stores[-1] if rows.shape[0] else None
@@ -449,123 +448,133 @@ def _loading_count(folder: str, fresh: str) -> int:
     return count
 
 
-class InfiniteBuffer(DataBuffer):
-    """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
+class PartsInMemory:
+    """An InfiniteBuffer in shared memory."""
 
-    path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no `resize`.
+    path: str | None = None
+    where: str | None = None
+    locked_file: str | None = None
 
-    All parts are mapped, while descriptors are kept of the last one only, and in memory of none. (Before Python 3.13 each costs one
-    where it is not Linux.)
-    Linux maps 65,530 pieces for a process unless vm.max_map_count says otherwise, and a part takes about four: beyond 10,000
-    parts choose larger ones. A folder whose parts are not all there is refused (FormatError), and for writing one with a part that is
-    not full before the last, as a power cut may leave it (CorruptionError); a reader says so for the rows that are missing.
-    With mode="w" the old parts stay until the first batch, or with `schema` go at once.
+    def __init__(self, options: Options, parameters: Parameters) -> None:
+        self.options, self._parameters, self.marked = options, parameters, False
 
-    >>> import numpy as np
-    >>> from leanreplay import InfiniteBuffer
-    >>> buffer = InfiniteBuffer(rows_per_part=4)
-    >>> buffer.add(np.arange(10))
-    >>> len(buffer), buffer.max_size
-    (10, None)
-    """
+    def exists(self) -> bool:
+        return False
 
-    policy_class = AppendPolicy
-    _folder = True
-    _rows_per_part: int | None = None
+    def absent(self) -> str:
+        return "a buffer in memory is new"
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
-        if "max_size" in options:
-            raise ArgumentError("an InfiniteBuffer has no max_size; rows_per_part is the size of its files")
-        self._rows_per_part = integer("rows_per_part", rows_per_part, 1, 2**40)
-        super().__init__(None, path, **options)
+    taken = absent
 
-    def _open(self, schema: Schema | None) -> None:
-        where, mode = self._where, self._mode
-        if where is not None and system.exists(where) and not os.path.isdir(where):
-            raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
-        if where is not None and mode != "r":
-            with system.storage_errors(f"opening {self.path} for writing"):
-                if mode != "r+":
-                    system.make_folders(where)
-                if os.path.isdir(where) and self._locking:
-                    self._lock_fd = system.lock(os.path.join(where, "parts"), system.status(part_path(where, 0)))
-                    self._remove_leftovers(where)
-        parts = where is not None and os.path.isdir(where) and (is_loading(where) or parts_there(where) > 0)
-        if mode == "x" and parts:
-            raise ExistsError(f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'")
-        if mode in ("r", "r+") and not parts:
-            raise MissingError(f"{self.path} holds no buffer; create one with mode='x' or 'a'")
-        if parts and mode == "w":
-            with self._replacing_file():
-                pass
-        elif parts:
-            self._store = self._open_store()
-            self._adopt(schema)
-            return
-        self._seed, self._stream = self._seed or 0, self._stream or 0
-        self._rows_per_part = self._rows_per_part or 1 << 16
-        self.max_size = None  # type: ignore[assignment]
-        if schema is not None:
-            self._create(schema)
-
-    def _file(self) -> str | None:
-        return None if self._where is None else part_path(self._where, 0)
-
-    def _remove_leftovers(self, where: str) -> None:
-        system.remove_folder(os.path.join(where, _LOADING + ".tmp"))
-        for number in (n := parts_there(where)) - 1, n:  # a kill right after a part got its name leaves its other one
-            system.remove_temporaries(part_path(where, number))
-
-    def _exists(self) -> bool:
-        return self._where is not None and system.exists(part_path(self._where, 0))
-
-    def _params_given(self) -> dict[str, Any]:
-        return {"rows_per_part": self._rows_per_part}
-
-    def _take_from_file(self) -> None:
-        super()._take_from_file()
-        self._rows_per_part = None
-
-    def _file_size(self, table: Table) -> Any:
+    def lock(self, create: bool) -> int | None:
         return None
 
-    def _adopt(self, schema: Schema | None) -> None:
-        super()._adopt(schema)
-        self._rows_per_part = self._store.rows
+    def remove_leftovers(self) -> None:
+        pass
 
-    def _open_store(self) -> Parts:
-        for _ in range(_LOOKS if self._mode == "r" else 0):
+    def open(self, writable: bool) -> Store:
+        raise ModeError("the buffer in memory was replaced; send it to this process again")
+
+    def create(self, schema: Schema, replace: bool) -> Store:
+        make = functools.partial(self._new_part, schema)
+        return cast(Store, Parts(None, [make(0)], make))
+
+    def _new_part(self, schema: Schema, number: int) -> Store:
+        store = new_store(None, *_plan_part(self._parameters, schema, number), self.options, self.marked, False)
+        store.release()
+        return store
+
+    def replacing(self) -> Claim:
+        return contextlib.nullcontext()
+
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        return _saved_in(folder)
+
+    def sendable(self, store: Store) -> str:
+        raise ModeError("an InfiniteBuffer in memory cannot be sent to another process; give it a path, or fork")
+
+    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+        _save(store, folder, state)
+
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+        with _saved_parts(folder, state, self._parameters, old) as saved:
+            stores = []
+            for part in saved:
+                stores.append(copy_to_memory(part, self.options.durable, self.options.points))
+                stores[-1].release()
+            return cast(Store, Parts(None, stores, functools.partial(self._new_part, saved[0].layout.schema)))
+
+
+class PartsInFolder:
+    """An InfiniteBuffer in a folder. The lock beside its parts stands for all of them, as does the one of the first part."""
+
+    def __init__(self, path: str, where: str, options: Options, parameters: Parameters) -> None:
+        self.path, self.where = path, where
+        self.options, self._parameters, self.marked = options, parameters, False
+
+    @property
+    def locked_file(self) -> str:
+        return part_path(self.where, 0)
+
+    def exists(self) -> bool:
+        return self._is_folder() and (is_loading(self.where) or parts_there(self.where) > 0)
+
+    def _is_folder(self) -> bool:
+        if not system.exists(self.where):
+            return False
+        if not os.path.isdir(self.where):
+            raise FormatError(f"{self.path} is a file; an InfiniteBuffer is a folder of parts")
+        return True
+
+    def absent(self) -> str:
+        return f"{self.path} holds no buffer; create one with mode='x' or 'a'"
+
+    def taken(self) -> str:
+        return f"{self.path} holds a buffer; open it with mode='r+' or 'a', or replace it with mode='w'"
+
+    def lock(self, create: bool) -> int | None:
+        if not self._is_folder() and create:
+            system.make_folders(self.where)
+        if not self.options.guard or not os.path.isdir(self.where):
+            return None
+        return system.lock(os.path.join(self.where, "parts"), system.status(self.locked_file))
+
+    def remove_leftovers(self) -> None:
+        system.remove_folder(os.path.join(self.where, _LOADING + ".tmp"))
+        for number in (n := parts_there(self.where)) - 1, n:  # a kill right after a part got its name leaves its other one
+            system.remove_temporaries(part_path(self.where, number))
+
+    def replacing(self) -> Claim:
+        return system.replacing(self.locked_file, None) if self.options.guard else contextlib.nullcontext()
+
+    # -- opening and making ------------------------------------------------------------------------------------------
+
+    def open(self, writable: bool) -> Store:
+        for _ in range(0 if writable else _LOOKS):
             with contextlib.suppress(MissingError):  # a writer that goes back removes parts that were there just now
-                return self._open_parts()
+                return cast(Store, self._open(writable))
             time.sleep(0.001)
-        return self._open_parts()
+        return cast(Store, self._open(writable))
 
     @system.storage_errors("opening the parts of an InfiniteBuffer")
-    def _open_parts(self) -> Parts:
-        where = self._where
-        assert where is not None
-        writable = self._mode != "r"
-        guard: system.Guard | bool = writable and self._locking
+    def _open(self, writable: bool) -> Parts:
+        guard: system.Guard | bool = writable and self.options.guard
         if writable:
-            guard = finish_loading(where, bool(guard)) or guard
+            guard = finish_loading(self.where, bool(guard)) or guard
         else:
-            waiting = system.Patience(part_path(where, 0), _PATIENCE)
-            while is_loading(where) and os.path.exists(os.path.join(where, _LOADING, "count")):
-                if waiting.over() and not system.has_writer(part_path(os.path.join(where, _LOADING), 0)):
-                    raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
-                time.sleep(0.005)
+            self._await_loading()
         stores: list[Store] = []
         try:
-            there = parts_there(where)
+            there = parts_there(self.where)
             while len(stores) < there:
-                path, first = part_path(where, len(stores)), stores[0] if stores else None
-                options = self._options | {"guard": first is None and guard}
+                path, first = part_path(self.where, len(stores)), stores[0] if stores else None
+                options = self.options._asdict() | {"guard": first is None and guard}
                 stores.append(open_part(path, len(stores), first, writable=writable, **options))
                 if not writable or len(stores) < there:
                     stores[-1].release()
             if not stores:
-                raise MissingError(f"{part_path(where, 0)} is missing; restore the folder from a copy")
-            found = Parts(where, stores, self._make_part)
+                raise MissingError(f"{self.locked_file} is missing; restore the folder from a copy")
+            found = Parts(self.where, stores, functools.partial(self._new_part, stores[0].layout.schema))
             if writable and (problem := found.gap()) is not None:
                 raise CorruptionError(
                     f"{problem} (a power cut since the last flush?); buffer.check() lists the rows that are missing; restore the folder "
@@ -577,44 +586,43 @@ class InfiniteBuffer(DataBuffer):
                 store.close()
             raise
 
-    def _make_part(self, number: int, table: Table) -> Store:
-        return self._new_part(number, table.schema)
+    def _await_loading(self) -> None:
+        """For a reader: wait until a load has ended."""
+        waiting = system.Patience(self.locked_file, _PATIENCE)
+        while is_loading(self.where) and os.path.exists(os.path.join(self.where, _LOADING, "count")):
+            if waiting.over() and not system.has_writer(part_path(os.path.join(self.where, _LOADING), 0)):
+                raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
+            time.sleep(0.005)
 
-    def _new_part(self, number: int, schema: Schema, folder: str | None = None, model: os.stat_result | None = None) -> Store:
-        rows, folder = self._rows_per_part, folder or self._where
-        assert rows is not None
-        params = {"rows_per_part": rows, "first": number * rows}
-        table, pieces = plan_file(self.kind, params, rows, self.seed, self.stream, schema, self._uuid)
-        if folder is None:
-            store = self._new_store(None, table, pieces, False)
-            store.release()
-            return store
-        path = part_path(folder, number)
-        ours = not os.path.islink(path) and _is_left_over(path, self._uuid)
+    def create(self, schema: Schema, replace: bool) -> Store:
+        if not replace or not self.exists():
+            make = functools.partial(self._new_part, schema)
+            return cast(Store, Parts(self.where, [make(0)], make))
+        marked, self.marked = self.marked, False  # a point would have the name of a file that moves
+        try:
+            with self.replacing():
+                made = self._replace_parts(1, lambda folder: self._new_part(schema, 0, folder).close())
+        finally:
+            self.marked = marked
+        if marked:
+            made.mark()
+        return made
+
+    def _new_part(self, schema: Schema, number: int, folder: str | None = None) -> Store:
+        """Make a part; in a folder, so that it is moved from there."""
+        path = part_path(folder or self.where, number)
+        ours = not os.path.islink(path) and is_left_over(path, self._parameters.identity)
         if not ours and system.exists(path):
             raise FormatError(f"{path} is where the next part goes, and it is none of this buffer; move it away, nothing was changed")
-        return self._new_store(path, table, pieces, ours, model)
+        options = self.options._replace(guard=self.options.guard and number == 0)
+        planned, model = _plan_part(self._parameters, schema, number), system.status(self.locked_file)
+        return new_store(path, *planned, options, self.marked, ours, model)
 
-    def _create(self, schema: Schema) -> None:
-        if self._mode != "w" or self._where is None or not (is_loading(self._where) or parts_there(self._where)):
-            self._store = Parts(self._where, [self._new_part(0, schema)], self._make_part)
-            return
-        marked, self._marked = self._marked, False  # a point would have the name of a file that moves
-        try:
-            model = system.status(part_path(self._where, 0))
-            with self._replacing_file():
-                self._replace_parts(1, lambda folder: self._new_part(0, schema, folder, model).close())
-        finally:
-            self._marked = marked
-        if marked:
-            self._store.mark()
-
-    def _replace_parts(self, count: int, make: Callable[[str], None]) -> None:
+    def _replace_parts(self, count: int, make: Callable[[str], None]) -> Store:
         """Put others in place of all parts: made in a subfolder first, complete. From the moment that this gets its name they count."""
-        assert self._where is not None
-        fresh = os.path.join(self._where, _LOADING)
+        fresh = os.path.join(self.where, _LOADING)
         with system.storage_errors(f"replacing the parts in {self.path}"):
-            finish_loading(self._where)
+            finish_loading(self.where)
             own_folder(fresh + ".tmp")
             system.remove_folder(fresh + ".tmp")
             os.mkdir(fresh + ".tmp")
@@ -629,93 +637,109 @@ class InfiniteBuffer(DataBuffer):
                 system.remove_folder(fresh + ".tmp")
                 raise
             system.sync_folder(fresh)
-        self._store = self._open_store()
+        return self.open(True)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts."""
-        with self._lock:
-            store = self._require()
-            return 0 if store is None else sum(s.table.file_size for s in store.stores)
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        if os.path.realpath(folder) == self.where:
+            raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
+        return _saved_in(folder)
+
+    def sendable(self, store: Store) -> str:
+        return self.where
+
+    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+        _save(store, folder, state)
+
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+        def copy(fresh: str) -> None:
+            for i, part in enumerate(saved):
+                copy_store(part, part_path(fresh, i), old.status)
+
+        with _saved_parts(folder, state, self._parameters, old) as saved:
+            return self._replace_parts(len(saved), copy)
+
+
+def _plan_part(parameters: Parameters, schema: Schema, number: int) -> tuple[Table, Pieces]:
+    return parameters.plan_file(schema, own=parameters.own | {"first": number * parameters.capacity})
+
+
+def _saved_in(folder: str) -> list[tuple[str, str]]:
+    found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
+    return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found if own_folder(copy)]
+
+
+def _save(store: Store, folder: str, state: dict[str, Any]) -> None:
+    """Copy all parts into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
+    name = f"parts-{secrets.token_hex(4)}"
+    fresh = os.path.join(folder, name)
+    os.mkdir(fresh)
+    try:
+        for i, part in enumerate(cast(Parts, store).stores):
+            copy_store(part, part_path(fresh, i), store.status)
+        write_state(folder, state | {"parts": name}, store.status)
+    except BaseException:
+        system.remove_folder(fresh)
+        raise
+
+
+@contextlib.contextmanager
+def _saved_parts(folder: str, state: dict[str, Any], parameters: Parameters, old: Store) -> Iterator[list[Store]]:
+    """Open the parts of a copy in a folder, for the time of a block. Raises MismatchError unless they fit the buffer."""
+    source = os.path.join(folder, str(state.get("parts")))
+    if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not own_folder(source):
+        raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
+    saved: list[Store] = []
+    try:
+        for number in range(parts_there(source)):
+            path = part_path(source, number)
+            saved.append(open_part(path, number, saved[0] if saved else None, writable=False))
+            saved[-1].release()
+            parameters.compare(saved[-1].layout, old.schema, path)
+        if not saved:
+            raise MissingError(f"{part_path(source, 0)} is missing: the copy in {folder} is not complete")
+        yield saved
+    finally:
+        for part in saved:
+            part.close()
+
+
+class InfiniteBuffer(DataBuffer):
+    """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
+
+    path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no
+    `resize`.
+
+    All parts are mapped, while descriptors are kept of the last one only, and in memory of none. (Before
+    Python 3.13 each costs one where it is not Linux.) Linux maps 65,530 pieces for a process unless
+    vm.max_map_count says otherwise, and a part takes about four: beyond 10,000 parts choose larger ones.
+    A folder whose parts are not all there is refused (FormatError), and for writing one with a part that
+    is not full before the last, as a power cut may leave it (CorruptionError); a reader says so for the
+    rows that are missing. With mode="w" the old parts stay until the first batch, or with `schema` go at
+    once.
+
+    >>> import numpy as np
+    >>> from leanreplay import InfiniteBuffer
+    >>> buffer = InfiniteBuffer(rows_per_part=4)
+    >>> buffer.add(np.arange(10))
+    >>> len(buffer), buffer.max_size
+    (10, None)
+    """
+
+    policy_class = AppendPolicy
+    sized = False
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
+        if "max_size" in options:
+            raise ArgumentError("an InfiniteBuffer has no max_size; rows_per_part is the size of its files")
+        self._params = {"rows_per_part": integer("rows_per_part", rows_per_part, 1, 2**40)}
+        super().__init__(None, path, **options)
+
+    @staticmethod
+    def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:
+        return PartsInMemory(options, parameters) if path is None else PartsInFolder(path, where, options, parameters)
 
     def resize(self, max_size: int) -> None:
         """Always an error: there is nothing to resize."""
         raise ArgumentError("an InfiniteBuffer has no max_size; it grows by itself")
-
-    def _ready_policy(self, store: Any) -> Any:
-        if self._policy is None or self._policy_at != store.sequence:
-            store.verify_index()
-            self._policy = AppendPolicy(store.rows, self.seed, {})
-            self._policy.start_at(store.seen)
-            self._policy_at = store.sequence
-        return self._policy
-
-    def _rewrite(self, *_: Any) -> None:
-        raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
-
-    def _saved_in(self, folder: str) -> list[tuple[str, str]]:
-        found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
-        return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found if own_folder(copy)]
-
-    def _save_to(self, store: Any, folder: str) -> None:
-        """Into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
-        if os.path.realpath(folder) == self._where:
-            raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
-        name = f"parts-{secrets.token_hex(4)}"
-        fresh = os.path.join(folder, name)
-        os.mkdir(fresh)
-        try:
-            for i, part in enumerate(store.stores):
-                _copy_store(part, part_path(fresh, i), store.status)
-            _write_state(folder, self._copy_state(store) | {"parts": name}, store.status)
-        except BaseException:
-            system.remove_folder(fresh)
-            raise
-
-    def _copy_from(self, store: Any, folder: str, state: Mapping[str, Any]) -> None:
-        """On disk: a complete copy first, in a subfolder; from the moment that this gets its name, the load counts as done."""
-        source = os.path.join(folder, str(state.get("parts")))
-        if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not own_folder(source):
-            raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
-        saved: list[Store] = []
-        try:
-            for number in range(parts_there(source)):
-                path = part_path(source, number)
-                saved.append(open_part(path, number, saved[0] if saved else None, writable=False))
-                saved[-1].release()
-                self._compare(saved[-1].table, path)
-            if not saved:
-                raise MissingError(f"{part_path(source, 0)} is missing: the copy in {folder} is not complete")
-            self._copy_parts(store, saved)
-        finally:
-            for part in saved:
-                part.close()
-
-    def _copy_parts(self, store: Any, saved: Sequence[Store]) -> None:
-        if self._where is None:
-            stores = []
-            for part in saved:
-                stores.append(_copy_to_memory(part, self._durable, self._points))
-                stores[-1].release()
-            self._store, self._uuid = Parts(None, stores, self._make_part), saved[0].table.uuid
-            if store is not None:
-                store.close()
-            return
-
-        def copy(folder: str) -> None:
-            for i, part in enumerate(saved):
-                _copy_store(part, part_path(folder, i), None if store is None else store.status)
-
-        self._replace_parts(len(saved), copy)
-        self._uuid = saved[0].table.uuid
-        if store is not None:
-            store.close()
-
-    def _items_at(self, indices: Sequence[int], reach: int = 0, *convert: Any) -> list[tuple[Any, dict[str, Any]]]:
-        """In memory a forked copy does not see parts that are made later: there nothing stands in for their samples."""
-        return super()._items_at(indices, 0 if self._where is None and self._mode == "r" else reach, *convert)
-
-    def __reduce__(self) -> Any:
-        if self._where is None:
-            raise ModeError("an InfiniteBuffer in memory cannot be sent to another process; give it a path, or fork")
-        return super().__reduce__()

@@ -37,7 +37,7 @@ from ..errors import FormatError, SchemaError
 from ..keys import MAX_STREAM, STREAM_BITS
 from ..samples.schema import Schema
 
-# The class of each kind that is known. Its `_table_problem` says what is impossible about a table of that kind, which only it can know.
+# The class of each kind that is known. Its `table_problem` says what is impossible about a table of that kind, which only it can know.
 KINDS: dict[str, Any] = {}
 
 MAGIC = b"\x8aLRBUF\r\n"
@@ -201,7 +201,7 @@ def decode(read: Any, file_size: int, path: str) -> Table:
         _validate(table, file_size, user_block)
         if table.schema.to_json() != value["schema"]:
             raise ValueError("the schema is not written as this release writes it")
-        problem = KINDS[table.kind]._table_problem(table) if table.kind in KINDS else None
+        problem = KINDS[table.kind].table_problem(table) if table.kind in KINDS else None
         if problem:
             raise ValueError(problem)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, SchemaError) as error:

@@ -19,7 +19,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -1539,6 +1539,73 @@ class Store:
         except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             problems.append(Problem(f"HDF5 cannot read {self.path or 'this buffer'}: {error}"))
         return problems
+
+
+class EmptyStore:
+    """The store of a buffer before its first batch. It has seen nothing, and there is nothing to read."""
+
+    path: str | None = None
+    writable = False
+    schema: Schema | None = None
+    status: os.stat_result | None = None
+    seen = size = high = sequence = nbytes = 0
+    extent = (0, 0)
+    max_rows = _NO_LIMIT
+    policy: list[int] = [0] * POLICY_WORDS
+
+    @property
+    def layout(self) -> Table:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise RowError("the buffer is empty: it has no schema before its first batch")
+
+    def read(self, rows: Ints, field: int | None = None) -> tuple[list[np.ndarray[Any, Any]], Ints]:
+        self._refuse()
+
+    def index(self) -> tuple[Ints, Ints]:
+        return NO_ROWS, NO_ROWS
+
+    def positions_of(self, rows: Ints) -> Ints:
+        self._refuse()
+
+    def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]:
+        return NO_ROWS, NO_ROWS
+
+    def pieces(self) -> Iterator[tuple[int, Ints, Ints]]:
+        return iter(())
+
+    def live_rows(self) -> Ints | None:
+        return None
+
+    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
+        self._refuse()
+
+    def policy_log(self) -> Ints:
+        return NO_LOG
+
+    def state_name(self) -> str:
+        return empty_state()
+
+    def check(self) -> list[Problem]:
+        return []
+
+    def was_replaced(self) -> bool:
+        return False
+
+    def recover_or_refresh(self) -> None:
+        """Nothing to do, as for those below."""
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def stay(self) -> None: ...
+
+    def mark_gone(self) -> None: ...
+
+    def as_reader(self) -> EmptyStore:
+        return self
 
 
 class _Raw(io.RawIOBase):

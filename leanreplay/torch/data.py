@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..arguments import call, function_or_none, instance
-from ..buffers.base import DataBuffer, Reach
+from ..buffers.base import DataBuffer
+from ..buffers.reading import Reach
 from ..errors import ArgumentError
 from ..samples.batch import stack
 from ..samples.schema import Schema
@@ -66,7 +67,7 @@ class BufferDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several items in one read: what DataLoader calls."""
-        items = self.buffer._items_at(indices, self._reach.now(), to_torch)
+        items = self.buffer.view.items_at(indices, self._reach.now(), to_torch)
         bits = _bfloat16(self.buffer)
         samples = [to_torch(sample, bits) for sample, _ in items]
         if self.batch_transform is not None and samples:
@@ -98,7 +99,7 @@ def sample(
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
     function_or_none("batch_transform", batch_transform)
-    batch, meta = buffer._sample(n, replace, convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
+    batch, meta = buffer.view.sample(n, replace, convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
     bits = _bfloat16(buffer)
     batch = to_torch(batch, bits, device)
     if batch_transform is not None:

@@ -515,6 +515,6 @@ def test_bytes_a_row(kind: str) -> None:
             buffer.add(np.zeros(40_000, np.uint8), group=np.arange(40_000) % 4)
             buffer.state_dict()
         buffer.add(np.zeros(40_000, np.uint8), group=np.arange(40_000) % 3)
-        parts = [*vars(buffer._policy).values(), *vars(buffer._store).values()]
+        parts = [*vars(buffer.feeder.policy(buffer.current.store)).values(), *vars(buffer.current.store).values()]
         large = {id(a): a.nbytes for a in parts if isinstance(a, np.ndarray) and a.base is None and a.nbytes >= rows}
     assert 16 * rows <= sum(large.values()) <= 24 * rows

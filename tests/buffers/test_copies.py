@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import leanreplay
 import leanreplay.torch
 from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ModeError, ReservoirBuffer
+from leanreplay.buffers import drawing
 from leanreplay.torch import BufferDataset, ERLearner, MixedLoader, ReplayLoader, sample
 
 KINDS = {
@@ -116,7 +117,7 @@ def test_the_same_bytes_in_several_places() -> None:
         assert distinct(batches)
 
         def work(number: int) -> Any:
-            leanreplay.buffers.base._process = ""
+            drawing.PROCESS.forks = ""
             multiprocessing.current_process()._identity = (number,)  # type: ignore[attr-defined]  # as of a spawned worker
             return drawn(pickle.loads(packed))
 
@@ -126,12 +127,12 @@ def test_the_same_bytes_in_several_places() -> None:
 
 
 def test_copies_are_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leanreplay.buffers.base, "_REMEMBERED", 3)
-    monkeypatch.setattr(leanreplay.buffers.base, "_loaded", {})
+    monkeypatch.setattr(drawing, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(drawing.PROCESS, "loaded", {})
     with fed("reservoir", None) as buffer:
         for _ in range(9):
             pickle.loads(pickle.dumps(buffer)).close()
-        assert len(leanreplay.buffers.base._loaded) == 3
+        assert len(drawing.PROCESS.loaded) == 3
 
 
 class Replay(IterableDataset[Any]):
@@ -220,10 +221,10 @@ def test_mixed_loaders_in_forks() -> None:
 def test_an_unpickled_buffer_in_memory_is_no_other() -> None:
     first = fed("reservoir", None)
     packed = pickle.dumps(first)
-    descriptor = first._store._fd
+    descriptor = first.current.store._fd
     first.close()
     with fed("reservoir", None) as other:
-        assert other._store._fd == descriptor  # the case
+        assert other.current.store._fd == descriptor  # the case
         with pytest.raises(ModeError, match="another buffer"):
             pickle.loads(packed)
     with pytest.raises(ModeError, match="ended or closed"):
@@ -235,9 +236,9 @@ def test_what_else_may_stand_on_the_descriptor_of_a_buffer_in_memory(tmp_path: P
         ends = os.pipe()
         first = fed("reservoir", None)
         packed = pickle.dumps(first)
-        descriptor = first._store._fd
+        descriptor = first.current.store._fd
         first.close()
-        for what, told in ((other._store._fd, "another buffer"), (ends[0], "ended or closed")):
+        for what, told in ((other.current.store._fd, "another buffer"), (ends[0], "ended or closed")):
             os.dup2(what, descriptor)
             with pytest.raises(ModeError, match=told):
                 pickle.loads(packed)
@@ -323,4 +324,4 @@ def test_copies_are_counted_in_the_state(tmp_path: Path) -> None:
             assert [result(*child(lambda _: drawn(buffer))), drawn(buffer)] == [second, ours]
         assert distinct([*first, *second, *ours])
         with pickle.loads(pickle.dumps(buffer)) as other:
-            assert other._drawn == 0
+            assert other.draws.drawn == 0

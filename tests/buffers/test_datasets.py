@@ -60,7 +60,7 @@ class Counted(Dataset[Any]):
 
 def image(buffer: Any) -> list[Any]:
     (x, y), meta = buffer.get(buffer.get_metadata("idx"))
-    groups = buffer._store.index()[1][buffer.get_metadata("idx")]
+    groups = buffer.current.store.index()[1][buffer.get_metadata("idx")]
     return [buffer.seen, x.tolist(), y.tolist(), groups.tolist(), *(meta[name].tolist() for name in sorted(meta))]
 
 
@@ -115,7 +115,7 @@ def test_however_they_lie(kind: str, tmp_path: Path) -> None:
 def test_what_was_seen_is_skipped(kind: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`at` falls within the tensors, and commits begin anywhere in them."""
     monkeypatch.setattr(store, "_AT_ONCE", at_once)
-    monkeypatch.setattr("leanreplay.buffers.base._CHUNK", 7)
+    monkeypatch.setattr("leanreplay.buffers.feeding.MAX_PLANNED", 7)
     x, y = tensors()
     want = fed(kind, None, [Counted(TensorDataset(x, y))])
     with BUFFERS[kind](tmp_path / "b.h5") as buffer:
@@ -217,7 +217,7 @@ def test_no_labels_in_tensors() -> None:
         ClassBalancedBuffer(5).update(Counted(TensorDataset(x)))
     with ReservoirBuffer(5) as buffer:
         buffer.update(TensorDataset(x))
-        assert (buffer._store.index()[1] == -1).all()
+        assert (buffer.current.store.index()[1] == -1).all()
 
 
 def test_features_of_tensors() -> None:

@@ -26,15 +26,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def full_groups(buffer: Any) -> list[int]:
-    log = buffer._store.log().tolist()
+    log = buffer.current.store.log().tolist()
     ids = [g for what, g in log if what == 0]
     return sorted(ids[g] for what, g in log if what == 1)
 
 
 def state(buffer: Any) -> Any:
     """What must be the same whichever way a buffer was made: rows, index, counts, policy words, groups, which of them are full."""
-    ids = sorted(g for what, g in buffer._store.log().tolist() if what == 0)
-    return held(buffer), buffer.seen, buffer._store.policy, ids, full_groups(buffer)
+    ids = sorted(g for what, g in buffer.current.store.log().tolist() if what == 0)
+    return held(buffer), buffer.seen, buffer.current.store.policy, ids, full_groups(buffer)
 
 
 # -- equal to one buffer -----------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def test_one_policy_that_saw_all(kind: str) -> None:
     """The policy itself, offered all four streams one after the other, holds the same, with the same bounds and groups full."""
     parts = made(kind, None, STREAMS)
     with merge(parts) as buffer:
-        table = buffer._store.table
+        table = buffer.current.store.table
         policy = type(buffer).policy_class(30, SEED, table.params)
         policy.slots = table.log[1]
         policy.load(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -77,7 +77,7 @@ def test_one_policy_that_saw_all(kind: str) -> None:
             log += plan.log.tolist()
         ids = [g for what, g in log if what == 0]
         assert sorted(holds.values()) == held(buffer)
-        assert policy.state == buffer._store.policy
+        assert policy.state == buffer.current.store.policy
         assert state(buffer)[3:] == (sorted(ids), sorted(ids[g] for what, g in log if what == 1))
 
 
@@ -110,7 +110,7 @@ def test_one_input_is_a_copy(kind: str, tmp_path: Path) -> None:
         assert held(buffer) == sorted(held(old)) == expected(kind, {3: 100}, 30)
         assert state(buffer)[1:] == state(old)[1:]
         assert buffer.stream == 0
-        assert buffer._store.table.uuid != old._store.table.uuid
+        assert buffer.current.store.table.uuid != old.current.store.table.uuid
 
 
 @every_kind
@@ -141,9 +141,9 @@ def test_it_goes_on(kind: str, tmp_path: Path) -> None:
         feed(kind, buffer, 338 + 120)
         check(buffer, 120, 18)
         buffer.set_metadata("new", np.zeros(len(buffer)))
-        assert buffer._store.table.params["streams"] == [0, 1, 2, 3]
+        assert buffer.current.store.table.params["streams"] == [0, 1, 2, 3]
     with leanreplay.open(tmp_path / "all.h5") as buffer, merge([buffer]) as again:
-        assert again._store.table.params["streams"] == [0, 1, 2, 3, 9]
+        assert again.current.store.table.params["streams"] == [0, 1, 2, 3, 9]
         assert (again.stream, again.seen) == (4, 458)
         assert held(again) == sorted(held(buffer))
 
@@ -154,7 +154,7 @@ def test_open_buffers_and_paths() -> None:
     empty = ReservoirBuffer(30, seed=SEED, stream=7, schema=parts[0].schema)
     with merge([*parts, empty]) as buffer:
         assert held(buffer) == expected("reservoir", {0: 50, 1: 60, 2: 5}, 30)
-        assert buffer._store.table.params["streams"] == [0, 1, 2, 7]
+        assert buffer.current.store.table.params["streams"] == [0, 1, 2, 7]
         assert buffer.stream == 3
     with merge([empty]) as buffer:
         assert (len(buffer), buffer.seen, buffer.stream) == (0, 0, 0)
@@ -187,21 +187,21 @@ def test_sizes() -> None:
     with merge([a, b]) as buffer:
         assert (buffer.max_size, held(buffer)) == (35, expected("reservoir", streams, 35))
     with merge([a, b], max_size=10) as buffer:
-        assert (buffer.max_size, held(buffer), buffer._store.policy[0]) == (10, expected("reservoir", streams, 10), 10)
+        assert (buffer.max_size, held(buffer), buffer.current.store.policy[0]) == (10, expected("reservoir", streams, 10), 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CapacityWarning)
         with merge([a, b], max_size=40) as buffer:
-            assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", streams, 40), 40)
+            assert (held(buffer), buffer.current.store.policy[0]) == (expected("reservoir", streams, 40), 40)
         with merge([b], max_size=100) as buffer:
-            assert (len(buffer), buffer._store.policy[0]) == (30, 0)
+            assert (len(buffer), buffer.current.store.policy[0]) == (30, 0)
             feed("reservoir", buffer, 30 + 100)
             assert len(buffer) == 100
     c = made("reservoir", None, {2: 30}, 35)[0]
     with merge([b, c]) as buffer:  # neither dropped a sample, but their union does
-        assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", {1: 30, 2: 30}, 35), 35)
+        assert (held(buffer), buffer.current.store.policy[0]) == (expected("reservoir", {1: 30, 2: 30}, 35), 35)
     with pytest.warns(CapacityWarning, match="no more than 40") as caught, merge([b, a], max_size=60) as buffer:
         assert caught[0].filename == __file__
-        assert (held(buffer), buffer._store.policy[0]) == (expected("reservoir", streams, 40), 40)
+        assert (held(buffer), buffer.current.store.policy[0]) == (expected("reservoir", streams, 40), 40)
         feed("reservoir", buffer, 300)
         assert len(buffer) == 40
 

@@ -210,7 +210,7 @@ def test_damaged_input(pair: list[str], column: str, tmp_path: Path, monkeypatch
         kept = next(p for p in held(buffer) if p < STREAM)
     with leanreplay.open(pair[0]) as source:
         row = int(np.flatnonzero(source.get_metadata("position") == kept)[0])
-        table = source._store.table
+        table = source.current.store.table
     at, size = dict(zip(table.dataset_names(), table.columns, strict=True))[column]
     with open(pair[0], "r+b") as file:
         file.seek(at + row * size + 1)
@@ -225,7 +225,7 @@ def test_damaged_input(pair: list[str], column: str, tmp_path: Path, monkeypatch
 def test_inputs_that_lie(pair: list[str]) -> None:
     """A sample of another input's stream, or of a group that no log knows, with checksums that fit, is an error."""
     with leanreplay.open(pair[1], "r+") as liar:
-        store = liar._store
+        store = liar.current.store
         arrays, index = store.read(np.arange(3))
         with leanreplay.open(pair[0]) as other:
             index[0] = other.get_metadata("position")[np.argsort([key(p) for p in other.get_metadata("position").tolist()])[-3:]]
@@ -233,7 +233,7 @@ def test_inputs_that_lie(pair: list[str]) -> None:
         store.commit(Change(store.seen, store.policy, np.arange(3), index[0], index[1], sources))
         refuse(MismatchError, [*pair, "both hold sample"], [pair[0], liar])
     (liar,) = made("classes", None, {0: 90})
-    store = liar._store
+    store = liar.current.store
     for wrong in (-(2**63), 4, 2**63 - 1):
         arrays, index = store.read(np.arange(3))
         index[1, 1] = wrong

@@ -46,10 +46,10 @@ def test_as_two_calls_would(kind: str, disk: bool, tmp_path: Any) -> None:
     for start in range(35, 140, 7):
         moved = draw(one, 6)
         assert [a.tolist() for a in draw(two, 6)[:2]] == [a.tolist() for a in moved[:2]]
-        commits = one._store.sequence
+        commits = one.current.store.sequence
         one.add(**batch(start, 7), moved=moved)
         if kind != "infinite":
-            assert one._store.sequence == commits + 1
+            assert one.current.store.sequence == commits + 1
         for name, values in moved[2].items():
             two.set_metadata(name, values, moved[0], positions=moved[1])
         two.add(**batch(start, 7))
@@ -129,7 +129,7 @@ def test_more_than_half_a_commit_is_a_commit_before(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(create, "_JOURNAL_BYTES", 1500)
     buffer = leanreplay.ReservoirBuffer(100)
     buffer.add(**batch(0, 200))
-    assert buffer._store.most < 60
+    assert buffer.current.store.most < 60
     rows, positions = buffer.get_metadata("idx"), buffer.get_metadata("position")
     buffer.add(**batch(200, 50), moved=(rows, positions, {"age": np.arange(100, dtype=np.int32)}))
     held = dict(zip(positions.tolist(), range(100), strict=True))

@@ -90,7 +90,7 @@ def test_all_leaves_open_alone() -> None:
     assert "open" not in names and "ReservoirBuffer" in names
     import leanreplay
 
-    assert leanreplay.open is leanreplay.buffers.base.open_buffer
+    assert leanreplay.open is leanreplay.buffers.registry.open_buffer
 
 
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])

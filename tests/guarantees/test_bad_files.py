@@ -147,14 +147,14 @@ def test_other_policy_than_the_files(tmp_path):
     with pytest.raises(lr.MismatchError, match=r"rows_per_part=9 \(file: 8\)"):
         lr.InfiniteBuffer(tmp_path / "parts", rows_per_part=9, mode="r+")
 
-    from leanreplay.buffers import base as buffers
+    from leanreplay.buffers import registry
 
     class Stranger(lr.DataBuffer):
         policy_class = lr.SlidingWindowPolicy
 
     strange = tmp_path / "strange.h5"
     make(strange, Stranger).close()
-    del buffers._KINDS["Stranger"]
+    del registry.KINDS["Stranger"]
     with pytest.raises(lr.MismatchError, match="import the module"):
         lr.open(strange)
     with pytest.raises(lr.ArgumentError, match="policy"):

@@ -77,7 +77,7 @@ def test_first_batch(case):
             assert made.seen == 4
     stays = {"dtype", "label dtype", "label float", "dict", "nested", "no metadata", "metadata missing", "metadata extra"}
     stays |= {"metadata other name", "metadata shape", "bfloat16"}
-    assert (case in stays) == (made._store is not None), case
+    assert (case in stays) == (made.current.store.schema is not None), case
 
 
 @pytest.mark.parametrize("cls", [lr.SlidingWindowBuffer, lr.GreedyClassBalancingBuffer, lr.InfiniteBuffer])

@@ -249,19 +249,19 @@ def test_stopped_at_every_step_of_a_longer_log(tmp_path: Any, monkeypatch: pytes
         feed("class", buffer, 0, 40)
         state = buffer.state_dict()
         feed("class", buffer, 40, 60)
-        slots = buffer._store.table.log[1]
+        slots = buffer.current.store.table.log[1]
 
     def work(arm: Any) -> None:
         with scene.open() as buffer:
             arm()
             buffer.add(**stream("class", 60, 120))
-            assert buffer._store.table.log[1] > slots
+            assert buffer.current.store.table.log[1] > slots
 
     longer = set()
 
     def examine(note: str) -> None:
         with scene.open() as buffer:
-            longer.add(buffer._store.table.log[1] > slots)
+            longer.add(buffer.current.store.table.log[1] > slots)
             seen = buffer.seen
             assert [str(p) for p in buffer.check()] == [], note
             assert 60 <= seen <= 120, note
@@ -316,7 +316,7 @@ def test_readers_of_a_group_get_no_other(tmp_path: Any) -> None:
 
     def work(_: int) -> None:
         with KINDS["class"](path, mode="r+") as buffer:
-            buffer._store._write_header = lambda words: killing.die()
+            buffer.current.store._write_header = lambda words: killing.die()
             buffer.add(**stream("class", 60, 83))
 
     killed(*child(work))
@@ -335,7 +335,7 @@ def test_readers_of_a_row_that_went_to_another_group(tmp_path: Any, monkeypatch:
     with leanreplay.ClassBalancedBuffer(8, path) as writer:
         writer.add(np.arange(8), group=0)
         with leanreplay.open(path) as reader:
-            store = reader._store  # type: ignore[attr-defined]
+            store = reader.current.store  # type: ignore[attr-defined]
             original, found = store.read, []
 
             def read(rows: Any, *rest: Any) -> Any:

@@ -243,7 +243,7 @@ def test_stored_file_goes_on(stored):
             for start in range(40, 140, 20):
                 feed(made, start, 20)
         assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == AFTER
-        for a, b in zip(buffer._store.read(np.arange(6))[0], anew._store.read(np.arange(6))[0], strict=True):
+        for a, b in zip(buffer.current.store.read(np.arange(6))[0], anew.current.store.read(np.arange(6))[0], strict=True):
             assert same(a, b)
         assert buffer.check() == []
         buffer.load_state_dict(state)
@@ -296,7 +296,7 @@ def test_grouped_file_goes_on(grouped):
         assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == GROUPED_AFTER
         assert buffer.group_sizes() == anew.group_sizes() and log_of(grouped) == log_of(again)
         rows = buffer.get_metadata("idx")
-        for a, b in zip(buffer._store.read(rows)[0], anew._store.read(rows)[0], strict=True):
+        for a, b in zip(buffer.current.store.read(rows)[0], anew.current.store.read(rows)[0], strict=True):
             assert same(a, b)
         assert buffer.check() == []
         buffer.load_state_dict(state)

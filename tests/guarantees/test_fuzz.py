@@ -89,7 +89,7 @@ class Base:
                 self.states.append(contents(buffer))
             if pending:
                 self._interrupt(buffer, path, fed)
-            self.table, self.logged = buffer._store.table, len(buffer._store.log())
+            self.table, self.logged = buffer.current.store.table, len(buffer.current.store.log())
             self.fed, self.seen = fed, fed + then
         for suffix in ("", ".undo.0"):
             if os.path.exists(path + suffix):

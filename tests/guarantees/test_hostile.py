@@ -73,7 +73,7 @@ class Base:
             feed(buffer, 0, 10)
             self.state = buffer.state_dict()
             feed(buffer, 10, 14)
-            store = buffer._store
+            store = buffer.current.store
             self.table = getattr(store, "stores", [store])[0].table
         self.folder = os.path.isdir(path)
         self.main = os.path.join(path, "part-000000.h5") if self.folder else path
@@ -443,7 +443,7 @@ def test_load_looks_at_the_table_too(tmp_path):
     with lr.ReservoirBuffer(CAPACITY, path) as buffer:
         feed(buffer, 0, 30)
         buffer.save(folder)
-        table, copied = buffer._store.table, os.path.join(folder, "buffer.h5")
+        table, copied = buffer.current.store.table, os.path.join(folder, "buffer.h5")
         text = dataclasses.replace(table, params={"max_size": 1}).encode()
         with open(copied, "r+b") as file:
             file.write(text[: fmt.PAGE])

@@ -24,7 +24,7 @@ from paths import in_memory
 
 import leanreplay
 from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer
-from leanreplay.buffers import base as buffers
+from leanreplay.buffers import feeding
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import create, store
 
@@ -66,7 +66,7 @@ class Samples:
 def image(buffer: Any) -> list[Any]:
     """All live bytes: state, row numbers, fields, index, checksums. Parts that hold nothing yet do not count."""
     assert [str(p) for p in buffer.check()] == []
-    whole = buffer._require()
+    whole = buffer.current.reading()
     found: list[Any] = [buffer.seen, len(buffer)]
     for part in getattr(whole, "stores", [whole]):
         if part.seen:
@@ -88,12 +88,12 @@ def expected(kind: str) -> list[Any]:
 @contextlib.contextmanager
 def tiny(journal: int, chunk: int) -> Iterator[None]:
     """Small journals and plans, so that one add is many commits."""
-    before = create._JOURNAL_BYTES, buffers._CHUNK
-    create._JOURNAL_BYTES, buffers._CHUNK = journal, chunk
+    before = create._JOURNAL_BYTES, feeding.MAX_PLANNED
+    create._JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
     try:
         yield
     finally:
-        create._JOURNAL_BYTES, buffers._CHUNK = before
+        create._JOURNAL_BYTES, feeding.MAX_PLANNED = before
 
 
 STEPS = ["commit_rows", "save_rows", "write_field", "write_index", "seal_block", "keep_last"]
@@ -318,6 +318,6 @@ def test_small_journals_are_small() -> None:
     with tiny(1, 1 << 16), ReservoirBuffer(17) as buffer:
         s = Samples(0, 30)
         buffer.add(s.batch, metadata=s.metadata)
-        assert isinstance(buffer._store, store.Store)
-        assert buffer._store.most == 4
-        assert buffer._store.sequence >= 5
+        assert isinstance(buffer.current.store, store.Store)
+        assert buffer.current.store.most == 4
+        assert buffer.current.store.sequence >= 5

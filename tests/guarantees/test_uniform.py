@@ -320,7 +320,7 @@ def draws(size: int, n: int, times: int, replace: bool, over: str) -> Iterable[A
         buffer.add(np.arange(size))
         for i in range(times):
             if over == "seen":
-                buffer._set_counts(0, 0)
+                buffer.draws.begin(0, 0)
                 buffer.add(np.array([size + i]))
             yield buffer.sample(n, replace=replace)[1]["idx"]
 

@@ -151,7 +151,7 @@ def test_equal_keys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert planned(weights, size, 0, cuts) == list(range(size))
     with WeightedReservoirBuffer(2 * size) as buffer:
         for start in range(0, 200, 11):
-            buffer._policy_at = -1  # derive the heap anew
+            buffer.feeder.forget_policy()  # derive the heap anew
             buffer.add(samples(start, min(200, start + 11)), weights=weights[start : start + 11])
         assert held(buffer) == list(range(2 * size))
         buffer.resize(size)

@@ -141,11 +141,12 @@ def test_rows_that_become_free_want_the_steps(tmp_path: Path, calls: list[int]) 
     """Even with nothing to append to the log, as a policy of somebody's own may have it."""
     with ClassBalancedBuffer(30, tmp_path / "b.h5") as buffer:
         buffer.add(**stream(0, 20))
-        inside = buffer._store
+        inside = buffer.current.store
         (x, y), samples = stream(20, 21)["batch"], np.zeros(1, np.int64)
         sources = [(a.reshape(-1).view(np.uint8), samples) for a in (x, y, np.zeros(1, np.int8))]
         one = np.array([3]), np.array([20]), np.array([0])
-        buffer._policy_at, before = -1, len(calls)
+        buffer.feeder.forget_policy()
+        before = len(calls)
         inside.commit(store.Change(21, inside.policy, *one, sources, np.array([7])))
         assert len(calls) == before
         assert len(buffer) == 19
@@ -250,7 +251,7 @@ def test_stopped_at_every_line(kind: str, tmp_path: Path) -> None:
     for n in range(len(list(copies.iterdir()))):
         path = copies / f"{n}.h5"
         with leanreplay.open(path) as reader:
-            undone += reader._store.pending()
+            undone += reader.current.store.pending()
         with leanreplay.open(path, mode="r+") as buffer:
             assert [str(p) for p in buffer.check()] == [], n
             assert buffer.seen >= before, n
@@ -286,7 +287,7 @@ def test_killed_within(kind: Any, tmp_path: Path) -> None:
     with kind(BIG, seed=2) as twin:
         with kind(BIG, path, seed=2) as buffer:
             feed(buffer, 2 * BIG)  # and compiles
-            assert buffer._store.most > BIG  # a batch is one commit
+            assert buffer.current.store.most > BIG  # a batch is one commit
         trial = 0
         while trial < times(8, 20) or (undone < 4 and trial < 5000):  # on a busy machine most of them may come elsewhere
             trial += 1
@@ -303,7 +304,7 @@ def test_killed_within(kind: Any, tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
             assert "ERROR" not in outcome(pid, read)[1]
             with leanreplay.open(path) as reader:
-                undone += reader._store.pending()
+                undone += reader.current.store.pending()
             with leanreplay.open(path, mode="r+") as buffer:
                 assert [str(p) for p in buffer.check()] == [], trial
                 feed(twin, buffer.seen)
@@ -351,7 +352,7 @@ def test_a_signal_handler(kind: Any, use: str, at_once: bool, tmp_path: Path, mo
                         USES[use](buffer, path)
                     except (ModeError, StateError) as error:
                         done = type(error).__name__
-                        assert not buffer._closed
+                        assert not buffer.current.closed
             return step
 
         with kind(10, path, seed=1) as buffer:
@@ -402,13 +403,13 @@ def test_pages_of_the_journal(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "b.h5"
     with kind(40, path, seed=1) as buffer:
         buffer.add(**stream(0, 40))
-        table, start = buffer._store.table, 40
+        table, start = buffer.current.store.table, 40
         size, extended = path.stat().st_size, []
         for n in (3, 5, 25, 26, 39, 40, 80):
             before = np.fromfile(path, np.uint8)
-            ready = buffer._store._journal_ready
-            buffer._store._extend_journal(min(n, 40))
-            extended.append(buffer._store._journal_ready)
+            ready = buffer.current.store._journal_ready
+            buffer.current.store._extend_journal(min(n, 40))
+            extended.append(buffer.current.store._journal_ready)
             assert extended[-1] >= min(40, n, ready or 40)
             changed = np.flatnonzero(np.fromfile(path, np.uint8) != before)
             assert path.stat().st_size == size
@@ -486,7 +487,7 @@ def test_what_a_plan_leaves(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def cut_off(self: Any, *args: Any) -> int:
         plan(self, *args)
-        buffer._store.scratch[:] = 3
+        buffer.current.store.scratch[:] = 3
         raise KeyboardInterrupt
 
     with kind(20, seed=1) as buffer, kind(20, seed=1) as twin:
@@ -524,5 +525,5 @@ def test_what_a_policy_remembers(kind: Any, call: str, monkeypatch: pytest.Monke
             if buffer.seen == start:
                 buffer.add(**stream(start, start + 10))
             twin.add(**stream(start, start + 10))
-            assert buffer._store.policy == twin._store.policy
-            assert buffer._store.mark_name() == twin._store.mark_name()
+            assert buffer.current.store.policy == twin.current.store.policy
+            assert buffer.current.store.mark_name() == twin.current.store.mark_name()

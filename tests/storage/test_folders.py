@@ -148,7 +148,7 @@ def test_a_damaged_position_is_reported_soon(tmp_path: Path) -> None:
     """G7, never hangs: a reader waits for a commit under way once, not for each of its attempts."""
     with ReservoirBuffer(10, tmp_path / "r.h5") as buffer:
         buffer.add(np.arange(10.0))
-        position = buffer._store.table.columns[-3][0]
+        position = buffer.current.store.table.columns[-3][0]
     with open(tmp_path / "r.h5", "r+b") as file:
         file.seek(position + 7)
         file.write(b"\x80")
@@ -186,8 +186,8 @@ def test_an_interrupted_save_leaves_the_older_copy(tmp_path: Path, monkeypatch: 
                 raise KeyboardInterrupt
             copies.append(original(*args, **kwargs))
 
-        original = infinite._copy_store
-        monkeypatch.setattr(infinite, "_copy_store", cut_off)
+        original = infinite.copy_store
+        monkeypatch.setattr(infinite, "copy_store", cut_off)
         with pytest.raises(KeyboardInterrupt):
             buffer.save(tmp_path / "copy")
         monkeypatch.undo()
@@ -230,8 +230,8 @@ def test_a_load_cut_off_anywhere_is_old_or_new(tmp_path: Path, monkeypatch: pyte
     with contextlib.suppress(Cut):
         buffer.load(tmp_path / "copy")
     monkeypatch.undo()
-    buffer._unlock()  # as a kill would
-    buffer._store.unguard()
+    buffer.current.unlock()  # as a kill would
+    buffer.current.store.unguard()
     try:
         with leanreplay.open(tmp_path / "b") as reader:
             assert values(reader) in (list(range(18)), loaded)

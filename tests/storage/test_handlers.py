@@ -108,7 +108,7 @@ def test_a_sample_in_a_sample(buffer: Any) -> None:
         found.append(whole(batch, 5))
         count += 3
     assert len({tuple(b) for b in found}) == len(found)  # no number of a draw is used twice, so no draw comes twice
-    assert buffer._drawn == count - 2  # the last time the handler did not come
+    assert buffer.draws.drawn == count - 2  # the last time the handler did not come
 
 
 READS = {
@@ -174,7 +174,7 @@ def test_the_writer_goes_on_within_a_read(kind: str, change: str, tmp_path: Path
         assert reader.check() == []
         assert sorted(reader.get_metadata("position")) == sorted(writer.get_metadata("position"))
         if kind == "infinite":
-            assert len(reader._store.stores) == len(writer._store.stores)
+            assert len(reader.current.store.stores) == len(writer.current.store.stores)
 
 
 @pytest.mark.filterwarnings("ignore::leanreplay.CapacityWarning")

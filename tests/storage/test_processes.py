@@ -69,7 +69,7 @@ def between_fields(monkeypatch: pytest.MonkeyPatch, reader: Any, cut: int, act: 
     plain = kernel.read_rows
 
     def slow(view: Any, cols: Any, first: int, last: int, rows: Any, out: Any, places: Any, index: Any, sums: Any, bad: Any) -> int:
-        if reader._store._view is not view or rows.shape[0] == 1:
+        if reader.current.store._view is not view or rows.shape[0] == 1:
             return int(plain(view, cols, first, last, rows, out, places, index, sums, bad))
         monkeypatch.setattr(kernel, "read_rows", plain)
         plain(view, cols, first, cut, rows, out, places, index, sums, bad)
@@ -128,15 +128,15 @@ def test_a_commit_while_a_reader_takes_the_header(path: str, monkeypatch: pytest
         add()
         with leanreplay.open(path) as reader:
             add()
-            newest = reader._store._newest
+            newest = reader.current.store._newest
 
             def late() -> Any:
                 found = newest()
-                monkeypatch.setattr(reader._store, "_newest", newest)
+                monkeypatch.setattr(reader.current.store, "_newest", newest)
                 add()
                 return found
 
-            monkeypatch.setattr(reader._store, "_newest", late)
+            monkeypatch.setattr(reader.current.store, "_newest", late)
             assert reader.seen == 2 and reader.seen == writer.seen == 3
 
 

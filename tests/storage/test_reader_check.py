@@ -64,7 +64,7 @@ def test_damage_is_found_by_writers_and_readers(kind: str, what: str, tmp_path: 
     path = tmp_path / "b"
     with KINDS[kind](path) as writer:
         feed(writer, 90)
-        part = writer._store.stores[0] if kind == "infinite" else writer._store
+        part = writer.current.store.stores[0] if kind == "infinite" else writer.current.store
         if what == "row":
             part._mem[part.table.columns[0][0] + 5 * part.table.columns[0][1]] ^= 1
         elif what == "index":
@@ -105,8 +105,8 @@ def test_damage_beside_a_writer_that_never_pauses(tmp_path: Path, monkeypatch: p
 
             monkeypatch.setattr(kernel, "scan_index", busy_too)
             assert reader.check() == []
-            row = int(np.argmax(writer._store._positions < SIZE))
-            writer._store._mem[writer._store.table.columns[0][0] + row * 50] ^= 1
+            row = int(np.argmax(writer.current.store._positions < SIZE))
+            writer.current.store._mem[writer.current.store.table.columns[0][0] + row * 50] ^= 1
             problems = reader.check()
             assert [p.what for p in problems] == ["bytes do not match their checksums"]
             assert problems[0].rows == (row,)
@@ -182,7 +182,7 @@ def test_nothing_is_as_long_as_the_index(read: str, tmp_path: Path, monkeypatch:
                 assert work(reader) == wanted
             assert 0 < peak.rows < rows // 3
             if read == "check":
-                reader_of_damaged = writer._store
+                reader_of_damaged = writer.current.store
                 reader_of_damaged._positions[[7, 11_111, 13_000]] = reader_of_damaged._positions[5]
                 twice = {p.what: p.rows for p in reader.check()}["positions held twice"]
                 assert twice == (5, 7, 11_111, 13_000)
@@ -200,18 +200,18 @@ def test_a_draw_beside_free_rows_is_that_of_the_state(tmp_path: Path, monkeypatc
         return buffer
 
     with made(tmp_path / "b") as writer, made(None) as twin, leanreplay.open(tmp_path / "b") as reader:
-        assert writer._store.size < writer._store.high
-        wanted = [twin.sample(8)[1]["idx"].tolist() for _ in range(3)], twin.group_sizes(), twin._store.live_rows().tolist()
+        assert writer.current.store.size < writer.current.store.high
+        wanted = [twin.sample(8)[1]["idx"].tolist() for _ in range(3)], twin.group_sizes(), twin.current.store.live_rows().tolist()
         found = []
 
         def during(name: str) -> None:
             step = getattr(kernel, name)
 
             def look(*arguments: Any) -> Any:
-                reader._set_counts(0, 0)
-                reader._store._live_rows = reader._sizes_by_group = None
+                reader.draws.begin(0, 0)
+                reader.current.store._live_rows = reader._sizes_by_group = None
                 drawn = [reader.sample(8)[1]["idx"].tolist() for _ in range(3)]
-                found.append((drawn, reader.group_sizes(), reader._store.live_rows().tolist()))
+                found.append((drawn, reader.group_sizes(), reader.current.store.live_rows().tolist()))
                 return step(*arguments)
 
             monkeypatch.setattr(kernel, name, look)

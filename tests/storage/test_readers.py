@@ -69,7 +69,7 @@ def test_a_writer_and_two_readers(path: str) -> None:
                     feed(buffer, buffer.seen + 90)
                     buffer.load_state_dict(state)
                     if n % 100 == 99:  # commits are one call again
-                        buffer._store.drop_points()
+                        buffer.current.store.drop_points()
                 if n % 20 == 19:
                     p = buffer.get_metadata("position")
                     buffer.set_metadata("z", np.stack([p, -p], 1).astype(np.float64))
@@ -237,9 +237,9 @@ def test_groups_that_come_and_go_beside_two_readers(kind: str, path: str) -> Non
                                 assert_whole(((x[None], np.array([y])), {"position": np.array([meta["position"]]), "z": meta["z"][None]}))
                                 assert group(meta["position"]) == g, (g, meta["position"])
                         continue
-                    before = reader.seen, reader._store.sequence
+                    before = reader.seen, reader.current.store.sequence
                     sizes, held = reader.group_sizes(), len(reader)
-                    if (reader.seen, reader._store.sequence) == before:
+                    if (reader.seen, reader.current.store.sequence) == before:
                         assert sum(sizes.values()) == held
                         text = json.dumps(sorted(sizes.items()))
                         assert found.setdefault(before[0], text) == text, before

@@ -182,7 +182,7 @@ def test_a_lock_that_hdf5_would_see_is_let_go(tmp_path, monkeypatch):
     before = descriptors()
     with lr.ReservoirBuffer(50, path) as buffer:
         feed(buffer)
-        assert buffer._store._guard.fd == -1
+        assert buffer.current.store._guard.fd == -1
         with pytest.raises(lr.LockedError):
             lr.open(path, "r+")
     assert descriptors() == before

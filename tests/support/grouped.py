@@ -18,9 +18,7 @@ from leanreplay import (
     ClassBalancedBuffer,
     ClassBalancingReservoirBuffer,
 )
-from leanreplay.buffers import (
-    base as buffers,
-)
+from leanreplay.buffers import feeding
 from leanreplay.storage import (
     create,
 )
@@ -63,7 +61,7 @@ def assert_agree(buffer: BalancedBuffer, wanted: Grouped, note: str = "") -> Non
     assert list(sizes.items()) == sorted(wanted.sizes().items()), note
     if wanted.seen == 0:
         return
-    assert buffer._store.high == max(wanted.rows, default=-1) + 1, note  # draws depend on it, and must not on how batches were cut
+    assert buffer.current.store.high == max(wanted.rows, default=-1) + 1, note  # draws depend on it, and must not on how batches were cut
     rows, positions = buffer.get_metadata("idx").tolist(), buffer.get_metadata("position").tolist()
     assert dict(zip(rows, positions, strict=True)) == wanted.rows, note
     x, meta = buffer.get(rows)
@@ -100,12 +98,12 @@ def ids(rng: random.Random, groups: int) -> list[int]:
 @contextlib.contextmanager
 def tiny(journal: int, chunk: int = 1 << 16) -> Iterator[None]:
     """Small journals and plans, so that one add is many commits."""
-    before = create._JOURNAL_BYTES, buffers._CHUNK
-    create._JOURNAL_BYTES, buffers._CHUNK = journal, chunk
+    before = create._JOURNAL_BYTES, feeding.MAX_PLANNED
+    create._JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
     try:
         yield
     finally:
-        create._JOURNAL_BYTES, buffers._CHUNK = before
+        create._JOURNAL_BYTES, feeding.MAX_PLANNED = before
 
 
 def quiet(buffer: BalancedBuffer, size: int) -> None:
@@ -129,7 +127,7 @@ class Dataset:
 
 def image(buffer: Any) -> list[Any]:
     """All live bytes: state, row numbers, fields, index, checksums, log."""
-    store = buffer._require()
+    store = buffer.current.reading()
     rows = np.flatnonzero(store.index()[0] >= 0)
     found = [store.mark_name(), buffer.seen, rows.tolist(), store.log().tolist()]
     return found + [store._mem[at : at + n * store.table.max_size].reshape(-1, n)[rows].tobytes() for at, n in store.table.columns]

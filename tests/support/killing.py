@@ -25,12 +25,7 @@ from leanreplay import (
     ReservoirBuffer,
     SlidingWindowBuffer,
 )
-from leanreplay.buffers import (
-    base as buffers,
-)
-from leanreplay.buffers import (
-    infinite,
-)
+from leanreplay.buffers import base, checkpoint, copies, current, feeding, infinite, location, rewriting
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import (
@@ -41,6 +36,7 @@ from leanreplay.storage import (
     system,
 )
 
+WRITING = (base, checkpoint, copies, current, feeding, infinite, location, rewriting)  # modules that change files
 ROWS = 48
 BATCH = 30
 KINDS = {
@@ -132,7 +128,7 @@ class Steps:
     leaves; one run gives all copies. With `at`, the process is killed indeed, at that step.
     """
 
-    FILES = (store.__file__, undo.__file__, infinite.__file__, system.__file__, buffers.__file__)
+    FILES = (store.__file__, undo.__file__, system.__file__, *(module.__file__ for module in WRITING))
 
     def __init__(self, folder: str, copies: str, at: int | None = None) -> None:
         self.folder, self.copies, self.at, self.count = folder, copies, at, 0
@@ -330,4 +326,4 @@ def interrupted(action: Callable[[], Any], *after: int) -> bool:
 
 def place(buffer: Any) -> str:
     """Where the bytes of a buffer are: its path, or its shared memory."""
-    return buffer.path or buffer._store.link
+    return buffer.path or buffer.current.store.link

@@ -94,7 +94,7 @@ class Oracle:
 
     def __init__(self, buffer, size, prefetch=2, batches=None, seed=0, rows=None):
         self.buffer, self.size, self.prefetch, self.batches = buffer, size, prefetch, batches
-        self.rows = rows or (lambda number: buffer._draw(buffer._require(), size, False, f"loader {seed}", counter=number))
+        self.rows = rows or (lambda number: buffer.draws.rows(buffer.current.reading(), size, False, f"loader {seed}", number))
         self.ahead, self.delivered, self.passed = [], 0, 0
 
     def plan(self):

@@ -36,12 +36,12 @@ def snapshot(buffer):
     """Everything that a buffer holds, as one comparable value."""
     if buffer.schema is None:
         return None
-    store = buffer._store  # after that call: a failed resize may have left another one
+    store = buffer.current.store  # after that call: a failed resize may have left another one
     rows = buffer.get_metadata("idx")
     (x, y), meta = buffer.get(rows)
     index = store.index()
     held = [a.tobytes() for a in (x, y, meta["logits"], meta["idx"], meta["position"], index[0], index[1])]
-    return held, buffer.seen, len(buffer), store.mark_name(), buffer._drawn, store.policy, buffer.max_size, str(buffer.schema)
+    return held, buffer.seen, len(buffer), store.mark_name(), buffer.draws.drawn, store.policy, buffer.max_size, str(buffer.schema)
 
 
 def refuses(buffer, error, words, action):

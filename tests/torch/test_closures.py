@@ -113,7 +113,7 @@ def test_a_batch_counts_once(method, optimizer):
         assert len(calls) > 1 and all(torch.equal(torch.cat(passes), torch.cat(calls[0])) for passes in calls)
         moved = writes[-1]["moved"]
         assert (0 if moved is None else len(moved[0])) == MOVED.get(method, [0] * 3)[i]
-    assert len(learner.buffer) == 18 and learner.buffer._drawn == 2 * {"der": 2, "super": 3}.get(method, 1)
+    assert len(learner.buffer) == 18 and learner.buffer.draws.drawn == 2 * {"der": 2, "super": 3}.get(method, 1)
 
 
 @pytest.mark.parametrize("optimizer", [lbfgs, SAM])

@@ -25,7 +25,7 @@ from learner_oracle import (
 )
 
 from leanreplay import ArgumentError, ReservoirBuffer, Schema, StateError, StorageError
-from leanreplay.buffers import base as buffers
+from leanreplay.buffers import feeding
 from leanreplay.storage import store, system
 from leanreplay.torch import (
     CLSLearner,
@@ -365,7 +365,7 @@ def test_a_full_disk_loses_no_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("commits", [0, 1, 2, 3])
 def test_a_disk_that_fills_between_commits(commits, monkeypatch):
     """Of two queued batches that take several commits, what did not arrive stays queued, with what belongs to it; nothing comes twice."""
-    monkeypatch.setattr(buffers, "_CHUNK", 4)
+    monkeypatch.setattr(feeding, "MAX_PLANNED", 4)
     model = dense()
     learner = ReplayLearner(model, sgd(model), ReservoirBuffer(40), terms=[Anchor()])
     plain, made = store.Store.commit_planned, [0]

@@ -199,8 +199,8 @@ def test_each_batch_is_copied_once_and_no_more_than_prefetch_ahead():
     """Whether the background copies or `add` does, nothing is copied twice; and no batch is made before it is planned."""
     for wait in (False, True):
         buffer, made, reads = make(), [], []
-        read = buffer._store.read
-        buffer._store.read = lambda *a, read=read, reads=reads: reads.append(1) or read(*a)
+        read = buffer.current.store.read
+        buffer.current.store.read = lambda *a, read=read, reads=reads: reads.append(1) or read(*a)
         with ReplayLoader(buffer, SIZE, prefetch=3, batch_transform=lambda batch, made=made: made.append(1) or batch) as loader:
             for k in range(20):
                 next(loader)
@@ -300,7 +300,7 @@ def test_groups_after_several_resizes():
                 known = loader._groups
                 for size in range(start - 1, start - 10, -1):
                     buffer.resize(size)
-                    if known and known[0] == (id(buffer._store), buffer._store.sequence):
+                    if known and known[0] == (id(buffer.current.store), buffer.current.store.sequence):
                         break
                 next(loader)  # planned before
                 _, meta = next(loader)
@@ -315,13 +315,13 @@ def test_groups_after_a_rollback_of_parts():
     feed(buffer, 30)
     with ReplayLoader(buffer, SIZE, balance="class", prefetch=1) as loader:
         next(loader)
-        before = buffer._store.sequence
+        before = buffer.current.store.sequence
         buffer.load_state_dict(state)
         for i in range(100):
-            if buffer._store.sequence >= before:
+            if buffer.current.store.sequence >= before:
                 break
             buffer.set_metadata("z", np.arange(8.0) + i)
-        assert buffer._store.sequence == before
+        assert buffer.current.store.sequence == before
         next(loader)
         assert next(loader)[1]["idx"].max() < 8
 

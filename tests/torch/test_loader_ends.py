@@ -49,9 +49,9 @@ def test_close():
         buffer, slow = make(), lambda batch: (time.sleep(0.02), batch)[1]
         loader = ReplayLoader(buffer, SIZE, prefetch=3, batch_transform=slow)
         take(loader, asked)
-        assert len(threads()) == (asked > 0) and len(buffer._before_write) == 1
+        assert len(threads()) == (asked > 0) and len(buffer.current.before_write) == 1
         loader.close()
-        assert not threads() and not buffer._before_write
+        assert not threads() and not buffer.current.before_write
         loader.close()
         for call in (loader.__next__, loader.state_dict):
             with pytest.raises(ModeError, match="closed"):
@@ -104,7 +104,7 @@ def test_context_manager_and_exceptions():
                 next(inner)
             assert len(threads()) == 1
             raise Trouble
-    assert not threads() and not buffer._before_write
+    assert not threads() and not buffer.current.before_write
 
 
 def test_close_after_errors():
@@ -151,7 +151,7 @@ def test_forgotten_loaders(how):
     del loader
     gc.collect()
     assert wait_for(lambda: gc.collect() >= 0 and gone() is None), "something keeps the loader"
-    assert wait_for(lambda: not threads()) and not buffer._before_write
+    assert wait_for(lambda: not threads()) and not buffer.current.before_write
     feed(buffer, 5)
     gone = weakref.ref(buffer)
     del buffer, options
@@ -284,7 +284,7 @@ def test_ctrl_c_while_add_copies():
     with ReplayLoader(buffer, SIZE, prefetch=3, batch_transform=gate) as loader, gate:
         gate.release()
         assert plain(next(loader)) == next(oracle)
-        read = buffer._store.read
+        read = buffer.current.store.read
         main = threading.current_thread()
 
         def interrupted(*arguments):
@@ -292,10 +292,10 @@ def test_ctrl_c_while_add_copies():
                 raise KeyboardInterrupt
             return read(*arguments)
 
-        buffer._store.read = interrupted
+        buffer.current.store.read = interrupted
         with pytest.raises(KeyboardInterrupt):
             feed(buffer, 40)
-        buffer._store.read = read
+        buffer.current.store.read = read
         assert buffer.seen == 60
         feed(buffer, 40)
         gate.release(100)

@@ -281,15 +281,15 @@ def test_a_reader_met_by_a_commit_reads_again(tmp_path: Path) -> None:
             dataset = BufferDataset(reader)
             assert len(dataset) == 60
             for label, ask in ((2, lambda: reader.__getitems__(range(20))), (3, lambda: dataset.__getitems__(range(60)))):
-                live_rows = reader._store.live_rows
+                live_rows = reader.current.store.live_rows
 
                 def late(label: int = label, live_rows: Any = live_rows) -> Any:
                     found = live_rows()
-                    del reader._store.live_rows
+                    del reader.current.store.live_rows
                     feed(buffer, 1, label)
                     return found
 
-                reader._store.live_rows = late
+                reader.current.store.live_rows = late
                 before = len(buffer)
                 assert len(ask()) in (20, 60)
                 assert len(buffer) < before

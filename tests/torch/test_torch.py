@@ -115,8 +115,8 @@ def test_sample_is_the_buffers_sample_and_shares_its_memory(monkeypatch):
     first, second = (ReservoirBuffer(50, seed=3) for _ in range(2))
     for buffer in (first, second):
         buffer.add(batch(0, 200), metadata={"z": np.ones((200, 2))})
-    inner, seen = first._sample, []
-    monkeypatch.setattr(first, "_sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
+    inner, seen = first.view.sample, []
+    monkeypatch.setattr(first.view, "sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])
     for replace in (False, True):
         (x, y), meta = sample(first, 10, replace=replace)
         (xs, ys), metas = second.sample(10, replace)

@@ -83,7 +83,7 @@ class Drawer:
             if term.draw is None or term.weight == 0:
                 continue
             if replay is None or term.draw == "own":
-                drawn = self.buffer._sample(m, at_most=True, convert=to_torch)
+                drawn = self.buffer.view.sample(m, at_most=True, convert=to_torch)
                 if drawn is None:  # the buffer is empty
                     return []
                 x, y, labels = transforms.apply(*self._tensors(drawn[0]), stream[0].device)
@@ -126,7 +126,7 @@ def _check_alike(x: torch.Tensor, y: torch.Tensor, x_old: torch.Tensor, y_old: t
 
 def reading_state(buffer: DataBuffer) -> dict[str, Any]:
     """The state of a buffer that is open for reading: what it holds, by name, and the count of draws."""
-    return {"uuid": buffer._uuid, "seen": buffer.seen, "draws": {"sample": buffer._drawn}}
+    return {"uuid": buffer.parameters.identity, "seen": buffer.seen, "draws": {"sample": buffer.draws.drawn}}
 
 
 def load_reading_state(buffer: DataBuffer, state: Any) -> None:
@@ -137,4 +137,4 @@ def load_reading_state(buffer: DataBuffer, state: Any) -> None:
             f"not the state of a learner that only reads what {buffer!r} holds now: {state!r:.200}; a buffer that was written to "
             "in the meantime goes back only if it is open with mode='r+'"
         )
-    buffer._set_counts(drawn, 0)
+    buffer.draws.begin(drawn, 0)

@@ -28,7 +28,7 @@ class Experiences:
         number = task if isinstance(task, int) else self._named.get(task) if task is not None else None
         if number is None:  # beyond all that the buffer holds, and all that have begun and stored nothing yet
             begun = [*self._named.values(), *([] if self.now is None else [self.now])]
-            number = max([int(self._buffer._experience(None, None, 1)), *(n + 1 for n in begun)])
+            number = max([int(self._buffer.experience_number(None, None, 1)), *(n + 1 for n in begun)])
             if isinstance(task, str):
                 self._named[task] = number
         self.now = number

@@ -17,6 +17,7 @@ import torch
 from ...arguments import call, function_or_none, instance, integer, required
 from ...arrays import Ints
 from ...buffers.base import DataBuffer
+from ...buffers.reading import all_rows, metadata_index
 from ...errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ...kernels import reservoir
 from ...storage.store import refuse_within
@@ -45,7 +46,7 @@ class _Job:
 
     def copy(self) -> None:
         """Copy the rows, unless that is done. It must be done before the buffer changes."""
-        with self.buffer._lock:
+        with self.buffer.lock:
             if self._copied or self.error is not None:
                 return
             try:
@@ -56,7 +57,7 @@ class _Job:
 
     def _copy(self) -> Any:
         for _ in range(100):
-            store = self.buffer._require()
+            store = self.buffer.current.reading()
             try:
                 if self._rows is None:
                     self._rows = self._plan()
@@ -168,7 +169,7 @@ class ReplayLoader:
         self._closed = False
         self._taking = False  # whether a batch is being taken: no signal handler may take one then
         self._hook = functools.partial(_call, weakref.WeakMethod(self._settle))
-        buffer._before_write.append(self._hook)
+        buffer.current.before_write.append(self._hook)
         # A loader that is never closed leaves no thread behind.
         self._finalizer = weakref.finalize(self, _give_up, self._queue, weakref.ref(buffer), self._hook)
 
@@ -222,7 +223,7 @@ class ReplayLoader:
                 except RuntimeError as error:
                     raise WorkerError(f"the loader's thread cannot start: {error}; raise the limit of threads (ulimit -u)") from error
                 self._thread = thread
-            with self.buffer._lock:
+            with self.buffer.lock:
                 job = _Job(self.buffer, functools.partial(self._rows, number), self._finish)
                 self._queue.put(job)  # first: an interrupt must not leave a planned job that nobody makes
                 self._planned = [*self._planned, job]
@@ -237,7 +238,7 @@ class ReplayLoader:
     def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
         """Make the arrays of a batch what is handed out."""
         schema, arrays, index, rows = read
-        batch, meta = self.buffer._present(schema, arrays, index, rows, to_torch)
+        batch, meta = self.buffer.view.batch(schema, arrays, index, rows, to_torch)
         bits = bfloat16_fields(schema)
         tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
         if self.batch_transform is not None:
@@ -259,14 +260,14 @@ class ReplayLoader:
 
     def _rows(self, number: int) -> Ints:
         """Draw the rows of batch `number` from what the buffer holds now."""
-        store = self.buffer._require()
+        store = self.buffer.current.reading()
         if self.balance is None:
-            self.buffer._check_size(store, self.batch_size, False)
-            return self.buffer._draw(store, self.batch_size, False, self._consumer, number)
-        if store is None or store.size == 0:
+            self.buffer.draws.check_size(store, self.batch_size, False)
+            return self.buffer.draws.rows(store, self.batch_size, False, self._consumer, number)
+        if not store.size:
             raise ArgumentError(f"a batch of {self.batch_size} from an empty buffer; add samples first")
         groups = self._rows_by_value(store)
-        k0, k1 = self.buffer._keys(f"{self._consumer} balanced")
+        k0, k1 = self.buffer.draws.keys(store, f"{self._consumer} balanced")
         step = 2 * len(groups) + 2  # draws that one batch may need
 
         def draw(among: int, count: int, which: int, replace: bool = False) -> Ints:
@@ -289,13 +290,13 @@ class ReplayLoader:
         if known is None or known[0] is not store or known[1] != store.sequence:
             sequence = store.sequence
             schema = store.table.schema
-            rows = self.buffer._all_rows(store)
+            rows = all_rows(store)
             if self.balance == "class" and "class" not in schema.metadata_names:
                 field = schema.label_field
                 if field is None:
                     raise SchemaError('balance="class" needs samples that are pairs with an integer label; or name a metadata field')
             else:
-                field = self.buffer._metadata_index(store, str(self.balance))
+                field = metadata_index(schema, str(self.balance))
             values = store.read(rows, field)[0][0]
             if values.ndim != 1:
                 raise SchemaError(f"balance={self.balance!r}: entries must be single values, got shape {values.shape[1:]}")
@@ -375,8 +376,8 @@ def _give_up(jobs: queue.SimpleQueue[_Job | None], buffer: weakref.ref[DataBuffe
     _drain(jobs)
     jobs.put(None)
     there = buffer()
-    if there is not None and hook in there._before_write:
-        there._before_write.remove(hook)
+    if there is not None and hook in there.current.before_write:
+        there.current.before_write.remove(hook)
 
 
 def _drain(jobs: queue.SimpleQueue[_Job | None]) -> None:

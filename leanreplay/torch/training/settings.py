@@ -153,7 +153,7 @@ def reads_buffer(dataset: Any, buffer: DataBuffer) -> bool:
         if id(value) in seen:
             continue
         if isinstance(value, DataBuffer):
-            if is_source and (value is buffer or value._uuid == buffer._uuid):
+            if is_source and (value is buffer or value.parameters.identity == buffer.parameters.identity):
                 return True
             continue
         seen[id(value)] = value

@@ -1,0 +1,311 @@
+"""The way in: a batch is parsed, the policy plans which samples stay, and each plan becomes one commit."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arguments import integer, integers
+from ..arrays import Bytes, Ints
+from ..errors import ArgumentError, ModeError, RowError, StorageError
+from ..keys import STREAM_BITS
+from ..policies.append import AppendPolicy
+from ..policies.base import LOG_TOO_SHORT, Plan, Policy, check_plan
+from ..samples.batch import Batch, Fetch, flat
+from ..samples.dataset import Items
+from ..samples.schema import Schema, check_leaf, to_numpy
+from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store
+from .current import Current
+from .reading import metadata_index, parse_rows
+from .rewriting import lengthen_log
+from .tag import Label
+
+Moved = tuple[object, object, Mapping[str, Any]]  # rows, their positions, values by name
+
+MAX_PLANNED = 1 << 16  # samples in one plan
+
+
+class Feeder:
+    """Feeds a buffer. It keeps the policy between two commits.
+
+    The policy belongs to one state of one store. `take_policy` hands it out, and whoever has committed what it planned puts it
+    back with `keep_policy`. After an exception nobody does, so the policy is derived anew from the index.
+    """
+
+    def __init__(self, current: Current, tag: Label) -> None:
+        self._current, self._tag, self._parameters = current, tag, current.parameters
+        self._policy: Policy | None = None
+        self._store: Store = current.store  # whose policy it is, and at which sequence
+        self._sequence = -1
+        self._no_tags: Ints = np.zeros(0, np.int64)
+
+    # -- the policy --------------------------------------------------------------------------------------------------
+
+    def policy(self, store: Store) -> Policy:
+        """The policy in the state of the store, to look at."""
+        policy = self.take_policy(store)
+        self.keep_policy(policy, store)
+        return policy
+
+    def take_policy(self, store: Store) -> Policy:
+        """The policy in the state of the store, to plan with."""
+        policy, self._policy = self._policy, None
+        if policy is None or self._store is not store or self._sequence != store.sequence:
+            policy = self._derive(store)
+        return policy
+
+    def keep_policy(self, policy: Policy, store: Store) -> None:
+        """Keep a policy whose state is now that of the store."""
+        self._policy, self._store, self._sequence = policy, store, store.sequence
+
+    def forget_policy(self) -> None:
+        """Have the policy derived anew."""
+        self._policy = None
+
+    def _derive(self, store: Store) -> Policy:
+        store.verify_index()
+        layout = store.layout
+        policy = self._parameters.new_policy(layout.params)
+        policy.state, policy.log, policy.slots = store.policy, store.policy_log(), layout.log[1]
+        vars(store).pop("scratch", None)  # an exception within `plan` may have left something in it
+        if policy.slots:  # one that frees rows
+            policy.scratch = store.scratch
+        try:
+            if isinstance(policy, AppendPolicy):
+                policy.start_at(store.seen)  # the index of all parts would take memory for each row
+            else:
+                policy.load(*store.index())
+        except MemoryError:
+            raise StorageError(errno.ENOMEM, f"no memory for the policy of {layout.max_size} rows; read with mode='r'") from None
+        return policy
+
+    # -- batches and datasets ----------------------------------------------------------------------------------------
+
+    def add(self, batch: Any, metadata: Any, group: object, at: int | None, moved: Moved | None) -> None:
+        """Feed a batch; see `DataBuffer.add`."""
+        store = self._current.writing()
+        schema, checked = self.parse(store, batch, metadata, group)
+        n, tags = checked.n, checked.groups
+        skip = skipped(at, n, store)
+        if n == skip and (n or moved is None):
+            return
+        update = None if moved is None else self._parse_update(store, moved)
+        if n == 0:
+            if update is not None:
+                self.commit_update(store, update)
+            return
+        self.begin(store, schema, tags[skip:])
+        self.feed(n, skip, tags, checked.fetch, update, checked.data if checked.simple else None)
+
+    def check(self, batch: Any, metadata: Any, group: object) -> None:
+        """Raise what `add` would raise for this batch because of what it is."""
+        store = self._current.writing()
+        checked = self.parse(store, batch, metadata, group)[1]
+        policy = self._parameters.new_policy() if store.schema is None else self.policy(store)
+        policy.check_groups(checked.groups)
+
+    def parse(self, store: Store, batch: Any, metadata: Any, group: object) -> tuple[Schema, Batch]:
+        """Return the schema, which the first batch decides, and the batch, which fits it, with its tags."""
+        schema = store.schema
+        if schema is None:
+            schema = Schema.from_batch(batch, metadata)
+        checked = Batch(schema.flatten(batch) + schema.flatten_metadata(metadata), schema.fields)
+        checked.groups = self._tag.of_batch(group, checked, schema)
+        return schema, checked
+
+    def update(self, dataset: Any, metadata: Any, group: object, at: int | None) -> None:
+        """Feed a dataset; see `DataBuffer.update`."""
+        store = self._current.writing()
+        items = Items(dataset, metadata, store.schema)
+        n = items.n
+        if n == 0:
+            return
+        skip = skipped(at, n, store)
+        tags = self._tag.of_dataset(group, items, skip)
+        if n == skip:
+            return
+        self.begin(store, items.schema, None if tags is None else tags[skip:])
+        self.feed(n, skip, tags, items.fetch(tags), data=None if tags is None else items.data)
+
+    def begin(self, store: Store, schema: Schema, tags: Ints | None) -> None:
+        """Make the store of a new buffer, unless the policy refuses these tags."""
+        if store.schema is None:
+            if tags is not None:
+                self._parameters.new_policy().check_groups(tags)
+            self._current.create(schema)
+
+    def feed(
+        self,
+        n: int,
+        skip: int,
+        tags: Ints | None,
+        fetch: Fetch,
+        update: MetadataUpdate | None = None,
+        data: Sequence[Bytes] | None = None,
+    ) -> None:
+        """Plan and commit samples skip to n, in as many commits as the journal needs. `update` goes with the first.
+
+        tags: of all samples; None if `fetch` finds them. data: the bytes of all samples, if they are at hand: a commit then is
+        mostly one kernel call, and `fetch` serves for the others.
+        """
+        store, policy_class = self._current.store, self._parameters.kind.policy_class
+        if tags is not None and policy_class.check_groups is not Policy.check_groups:
+            self.policy(store).check_groups(tags[skip:])
+        if tags is None:
+            data = None
+            if not self._no_tags.shape[0]:
+                self._no_tags = np.zeros(MAX_PLANNED, np.int64)
+        elif not tags.flags.carray:
+            tags = tags.copy()  # for other memory the kernels would be compiled once more
+        if update is not None and 2 * update.rows.shape[0] > store.max_rows:
+            self.commit_update(store, update)
+            update = None
+        done, first_position = skip, self._parameters.stream << STREAM_BITS
+        while done < n:
+            seen = store.seen
+            policy = self.take_policy(store)
+            m = min(n - done, MAX_PLANNED)
+            start = first_position + seen
+            max_rows = store.max_rows if update is None else store.max_rows - update.rows.shape[0]
+            plan = policy.plan(start, self._no_tags[:m] if tags is None else tags[done : done + m], max_rows)
+            check_plan(policy, plan)
+            if plan is LOG_TOO_SHORT and policy.slots:
+                store = lengthen_log(self._current, store, 4 * policy.slots)
+                continue
+            used = plan.rows.shape[0]
+            if not (
+                data is not None and tags is not None and update is None and 0 < used <= m and not len(plan.freed) and not len(plan.log)
+                and store.commit_planned(PlannedBatch(seen, policy.state, plan.rows, start, tags, done, data, max_rows))
+            ):  # fmt: skip
+                store.commit(self._change(store, policy, plan, start, m, max_rows, fetch, done, update))
+                update = None
+            self.keep_policy(policy, store)
+            done += used
+
+    def _change(
+        self,
+        store: Store,
+        policy: Policy,
+        plan: Plan,
+        start: int,
+        m: int,
+        max_rows: int,
+        fetch: Fetch,
+        done: int,
+        update: MetadataUpdate | None,
+    ) -> Change:
+        """Turn a plan for m samples into a change, and load what stays.
+
+        The first sample has stream position `start`, and is number `done` of what is fed.
+        """
+        used, freed, seen, name = plan.rows.shape[0], plan.freed, store.seen, type(policy).__name__
+        kept = store.survivors(plan.rows, freed, start) if 0 < used <= m else None
+        count = -1 if kept is None else kept.n
+        if count == -2:
+            raise ArgumentError(
+                f"{name}.plan freed {freed.shape[0]} rows, of which some are not live, taken by the same plan, "
+                "or given twice: rows that are live before it and free after it are allowed"
+            )
+        if kept is None or not 0 <= count <= max_rows:
+            raise ArgumentError(
+                f"{name}.plan used {used} of {m} samples and took {count} rows: 1 to {m} samples, "
+                f"at most {max_rows} rows from 0 to {(self._parameters.max_size or 2**40) - 1}, or -1, are allowed"
+            )
+        if update is not None:
+            update = _except_rows(update, kept.rows, freed)
+        after = seen + used
+        if not count:
+            return Change(after, policy.state, freed=freed, log=plan.log, update=update, after=seen)
+        sequence = store.sequence
+        sources, tags = fetch(kept.samples + done if done else kept.samples)
+        if store.sequence != sequence:
+            raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
+        return Change(after, policy.state, kept.rows, kept.positions, tags, sources, freed, plan.log, update, seen)
+
+    # -- metadata ----------------------------------------------------------------------------------------------------
+
+    def set_metadata(self, store: Store, name: str, values: Any, rows: Ints, positions: object) -> None:
+        """Overwrite a metadata field of rows; see `DataBuffer.set_metadata`."""
+        field = metadata_index(store.layout.schema, name)
+        data = _source(store, field, values, rows)
+        rows, samples = _rows_still_holding(store, rows, positions)
+        if not rows.shape[0]:
+            return
+        if (store.positions_of(rows) < 0).any():
+            raise RowError("set_metadata: some of these rows are free; the live ones are in meta['idx'] of a sample")
+        store.verify_index()
+        for start in range(0, rows.shape[0], store.max_rows):
+            store.read(rows[start : start + store.max_rows], field)  # a damaged row must not get a checksum that fits it
+        self.commit_update(store, MetadataUpdate(rows, {field: (data, samples)}))
+
+    def _parse_update(self, store: Store, moved: Moved) -> MetadataUpdate | None:
+        """Parse the metadata that `add` is to overwrite first; None if no row holds its sample any more."""
+        try:
+            rows, positions, values = moved
+            names: list[str] = list(values)
+        except (TypeError, ValueError):
+            raise ArgumentError(f"moved is (rows, positions, {{name: values}}), got {moved!r:.200}") from None
+        if store.schema is None:
+            raise RowError("moved: the buffer is empty, there is nothing to move")
+        found = parse_rows(store, rows)
+        fields = [metadata_index(store.schema, name) for name in names]
+        sources = {f: _source(store, f, values[name], found) for f, name in zip(fields, names, strict=True)}
+        found, samples = _rows_still_holding(store, found, positions)
+        if not found.shape[0] or not fields:
+            return None
+        store.verify_index()
+        for field in fields:
+            store.read(found, field)  # a damaged row must not get a checksum that fits it
+        return MetadataUpdate(found, {f: (data, samples) for f, data in sources.items()})
+
+    def commit_update(self, store: Store, update: MetadataUpdate) -> None:
+        """Commit new metadata, in commits of as many rows as the journal holds."""
+        fits = self._store is store and self._sequence == store.sequence
+        for start in range(0, update.rows.shape[0], store.max_rows):
+            part = slice(start, start + store.max_rows)
+            sources = {f: (data, samples[part]) for f, (data, samples) in update.sources.items()}
+            store.commit(Change(store.seen, store.policy, update=MetadataUpdate(update.rows[part], sources)))
+        if fits:
+            self._sequence = store.sequence  # metadata does not concern the policy
+
+
+def skipped(at: int | None, n: int, store: Store) -> int:
+    """How many of n samples the buffer has already seen. at: stream position of the first of them; None: the next."""
+    if store.seen + n >= 2**STREAM_BITS:
+        raise ArgumentError(f"a stream holds at most 2**{STREAM_BITS} samples; go on with another stream number")
+    if at is None:
+        return 0
+    seen, position = store.seen, integer("at", at, 0, 2**STREAM_BITS - 1) or 0
+    if position > seen:
+        raise ArgumentError(f"at={position}, but the buffer has seen only {seen} samples: {position - seen} between would be missing")
+    return min(n, seen - position)
+
+
+def _source(store: Store, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
+    """The bytes of a field's values for these rows. Raises SchemaError where they do not fit."""
+    f = store.layout.schema.fields[field]
+    return flat(to_numpy(check_leaf(values, f, rows.shape[0]), f))
+
+
+def _rows_still_holding(store: Store, rows: Ints, positions: object) -> tuple[Ints, Ints]:
+    """Return each of these rows once, and where its last value stands. positions: of the samples that they must still hold."""
+    samples = np.arange(rows.shape[0])
+    if positions is not None:
+        same = store.positions_of(rows) == integers(positions, rows.shape[0], "positions")
+        rows, samples = rows[same], samples[same]
+    _, last = np.unique(rows[::-1], return_index=True)
+    order = np.sort(rows.shape[0] - 1 - last)
+    return rows[order], samples[order]
+
+
+def _except_rows(update: MetadataUpdate, *gone: Ints) -> MetadataUpdate | None:
+    """What is left of an update when these rows get other samples, or none."""
+    stays = ~np.isin(update.rows, np.concatenate(gone))
+    if stays.all():
+        return update
+    sources = {f: (data, samples[stays]) for f, (data, samples) in update.sources.items()}
+    return MetadataUpdate(update.rows[stays], sources) if stays.any() else None

@@ -1,0 +1,233 @@
+"""Where a buffer is kept: in memory, in one file, or in a folder of parts (see `infinite`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import Any, NamedTuple, Protocol
+
+from ..arguments import as_path
+from ..errors import ArgumentError, ModeError
+from ..samples.schema import Schema
+from ..storage import system
+from ..storage.layout import Table
+from ..storage.store import Store
+from .copies import copy_aside, copy_to_memory, is_left_over, save_file, saved_file
+from .parameters import Parameters, Pieces
+
+# Other libraries take these as the second argument, this one takes them by name. Nobody means a file by them.
+_NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
+
+Claim = contextlib.AbstractContextManager[None]
+
+
+class Options(NamedTuple):
+    """Of every store of a buffer. guard: whether its file is locked while it is written to."""
+
+    durable: bool
+    points: int
+    guard: bool
+
+
+class Location(Protocol):
+    """Where a buffer is kept. marked: new stores begin with a restore point."""
+
+    options: Options
+    marked: bool
+
+    @property
+    def path(self) -> str | None:
+        """The path as the user wrote it; None in memory."""
+
+    @property
+    def where(self) -> str | None:
+        """The path that does not depend on the current folder; None in memory."""
+
+    @property
+    def locked_file(self) -> str | None:
+        """The file whose lock stands for the whole buffer; None in memory."""
+
+    def exists(self) -> bool:
+        """Whether there is a buffer to open."""
+
+    def absent(self) -> str:
+        """Say that there is nothing to open."""
+
+    def taken(self) -> str:
+        """Say that a buffer is in the way of a new one."""
+
+    def lock(self, create: bool) -> int | None:
+        """Take the writer's lock: its descriptor, or None if there is none to take. create: a new buffer may be made."""
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left. The lock is held."""
+
+    def open(self, writable: bool) -> Store:
+        """Open what is there."""
+
+    def create(self, schema: Schema, replace: bool) -> Store:
+        """Make a new store, whole before it appears. replace: it takes the place of what is there."""
+
+    def replacing(self) -> Claim:
+        """Within the block what is there may be replaced: it has no writer. Raises LockedError, or FormatError for no file."""
+
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        """Return, of each copy that a save replaces, the file that its writer locks, and the name of his other lock."""
+
+    def sendable(self, store: Store) -> str:
+        """Return a name by which another process finds the store. Raises ModeError if there is none."""
+
+    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+        """Make a copy in a folder, with this state in its state.json."""
+
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+        """Replace the old store by a copy that `save` made. MismatchError for one of other parameters."""
+
+
+def new_store(
+    path: str | None, table: Table, pieces: Pieces, options: Options, marked: bool, replace: bool, model: os.stat_result | None = None
+) -> Store:
+    """Make a store. marked: with a restore point of its empty state; both or none."""
+    store = Store.create(path, table, pieces, replace=replace, model=model, **options._asdict())
+    try:
+        if marked:
+            store.mark()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+class InMemory:
+    """Shared memory."""
+
+    path: str | None = None
+    where: str | None = None
+    locked_file: str | None = None
+
+    def __init__(self, options: Options, parameters: Parameters) -> None:
+        self.options, self._parameters, self.marked = options, parameters, False
+
+    def exists(self) -> bool:
+        return False
+
+    def absent(self) -> str:
+        return "a buffer in memory is new"
+
+    taken = absent
+
+    def lock(self, create: bool) -> int | None:
+        return None
+
+    def remove_leftovers(self) -> None:
+        pass
+
+    def open(self, writable: bool) -> Store:
+        raise ModeError("the buffer in memory was resized; send it to this process again")
+
+    def create(self, schema: Schema, replace: bool) -> Store:
+        return new_store(None, *self._parameters.plan_file(schema), self.options, self.marked, False)
+
+    def replacing(self) -> Claim:
+        return contextlib.nullcontext()
+
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        return [(os.path.join(folder, "buffer.h5"),) * 2]
+
+    def sendable(self, store: Store) -> str:
+        if store.schema is None:
+            raise ModeError(
+                "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
+            )
+        return store.link
+
+    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+        save_file(store, folder, state)
+
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+        with saved_file(folder, None, self._parameters, old) as saved:
+            return copy_to_memory(saved, self.options.durable, self.options.points)
+
+
+class OneFile:
+    """One file. Beside it stand the writer's lock and, for restore points, undo files."""
+
+    def __init__(self, path: str, where: str, options: Options, parameters: Parameters) -> None:
+        self.path, self.where = path, where
+        self.options, self._parameters, self.marked = options, parameters, False
+
+    @property
+    def locked_file(self) -> str:
+        return self.where
+
+    def exists(self) -> bool:
+        return system.exists(self.where)
+
+    def absent(self) -> str:
+        return f"{self.path} does not exist; create it with mode='x' or 'a'"
+
+    def taken(self) -> str:
+        return f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'"
+
+    def lock(self, create: bool) -> int | None:
+        return system.lock(self.where, system.status(self.where)) if self.options.guard else None
+
+    def remove_leftovers(self) -> None:
+        system.remove_temporaries(self.where)
+        if os.path.basename(self.where) == "buffer.h5":  # a copy, beside which a killed saver may have left another one
+            with system.users_of(os.path.dirname(self.where)) as users:
+                users.alone(lambda: system.remove_temporaries(self.where + ".saved"))
+
+    def open(self, writable: bool) -> Store:
+        return Store.open(self.where, writable=writable, name=self.where, **self.options._asdict())
+
+    def create(self, schema: Schema, replace: bool) -> Store:
+        table, pieces = self._parameters.plan_file(schema)
+        replace = replace or is_left_over(self.where, table.uuid)
+        with self.replacing() if replace else contextlib.nullcontext():
+            return new_store(self.where, table, pieces, self.options, self.marked, replace)
+
+    def replacing(self) -> Claim:
+        return system.replacing(self.where, None) if self.options.guard else contextlib.nullcontext()
+
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        path = os.path.join(folder, "buffer.h5")
+        if os.path.realpath(path) == self.where:
+            raise ArgumentError(f"save to another folder: {path} is this buffer itself")
+        return [(path, path)]
+
+    def sendable(self, store: Store) -> str:
+        return self.where
+
+    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+        save_file(store, folder, state)
+
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+        with saved_file(folder, self.where, self._parameters, old) as saved:
+            temp = copy_aside(saved, self.where, system.status(self.where) or saved.status)
+            try:  # mapped and locked before it has its name: from then on nothing can fail
+                created = Store.open(temp, writable=True, name=self.where, **self.options._asdict())
+                try:
+                    system.publish(temp, self.where, True)
+                except BaseException:
+                    created.close()
+                    raise
+            except BaseException:
+                system.discard(temp)
+                raise
+            system.sync_folder(self.where)
+            created.drop_points()
+            return created
+
+
+def checked_path(path: object, mode: str) -> str:
+    """A path as str. What other libraries have in its place, given by position, is refused with the way out."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise ArgumentError(f"path must be a str or os.PathLike, got {path!r:.200}; give anything else by name: seed=0, adaptive_size=True")
+    if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path) and not os.path.lexists(path):
+        raise ArgumentError(
+            f"path={path!r} would make a file of that name; give what you mean by name (groupby='class', transform=None), "
+            f"or write './{path}' for such a file"
+        )
+    return as_path(path)

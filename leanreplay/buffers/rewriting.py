@@ -1,0 +1,137 @@
+"""What changes the structure of a buffer: a new file is written beside the old one and takes its name."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..arguments import integer
+from ..arrays import NO_ROWS, Ints
+from ..errors import ArgumentError, CapacityWarning, ModeError, SchemaError
+from ..policies.base import Policy
+from ..samples.batch import flat
+from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
+from ..storage.store import Change, Store
+from .current import Current
+from .reading import all_rows
+
+
+def rewrite(
+    current: Current,
+    store: Store,
+    rows: Ints,
+    new_rows: Ints,
+    size: int,
+    policy: Sequence[int],
+    log: Ints,
+    slots: int = 0,
+    schema: Schema | None = None,
+    extra: tuple[Field, np.ndarray[Any, Any]] | None = None,
+    keep_points: bool = False,
+) -> None:
+    """Replace the store by one of another size, schema or log: rows[i] becomes new_rows[i]. Whole or not at all.
+
+    policy, log: what the new state says of the policy. extra: a new field, and its values for `rows`.
+    keep_points: restore points stay, because neither rows nor schema change.
+    """
+    if not current.parameters.kind.sized:
+        raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
+    old, here = store.layout, current.location
+    schema = schema or old.schema
+    table, pieces = current.parameters.plan_file(schema, size, old.params, max(slots, 2 * log.shape[0]))
+
+    def fill(new: Store) -> None:
+        for start in range(0, rows.shape[0], new.max_rows):
+            part = slice(start, start + new.max_rows)
+            arrays, index = store.read(rows[part])
+            if extra is not None:
+                arrays.insert(schema.fields.index(extra[0]), np.ascontiguousarray(extra[1][part]))
+            samples = np.arange(index.shape[1])
+            sources = [(flat(a), samples) for a in arrays]
+            new.commit(Change(store.seen, policy, new_rows[part], index[0], index[1], sources))
+        if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
+            new.commit(Change(store.seen, policy, log=log))
+
+    def make() -> Store:
+        heir_of = store if keep_points else None
+        created = Store.create(here.where, table, pieces, replace=True, fill=fill, heir_of=heir_of, **here.options._asdict())
+        if keep_points:
+            store.give_away_points()
+        return created
+
+    store.stay()
+    current.replace(make)
+
+
+def resize(
+    current: Current,
+    take_policy: Callable[[Store], Policy],
+    rows_to_keep: Callable[[Store, Policy, int, Ints], Ints],
+    max_size: int,
+) -> None:
+    """Change the number of rows; see `DataBuffer.resize`. rows_to_keep(store, policy, size, live rows): which of the live ones."""
+    store, parameters = current.writing(), current.parameters
+    size = integer("max_size", max_size, 1, 2**40)
+    if size is None:
+        raise ArgumentError("resize needs the new max_size")
+    if store.schema is None:
+        parameters.resize_empty(size)
+        return
+    if size == parameters.max_size:
+        return
+    policy = take_policy(store)  # which nobody puts back, as `keep` changes its state
+    live = all_rows(store)
+    kept = live[_checked_keep(policy, rows_to_keep(store, policy, size, live), size, live.shape[0])]
+    warning = policy.capacity_warning(size)
+    if warning:
+        warnings.warn(f"resize to {size}: {warning}", CapacityWarning, stacklevel=outside())
+    rewrite(current, store, kept, np.arange(kept.shape[0]), size, policy.state, policy.log)
+
+
+def _checked_keep(policy: Policy, kept: object, size: int, held: int) -> Ints:
+    """Return what `keep` of a policy, perhaps of the user's own, said. ArgumentError for what no kernel must see."""
+    rows = np.asarray(kept)
+    right = rows.ndim == 1 and rows.shape[0] <= size and (rows.dtype.kind in "iu" or not rows.shape[0])
+    rows = rows.astype(np.int64) if right else NO_ROWS
+    if not right or ((rows < 0) | (rows >= held)).any() or np.unique(rows).shape[0] != rows.shape[0]:
+        raise ArgumentError(
+            f"{type(policy).__name__}.keep gave {kept!r:.200}: at most {size} different numbers from 0 to {held - 1} are allowed"
+        )
+    return rows
+
+
+def lengthen_log(current: Current, store: Store, slots: int) -> Store:
+    """Rewrite the store with a log of so many entries. Returns the new one."""
+    live = all_rows(store)
+    rewrite(current, store, live, live, store.layout.max_size, store.policy, store.policy_log(), slots, keep_points=True)
+    return current.store
+
+
+def add_field(current: Current, store: Store, name: str, values: Any, rows: Ints) -> None:
+    """Rewrite the store with one more metadata field, of these values for all rows."""
+    values = batch_leaf(values, f"metadata/{name}")
+    dtype, shape, torch = leaf_type(values, f"metadata/{name}")
+    field = metadata_field(name, Field(f"metadata/{name}", dtype, tuple(shape[1:]), torch))
+    if field.nbytes == 0:
+        raise SchemaError(f"metadata/{name}: entries of shape {field.shape} have no bytes")
+    live = all_rows(store)
+    if not np.array_equal(np.sort(rows), live):
+        raise SchemaError(f"metadata/{name} is new: give values for all {store.size} samples (rows=None), not for {rows.shape[0]}")
+    check_leaf(values, field, rows.shape[0])
+    layout, log = store.layout, store.policy_log()
+    extra = field, to_numpy(values, field)[np.argsort(rows, kind="stable")]
+    schema = layout.schema.with_metadata(field)
+    rewrite(current, store, live, live, layout.max_size, store.policy, log, layout.log[1], schema, extra)
+
+
+def outside() -> int:
+    """For `warnings.warn`, the `stacklevel` of the code that called into this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__))):
+        level, frame = level + 1, frame.f_back
+    return level
