@@ -1,14 +1,15 @@
 """`DataBuffer`: what every buffer does. It is put together from objects that each do one thing.
 
-current (the store, modes, lock) | location | parameters | tag | feeder (the way in) | draws | view (the way out) | checkpoints
+current (the store, modes, lock) | location | parameters | tag | feeder (the way in) | draws | view
+(the way out) | checkpoints
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar, cast
 
 from ..arguments import as_path, check_call, choice, function_or_none, instance, integer
 from ..arrays import Ints
@@ -19,17 +20,30 @@ from ..storage.layout import KINDS, Table
 from ..storage.store import Problem, Store
 from . import rewriting
 from .checkpoint import Checkpoints
-from .current import Current, Packed
+from .current import Current, LockType, Packed
 from .drawing import Draws
 from .feeding import Feeder
 from .location import InMemory, Location, OneFile, Options, checked_path
 from .parameters import Kind, Parameters
-from .reading import Array, Reach, View, all_rows, parse_rows
+from .reading import Array, Reach, Transform, Transforms, View, all_rows, parse_rows
 from .tag import Label
 
+T = TypeVar("T")
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 
 MODES = ("x", "a", "r+", "r", "w")
+
+
+def _part(name: str, kind: type[T], says: str, settable: bool = False) -> T:
+    """Return a property that is an attribute of one of the buffer's parts. kind: its type."""
+    part, attribute = name.split(".")
+    setter = (lambda buffer, value: setattr(getattr(buffer, part), attribute, value)) if settable else None
+    return cast(T, property(attrgetter(name), setter, doc=says))
+
+
+def _of_store(name: str, kind: type[T], says: str) -> T:
+    """Return a property that is an attribute of the buffer's store. kind: its type."""
+    return cast(T, property(lambda buffer: buffer.current.look_up(name), doc=says))
 
 
 class DataBuffer:
@@ -53,32 +67,27 @@ class DataBuffer:
     ----------
     max_size: rows of the buffer, at least 1.
     path: the file; None keeps the buffer in shared memory, with everything else the same. A word
-        that other libraries take here by position, such as "class" or "cpu", is refused: write
-        "./class" for such a file.
+        that other libraries take here, such as "class" or "cpu", is refused: write "./class".
     seed: of all random choices, any integer of 128 bits; a new buffer takes 0.
-    stream: number of the stream that is fed, 0 to 32767, for several buffers that will be merged;
-        a new buffer takes 0.
-    mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open for reading;
+    stream: number, 0 to 32767, of the stream that is fed; a new buffer takes 0. See `merge`.
+    mode: "x" create, refusing an existing file; "a" open or create; "r+" open; "r" open to read;
         "w" replace (the old file stays until the first batch, or with `schema` goes at once).
         Parameters left at None are those of the file; others that differ are a MismatchError.
-    schema: a `Schema`, to create the file at once; otherwise the first batch decides, and creates it.
-    transform, target_transform: called with the first and the second element of each sample (without
-        a pair: with the whole sample) whenever it is read, never when it is stored. They get arrays;
-        torch modules, and whatever is read through `leanreplay.torch`, get tensors.
+    schema: a `Schema`, to create the file at once; otherwise the first batch does both.
+    transform, target_transform: called with the first and the second element of each sample
+        (without a pair: with the whole sample) whenever it is read, never when it is stored. They
+        get arrays; torch modules, and whatever is read through `leanreplay.torch`, get tensors.
     lock: False goes on where the file system has no locks (the error then names this option).
         Nothing keeps a second writer out then: that is up to you. Stored nowhere.
-    durable: make every commit survive a power cut, for about 4 ms a commit, and every state that
-        `state_dict` returns with the way back to it. Without it `flush` does both when called; a
-        killed process loses nothing either way.
-    restore_points: how many states that `state_dict` returned can be loaded again, at least 2. The
-        newest ones count.
+    durable: make every commit survive a power cut, for about 4 ms a commit, and every state of
+        `state_dict`. Without it `flush` does both. A killed process loses nothing either way.
+    restore_points: how many states of `state_dict`, the newest, can be loaded again; at least 2.
 
-    Errors are all `LeanReplayError`. A buffer may be used from several threads; calls wait for each
-    other. A signal handler may read, in the middle of another reading too, but not write; in the
-    middle of a change it gets a ModeError. Pickled, a buffer goes to other processes as a reader of
-    the same file or memory, whatever its mode (ModeError if another buffer stands there by then).
-    To write there, send the path, and open it with mode="r+" once this writer is closed.
-    `copy.copy` and `copy.deepcopy` are a ModeError.
+    Errors are all `LeanReplayError`. Threads may share a buffer; calls wait for each other. A
+    signal handler may read, even in the middle of another reading, but not write; in the middle of
+    a change it gets a ModeError. Pickled, a buffer becomes a reader of the same file or memory in
+    another process (ModeError if another buffer stands there by then). To write there, send the
+    path, and open it with mode="r+" once this writer is closed. It cannot be copied with `copy`.
     """
 
     policy_class: ClassVar[type[Policy]]
@@ -108,8 +117,8 @@ class DataBuffer:
         stream: int | None = None,
         mode: str = "x",
         schema: Schema | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
         durable: bool = False,
         restore_points: int = 2,
         lock: bool = True,
@@ -125,30 +134,20 @@ class DataBuffer:
             function_or_none(name, function, "a function of a sample's element")
         parameters = Parameters(self._declared(), max_size, seed, stream, dict(self._params))
         options = Options(bool(durable), integer("restore_points", restore_points, 2, 2**20) or 2, bool(lock))
-        self._compose(parameters, None if path is None else checked_path(path, mode), options, mode, transform, target_transform)
+        file = None if path is None else checked_path(path, mode)
+        self._compose(parameters, file, os.path.realpath(file or ""), options, mode, (transform, target_transform))
         self.current.begin(schema)
 
-    def _compose(
-        self,
-        parameters: Parameters,
-        path: str | None,
-        options: Options,
-        mode: str,
-        transform: Callable[[Any], Any] | None,
-        target_transform: Callable[[Any], Any] | None,
-        where: str = "",
-    ) -> None:
-        """Put the buffer together. None of its parts refers to it, so it is closed as soon as nobody else does."""
+    def _compose(self, parameters: Parameters, path: str | None, where: str, options: Options, mode: str, transforms: Transforms) -> None:
+        """Put the buffer together. No part refers to it: it closes as soon as nobody does."""
         self.parameters, self.draws = parameters, Draws(parameters)
-        self.location = self._location(path, where or os.path.realpath(path or ""), options, parameters)
+        self.location = self._location(path, where, options, parameters)
         self.current = Current(f"{type(self).__name__} at {id(self):#x}", self.location, parameters, self.draws, mode)
         tag = self.tag_class(type(self).__name__, self.policy_class.needs_groups)
-        self.view = View(self.current, tag, transform, target_transform)
+        self.view = View(self.current, tag, transforms)
         self.feeder = Feeder(self.current, tag)
         self.checkpoints = Checkpoints(self.current, self.feeder)
         self._reach = Reach()
-
-    # -- what a class declares ---------------------------------------------------------------------------------------
 
     @classmethod
     def _declared(cls) -> Kind:
@@ -170,15 +169,10 @@ class DataBuffer:
 
     def _rows_to_keep(self, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
         """Return which of the live rows `resize` keeps, as numbers into `live`."""
-        if type(policy).keep is Policy.keep:
-            raise ArgumentError(f"{type(self).__name__} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
-        positions, tags = store.index()
-        return policy.keep(size, positions[live], tags[live])
-
-    # -- opening and closing -----------------------------------------------------------------------------------------
+        return rewriting.kept_by_policy(type(self).__name__, store, policy, size, live)
 
     def close(self) -> None:
-        """Close the file and release the writer's lock. Closing twice is fine; else a ModeError follows."""
+        """Close the file and release the lock. Afterwards all but `close` is a ModeError."""
         self.current.close()
 
     def __enter__(self: Self) -> Self:
@@ -188,105 +182,52 @@ class DataBuffer:
         self.close()
 
     def __del__(self) -> None:
-        # Without this a forgotten buffer would hold its lock and descriptors until the interpreter ends.
+        # A forgotten buffer would hold its lock and descriptors until the interpreter ends.
         try:  # noqa: SIM105 - when it ends, contextlib may be empty already
             self.close()
         except Exception:
             pass
 
     def __reduce__(self) -> tuple[Callable[..., DataBuffer], tuple[object, ...]]:
-        return type(self)._unpickle, (self.current.pack(), self.transform, self.target_transform)
+        return type(self)._unpickle, (self.current.pack(), (self.transform, self.target_transform))
 
     @classmethod
-    def _unpickle(cls: type[Self], packed: Packed, transform: Any, target_transform: Any) -> Self:
+    def _unpickle(cls: type[Self], packed: Packed, transforms: Transforms) -> Self:
         """Make a reader of the same file or shared memory in another process."""
         buffer = cls.__new__(cls)
         parameters = Parameters(cls._declared(), None, None, None, {})
-        buffer._compose(parameters, packed.path, Options(False, 2, True), "r", transform, target_transform, packed.where)
+        buffer._compose(parameters, packed.path, packed.where, Options(False, 2, True), "r", transforms)
         buffer.current.unpack(packed)
         return buffer
 
-    def __copy__(self) -> DataBuffer:
+    def __copy__(self, memo: object = None) -> DataBuffer:
         raise ModeError(
             f"{self!r} cannot be copied within a process: the copy would read the same rows, and never write. buffer.save(folder) and "
             "load(folder) of another buffer copy the samples; leanreplay.open(path) reads the same file once more"
         )
 
-    def __deepcopy__(self, memo: object) -> DataBuffer:
-        return self.__copy__()
+    __deepcopy__ = __copy__
 
-    # -- what it is --------------------------------------------------------------------------------------------------
+    path: str | None = _part("location.path", str, "The path as it was given; None in memory.")
+    max_size = _part("parameters.max_size", int, "Rows of the buffer; None in an InfiniteBuffer.")
+    seed = _part("parameters.seed", int, "Seed of all random choices.")
+    stream = _part("parameters.stream", int, "Number of the stream that is fed.")
+    mode = _part("current.mode", str, 'The mode; "r" in forked and unpickled copies.')
+    seen = _of_store("seen", int, "Samples offered so far, kept or not: the position in the stream.")
+    schema: Schema | None = _of_store("schema", Schema, "What a sample looks like; None before the first batch.")
+    nbytes = _of_store("nbytes", int, "Bytes of the file, of all parts, or of shared memory.")
+    transform: Transform | None = _part("view.transform", type(None), "For first elements that are read; may be set.", True)
+    target_transform: Transform | None = _part("view.target_transform", type(None), "For second elements; may be set.", True)
 
     @property
-    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+    def lock(self) -> LockType:
         """The lock that whoever uses the store holds."""
         return self.current.lock
-
-    @property
-    def path(self) -> str | None:
-        """The path as it was given; None in memory."""
-        return self.location.path
-
-    @property
-    def max_size(self) -> int:
-        """Rows of the buffer; None in an InfiniteBuffer."""
-        return self.parameters.max_size  # type: ignore[return-value]
-
-    @property
-    def transform(self) -> Callable[[Any], Any] | None:
-        """What the first element of a sample goes through when it is read. May be set."""
-        return self.view.transform
-
-    @transform.setter
-    def transform(self, transform: Callable[[Any], Any] | None) -> None:
-        self.view.transform = transform
-
-    @property
-    def target_transform(self) -> Callable[[Any], Any] | None:
-        """What the second element of a sample goes through when it is read. May be set."""
-        return self.view.target_transform
-
-    @target_transform.setter
-    def target_transform(self, transform: Callable[[Any], Any] | None) -> None:
-        self.view.target_transform = transform
 
     def __len__(self) -> int:
         """Samples that the buffer holds now."""
         with self.current.lock:
             return self._reach.told(self.current.reading().size)
-
-    @property
-    def seen(self) -> int:
-        """Samples offered so far, kept or not: the position in the stream."""
-        with self.current.lock:
-            return self.current.reading().seen
-
-    @property
-    def seed(self) -> int:
-        """Seed of all random choices."""
-        return self.parameters.seed
-
-    @property
-    def stream(self) -> int:
-        """Number of the stream that is fed."""
-        return self.parameters.stream
-
-    @property
-    def mode(self) -> str:
-        """The mode; "r" in forked and unpickled copies."""
-        return self.current.mode
-
-    @property
-    def schema(self) -> Schema | None:
-        """What a sample looks like; None before the first batch."""
-        with self.current.lock:
-            return self.current.reading().schema
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file, of all parts, or of shared memory."""
-        with self.current.lock:
-            return self.current.reading().nbytes
 
     def __repr__(self) -> str:
         if self.current.closed:
@@ -297,8 +238,6 @@ class DataBuffer:
         except LeanReplayError as error:
             return f"{name}({where}, {type(error).__name__})"
         return f"{name}({where}, seed={self.seed}, len={held}, seen={seen}, mode={self.mode!r}, {schema})"
-
-    # -- writing -----------------------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -311,22 +250,22 @@ class DataBuffer:
     ) -> None:
         """Offer a batch to the buffer, in order.
 
-        batch: the nested structure of a sample, each leaf of shape (n, ...): an array, a tensor (any
-        device), or what np.asarray takes. A list of samples is no batch: stack them, or call `update`.
-        (For samples that are lists of several alike give a tuple.)
+        batch: the nested structure of a sample, each leaf of shape (n, ...): an array, a tensor
+            (any device), or what np.asarray takes. A list of samples is no batch: stack them, or
+            call `update`. (For samples that are lists of several alike give a tuple.)
         metadata: name -> (n, ...) array, the same names with every batch.
-        group: (n,) integers that class-balancing buffers balance over, and that `index/group` holds;
-        by default the second element of a pair, if that is an integer.
-        at: stream position of the first sample; samples that the buffer has already seen are skipped.
-        moved: (rows, positions, {name: (k, ...) values}) of samples drawn before, k integers each:
-        metadata to overwrite first, in the same commit, where a row still holds the sample of that
-        position (so a kill never leaves one without the other). Not done for a batch that was seen
-        before. In an InfiniteBuffer, and beyond half of what a commit may change, it is a commit before.
+        group: (n,) integers that class-balancing buffers balance over, and that `index/group`
+            holds; by default the second element of a pair, if that is an integer.
+        at: stream position of the first sample; samples that were seen already are skipped.
+        moved: (rows, positions, {name: (k, ...) values}) of samples drawn before: metadata to
+            overwrite first, in the same commit, where a row still holds the sample of that position
+            (a kill never leaves one without the other). Not done for a batch that was seen before.
+            In an InfiniteBuffer, and beyond half of what a commit may change, a commit before.
 
-        Costs a copy of the samples that stay, and about 3 ns for one that does not. A batch that does
-        not fit the schema is refused as a whole (SchemaError). An empty batch does nothing. After a
-        StorageError `seen` says what is in: nothing of the batch, or the first commits of one that
-        takes several; `add(batch, at=position)` goes on without counting those twice.
+        Costs a copy of the samples that stay, and about 3 ns for one that does not. A batch that
+        does not fit the schema is refused as a whole (SchemaError). An empty batch does nothing.
+        After a StorageError `seen` says what is in: nothing of the batch, or the first commits of
+        one that takes several; `add(batch, at=position)` goes on without counting those twice.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -339,29 +278,20 @@ class DataBuffer:
             self.feeder.add(batch, metadata, group, at, moved)
 
     def check_batch(self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: object = None) -> None:
-        """Raise what `add` would raise for this batch because of what it is; changes nothing.
-
-        >>> import numpy as np
-        >>> from leanreplay import ReservoirBuffer
-        >>> buffer = ReservoirBuffer(2)
-        >>> buffer.add((np.zeros((3, 4)), np.array([0, 1, 2])))
-        >>> buffer.check_batch((np.zeros((3, 5)), np.array([0, 1, 2])))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        leanreplay.errors.SchemaError: data/0: expected float64 of shape (3, 4), got float64 of shape (3, 5); ...
-        """
+        """Raise what `add` would raise for this batch because of what it is; change nothing."""
         with self.current.lock:
             self.feeder.check(batch, metadata, group)
 
     def update(self, dataset: Any, *, metadata: Mapping[str, Any] | None = None, group: object = None, at: int | None = None) -> None:
-        """Offer a map-style dataset (`len` and `[i]`, items without metadata) to the buffer, in order.
+        """Offer a map-style dataset (`len` and `[i]`, items without metadata), in order.
 
-        A tuple of arrays or tensors of one length, `(x, y)`, is a dataset of pairs, as for `fit`. Items
-        may hold whatever `np.asarray` takes, images of PIL too. What `dataset[i]` raises comes through.
-        Only samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`,
+        A tuple of arrays or tensors of one length, `(x, y)`, is a dataset of pairs. Items may hold
+        whatever `np.asarray` takes, images of PIL too. What `dataset[i]` raises comes through. Only
+        samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`,
         for the whole dataset. A buffer that balances takes labels from `group`, or from
         `dataset.targets`; without either, every item is read once more. Of a
-        `torch.utils.data.Subset` it looks at the dataset within, and a `TensorDataset` is read as the
-        batch that its tensors are.
+        `torch.utils.data.Subset` it looks at the dataset within, and a `TensorDataset` is read as
+        the batch that its tensors are.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -374,12 +304,13 @@ class DataBuffer:
             self.feeder.update(dataset, metadata, group, at)
 
     def set_metadata(self, name: str, values: Any, rows: object = None, *, positions: object = None) -> None:
-        """Overwrite one metadata field of these rows, by default of all samples in row order. values: (n, ...).
+        """Overwrite one metadata field of these rows, by default of all samples in row order.
 
-        positions: skip rows that no longer hold the sample of that stream position. Rows are written in
-        commits of as many as the journal holds (8 MiB), each whole or not at all; in an InfiniteBuffer
-        each part is at least one commit of its own. A name that the buffer does not have yet adds a
-        field, which needs values for all samples, rewrites the file and ends all restore points.
+        values: (n, ...). positions: skip rows that no longer hold the sample of that stream
+        position. Rows are written in commits of as many as the journal holds (8 MiB), each whole or
+        not at all; in an InfiniteBuffer each part is at least one commit of its own. A name that
+        the buffer does not have yet adds a field, which needs values for all samples, rewrites the
+        file and ends all restore points.
         """
         with self.current.lock:
             store = self.current.writing()
@@ -391,22 +322,19 @@ class DataBuffer:
             else:
                 rewriting.add_field(self.current, store, name, values, found)
 
-    # -- reading -----------------------------------------------------------------------------------------------------
-
     def sample(self, n: int, replace: bool = False) -> tuple[Any, dict[str, Any]]:
         """Draw n samples uniformly: (batch, metadata), copies with a leading dimension of n.
 
-        metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream, int64).
-        Without `replace` the n are distinct, and n at most len(buffer). A draw is a function of (seed,
-        stream, seen, number of draws before); the last is part of `state_dict`. Costs the copy, its
-        checksums included, and a few microseconds.
+        metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream,
+        int64). Without `replace` the n are distinct, and n at most len(buffer). A draw is a
+        function of (seed, stream, seen, number of draws before); the last is part of `state_dict`.
+        Costs the copy, its checksums included, and a few microseconds.
 
-        Copies of a buffer in other processes (forked or unpickled) each draw a stream of their own.
-        Which one follows from the number of forks and pickles before, of the process that unpickles also
-        from its number in multiprocessing and from how often it did so, and in a worker of torch's
-        DataLoader from the worker's seed. So a program that starts its workers in the same order draws
-        the same again, except where a pool gives jobs to whichever worker is free. Readers that several
-        processes open by path draw the same, except in workers of a DataLoader.
+        Forked and unpickled copies of a buffer each draw a stream of their own. It follows from the
+        number of forks and pickles before; when unpickled also from the number of that process in
+        multiprocessing, and of unpicklings there; in a DataLoader's worker from the worker's seed.
+        So a program that starts its workers in the same order draws the same again, except where a
+        pool gives jobs to whichever worker is free. Readers that are opened by path draw the same.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -419,19 +347,19 @@ class DataBuffer:
         return self.view.sample(n, replace)  # type: ignore[return-value]  # it is None for `at_most` only
 
     def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
-        """The samples in these rows (as in meta["idx"]), like `sample`. Raises RowError for rows that hold none."""
+        """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""
         return self.view.get(rows)
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """The index-th sample and its metadata, without a batch dimension; the order is that of the rows."""
+        """The index-th sample in the order of rows, and its metadata: no batch dimension."""
         return self.view.items_at([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
         """Several samples in one read: what torch's DataLoader calls.
 
-        Rows may go while a DataLoader goes on, as when a balanced buffer meets a new class. An index that
-        was below a length told before, and is beyond the samples that are there now, gets another live
-        sample; `buffer[i]` is a RowError then.
+        Rows may go while a DataLoader goes on, as when a balanced buffer meets a new class. An
+        index that was below a length told before, and is beyond the samples that are there now,
+        gets another live sample; `buffer[i]` is a RowError then.
         """
         return self.view.items_at(indices, self._reach.now())
 
@@ -440,80 +368,77 @@ class DataBuffer:
             yield self[i]
 
     def get_metadata(self, name: str, rows: object = None) -> Array:
-        """One metadata field, "idx" or "position" of these rows, by default of all samples in row order: a copy, (n, ...)."""
+        """A metadata field, "idx" or "position" of these rows, by default all: (n, ...), a copy."""
         return self.view.metadata(name, rows)
 
-    # -- structure and state -----------------------------------------------------------------------------------------
-
     def resize(self, max_size: int) -> None:
-        """Change the number of rows: writes a new file and renames it over. Costs a copy of the samples.
+        """Change the number of rows: a new file is written and takes the name of the old one.
 
-        Ends all restore points. Too many samples are dropped as the policy says (a reservoir keeps its
-        largest keys, so stays uniform). A reservoir that has dropped or rejected samples cannot use
-        additional rows (the capacity rule), and says so in a CapacityWarning.
+        Costs a copy of the samples, and ends all restore points. Too many samples are dropped as the policy says (a reservoir keeps
+        its largest keys, so stays uniform). A reservoir that has dropped or rejected samples cannot
+        use additional rows (the capacity rule), and says so in a CapacityWarning.
         """
         with self.current.lock:
             rewriting.resize(self.current, self.feeder.take_policy, self._rows_to_keep, max_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Mark a restore point and describe it: a small dict of plain values, to be kept in a checkpoint.
+        """Mark a restore point and describe it: a small dict of plain values, for a checkpoint.
 
-        From now on the old bytes of rows that change are kept in a file beside the buffer, each once.
-        Costs under a millisecond. The state of a buffer in memory can be loaded while its process lives,
-        as the samples are not in it: the first call says so in a VolatileStateWarning. To resume in
-        another process give the buffer a path, or use `save` and `load`.
+        From now on the old bytes of rows that change are kept in a file beside the buffer, each
+        once. Costs under a millisecond. The state of a buffer in memory can be loaded while its
+        process lives, as the samples are not in it: the first call says so in a
+        VolatileStateWarning. To resume in another process use a path, or `save` and `load`.
         """
         with self.current.lock:
             return self.checkpoints.mark()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Bring the buffer back to the state of `state_dict`: samples, metadata, `seen`, and the draws that follow.
+        """Go back to a state of `state_dict`: samples, metadata, `seen`, and draws that follow.
 
-        Raises StateError, and changes nothing, for a state of another buffer, one that the buffer is
-        behind of, or one whose restore point is gone. Costs a copy of the rows that changed since.
+        Raises StateError, and changes nothing, for a state of another buffer, one that the buffer
+        is behind of, or one whose restore point is gone. Costs a copy of the rows that changed.
 
-        >>> import numpy as np, os, tempfile
+        >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
-        >>> buffer = ReservoirBuffer(2, os.path.join(tempfile.mkdtemp(), "replay.h5"))
-        >>> buffer.add(np.arange(5.0))
+        >>> buffer = ReservoirBuffer(2)
         >>> state = buffer.state_dict()
-        >>> buffer.add(np.arange(5.0, 100.0))
+        >>> buffer.add(np.arange(5.0))
         >>> buffer.load_state_dict(state)
         >>> buffer.seen
-        5
+        0
         """
         with self.current.lock:
             self.checkpoints.roll_back(state)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Copy the whole buffer into a folder, made if missing; shares disk blocks where the file system can.
+        """Copy the buffer into a folder, made if missing. Disk blocks are shared where they can be.
 
-        A copy that stood there is replaced at once, when the new one is complete. Raises LockedError if
-        somebody writes to that copy. Killed at any moment, this leaves one of the two whole, each with
-        its own draws. The next save, load or opening removes the rest.
+        A copy that stood there is replaced at once, when the new one is complete. Raises
+        LockedError if somebody writes to that copy. Killed at any moment, this leaves one of the
+        two whole, each with its own draws. The next save, load or opening removes the rest.
         """
         with self.current.lock:
             self.checkpoints.save(as_path(folder, "folder"))
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Replace this buffer's contents by a copy that `save` made, draws included. Ends all restore points.
+        """Replace the contents by a copy that `save` made, draws too. Ends all restore points.
 
-        Raises MismatchError for a copy of other parameters (those of an empty buffer are compared too).
+        Raises MismatchError for a copy of other parameters; an empty buffer's are compared too.
         """
         with self.current.lock:
             self.checkpoints.load(as_path(folder, "folder"))
 
     def flush(self) -> None:
-        """Make the present state, restore points too, survive a power cut: it is on the disk when this returns."""
+        """Put the present state on the disk, restore points too: it survives a power cut."""
         with self.current.lock:
             self.current.reading().flush()
 
     def check(self) -> list[Problem]:
-        """Everything wrong with the file, each `Problem` with the rows it is about. Reads all of it.
+        """Everything wrong with the file, each `Problem` with its rows; [] if nothing is.
 
-        An empty list if nothing is wrong. A reader beside a writer reports no row that a commit is
-        changing. Where commits leave it no pause within a second, it does not compare the rows as a whole
-        with the header: the writer's own `check` does.
+        Reads all of the file. A reader beside a writer reports no row that a commit is
+        changing. Where commits leave it no pause within a second, it does not compare the rows as a
+        whole with the header: the writer's own `check` does.
         """
         with self.current.lock:
             return self.current.reading().check()

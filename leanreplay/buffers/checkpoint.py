@@ -23,7 +23,7 @@ State = Mapping[str, Any]  # of plain values
 class Checkpoints:
     """The states of one buffer.
 
-    may_warn: whether to say of a state that no other process can load it; not where a copy of the buffer goes with the state.
+    may_warn: whether to warn of a state in memory; not where a copy of the buffer goes with it.
     """
 
     def __init__(self, current: Current, feeder: Feeder) -> None:
@@ -73,7 +73,7 @@ class Checkpoints:
         self._draws.begin(*counts(state))
 
     def _check(self, state: State) -> tuple[int, str]:
-        """Return `seen` and the restore point of a state. Raises StateError for a state that is not of this buffer."""
+        """Return `seen` and the restore point of a state, or raise StateError."""
         wanted = {"format": int, "kind": str, "uuid": str, "max_size": int, "seen": int, "state": str, "draws": dict, "copies": int}
         if not isinstance(state, Mapping) or any(type(state.get(k)) is not t for k, t in wanted.items()):
             raise StateError(f"not a state of a buffer: expected a dict with {sorted(wanted)}, got {state!r:.200}")

@@ -1,4 +1,4 @@
-"""Copies of buffers: files that appear whole, and the folder of a copy that `save` made, with its state.json."""
+"""Copies of buffers: files that appear whole, and folders made by `save`, with a state.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def counts(state: State) -> tuple[int, int]:
 
 
 def is_left_over(path: str, identity: str) -> bool:
-    """Whether this very buffer made a file, and an exception came before it knew: the file holds nothing yet."""
+    """Whether this very buffer made a file, still empty, before an exception came."""
     if not os.path.exists(path):
         return False
     try:
@@ -43,7 +43,10 @@ def is_left_over(path: str, identity: str) -> bool:
 
 
 def copy_aside(store: Store, path: str, model: os.stat_result | None) -> str:
-    """Copy a store's file to a temporary one for `path`, whole and durable, with mode and owner of `model`. Returns its name."""
+    """Copy a store's file to a temporary one for `path`, whole and durable; return its name.
+
+    model: whose mode and owner the copy gets.
+    """
     for _ in range(100):
         before = store.sequence
         fd, temp = system.temporary(path, model)
@@ -64,7 +67,7 @@ def copy_aside(store: Store, path: str, model: os.stat_result | None) -> str:
 
 
 def copy_store(store: Store, path: str, model: os.stat_result | None = None) -> None:
-    """Copy a store's file so that it appears whole under another name. model: whose mode and owner it gets, else its own."""
+    """Copy a store's file so that it appears whole under another name. model: as above."""
     publish(copy_aside(store, path, model or store.status), path)
 
 
@@ -97,7 +100,7 @@ def copy_to_memory(store: Store, durable: bool, points: int) -> Store:
 
 @contextlib.contextmanager
 def saved_file(folder: str, where: str | None, parameters: Parameters, old: Store) -> Iterator[Store]:
-    """Open the file of a copy in a folder, for the time of a block. Raises MismatchError unless it fits the buffer at `where`."""
+    """Open the file of a copy. Raises MismatchError unless it fits the buffer at `where`."""
     path = os.path.join(folder, "buffer.h5")
     if os.path.realpath(path) == where:
         raise ArgumentError(f"load from another folder: {path} is this buffer itself")
@@ -112,7 +115,7 @@ def saved_file(folder: str, where: str | None, parameters: Parameters, old: Stor
 
 
 def save_file(store: Store, folder: str, state: dict[str, Any]) -> None:
-    """Save a single file. Until it has its name, state.json speaks of the old copy too: each keeps its own draws."""
+    """Save a single file. Until it has its name, state.json describes the old copy too."""
     path = os.path.join(folder, "buffer.h5")
     temp = copy_aside(store, path + ".saved", store.status)
     try:
@@ -128,7 +131,7 @@ def save_file(store: Store, folder: str, state: dict[str, Any]) -> None:
 
 
 def saved_states(folder: str, strict: bool = False) -> list[dict[str, Any]]:
-    """Read state.json: the state of the last copy, then those of older ones. strict: raise if it is missing or damaged."""
+    """The states in state.json, the last copy's first. strict: raise if it is missing or damaged."""
     try:
         opener = lambda path, _: system.open_own(path, system.OPEN_READ)  # noqa: E731
         with open(os.path.join(folder, "state.json"), encoding="utf-8", opener=opener) as file:
@@ -172,7 +175,7 @@ def write_state(folder: str, state: State, model: os.stat_result | None) -> None
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove what killed savers left in a folder, and older copies, while nobody saves or loads there."""
+    """Remove what killed savers left, and older copies, while nobody saves or loads there."""
     system.remove_temporaries(os.path.join(folder, "buffer.h5.saved"))
     system.remove_temporaries(os.path.join(folder, "state.json"))
     states = saved_states(folder)

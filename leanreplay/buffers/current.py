@@ -1,4 +1,4 @@
-"""The store that a buffer works with at present: opening it, following it when it is replaced, the right to write, forks."""
+"""The store that a buffer works with at present: opening, following, replacing, forks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, cast
 
 from ..errors import ExistsError, LeanReplayError, LockedError, MismatchError, MissingError, ModeError
@@ -17,11 +18,12 @@ from .drawing import PROCESS, Draws
 from .location import Location
 from .parameters import Parameters
 
+LockType = AbstractContextManager[bool]  # threading.RLock is no type before Python 3.13
 _LIVING: weakref.WeakSet[Current]
 
 
 class Packed(NamedTuple):
-    """A buffer on its way to another process. begun: whether it has a file, or memory. copy: which copy of the buffer this is."""
+    """A buffer on its way to another process. begun: it has a store. copy: which copy it is."""
 
     path: str | None
     where: str
@@ -33,15 +35,16 @@ class Packed(NamedTuple):
 
 
 class Current:
-    """The store of one buffer, and what is known of it: mode, lock, whether it is closed or being replaced.
+    """The store of one buffer, its mode, and whether it is closed or being replaced.
 
-    store: an `EmptyStore` until there is a file. lock: whoever uses the store holds it. before_write: called before every write,
-    by those who planned reads of the present rows. awaits: of a copy that waits for the first batch of a buffer, whose.
+    store: an `EmptyStore` until there is a file. lock: whoever uses the store holds it.
+    before_write: called before every write, by those who planned reads of the present rows. awaits:
+    of a copy that waits for the first batch of a buffer, whose.
     """
 
     def __init__(self, name: str, location: Location, parameters: Parameters, draws: Draws, mode: str) -> None:
         self.name, self.location, self.parameters, self.draws, self.mode = name, location, parameters, draws, mode
-        self.lock = threading.RLock()
+        self.lock: LockType = threading.RLock()
         self.before_write: list[Callable[[], None]] = []
         self.store: Store = cast(Store, EmptyStore())
         self.awaits: str | None = None
@@ -53,7 +56,7 @@ class Current:
     # -- opening and closing -----------------------------------------------------------------------------------------
 
     def begin(self, schema: Schema | None) -> None:
-        """Open what is there, as the mode says, or begin a new buffer; with a schema its file is made at once."""
+        """Open what is there, or begin a new buffer, with a store if there is a schema."""
         try:
             with system.storage_errors(f"opening {self.location.path or 'a buffer in memory'}"):
                 try:
@@ -112,7 +115,7 @@ class Current:
             os.close(held)
 
     def explain(self, error: LockedError, path: str | None = None) -> LockedError:
-        """Return the error for a locked file. "Elsewhere" would mislead where the writer is an object of this very process."""
+        """Return the error for a locked file: it names a writer of this very process."""
         other = self._writer_here(path)
         if other is None:
             return error
@@ -122,7 +125,7 @@ class Current:
         )
 
     def _writer_here(self, path: str | None = None) -> Current | None:
-        """The buffer of this process that writes to the file of this one, or to the one under a path."""
+        """The buffer of this process that writes to the file under a path, or to this one's."""
         mine = self.location.locked_file
         path = path or mine
         found = None if path is None else system.status(path)
@@ -146,6 +149,11 @@ class Current:
         store = self.store
         store.recover_or_refresh()
         return store if store.writable else self._newest(store)
+
+    def look_up(self, name: str) -> object:
+        """Return an attribute of the store."""
+        with self.lock:
+            return getattr(self.reading(), name)
 
     def writing(self) -> Store:
         """Return the store for writing. Raises ModeError in a reader."""
@@ -175,7 +183,7 @@ class Current:
         return found
 
     def _follow(self) -> Store:
-        """Go on with the file that has replaced the present one: of the same buffer, or of another one of this class."""
+        """Go on with the file that has replaced the present one: maybe another buffer's."""
         fresh = self.location.open(False)
         table, mine = fresh.layout, self.parameters
         if table.kind != mine.kind.name:
@@ -195,7 +203,7 @@ class Current:
         return fresh
 
     def replace(self, make: Callable[[], Store]) -> None:
-        """Put another store of this buffer in place of the present one, whole or not at all: `make` does so on the disk."""
+        """Put another store in place of the present one. `make` does so on the disk, or raises."""
         old = self.store
         self._replacing = True
         self.store = made = make()
@@ -221,7 +229,7 @@ class Current:
     # -- copies ------------------------------------------------------------------------------------------------------
 
     def become_reader(self) -> None:
-        """In a forked child: the parent goes on writing, so this copy reads, and must not hold the parent's lock."""
+        """In a forked child: the parent writes on, so this copy reads, and drops the lock."""
         self.lock = threading.RLock()
         self.before_write = []
         self.draws.become_copy(f"fork {self.draws.copies}")

@@ -1,4 +1,4 @@
-"""Which rows a draw takes: a function of (seed, stream, consumer, copy of the buffer, samples seen, number of the draw)."""
+"""Which rows a draw takes: a function of (seed, stream, consumer, copy, samples seen, number)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Keys = tuple[np.uint64, np.uint64]
 
 
 class Draws:
-    """The draws of one copy of a buffer: their count and keys, and the count of copies that were made of it."""
+    """The draws of one copy of a buffer: their count, their keys, and the count of its copies."""
 
     def __init__(self, parameters: Parameters) -> None:
         self.copy = ""  # of a forked or unpickled copy: which one, for draws of its own
@@ -30,7 +30,7 @@ class Draws:
         self.begin(0, 0)
 
     def begin(self, drawn: int, copies: int) -> None:
-        """Go on after so many draws and copies. The keys are those of the present seed and stream."""
+        """Go on after so many draws and copies, with keys of the present seed and stream."""
         self._keys: dict[str, Keys] = {}
         # An iterator: a signal handler that draws cannot get the same number.
         self._numbers = iter(range(drawn + 1, MAX_DRAWS))
@@ -56,7 +56,7 @@ class Draws:
         self.begin(0, 0)
 
     def keys(self, store: Store, consumer: str) -> Keys:
-        """The keys of a consumer's draws. Each copy, and each DataLoader worker that reads, has others."""
+        """The keys of a consumer. Each copy, and each DataLoader worker that reads, has others."""
         keys = self._keys.get(consumer)
         if keys is None:
             copy = self.copy if store.writable else self.copy + data_loader_worker()
@@ -88,21 +88,21 @@ class Draws:
         return rows
 
     def stand_in(self, store: Store, size: int, index: int) -> int:
-        """Which of `size` samples a dataset shows for an index whose sample is gone: a uniform draw for each index."""
+        """Which of `size` samples stands in for one that is gone: a uniform draw by its index."""
         out = np.empty(1, np.int64)
         reservoir.draw(size, *self._hashed("dataset"), store.seen, index, False, out)
         return int(out[0])
 
 
 def data_loader_worker() -> str:
-    """The DataLoader worker that this process is, by its seed, which follows from torch's generator; "" elsewhere."""
+    """The DataLoader worker that this process is, by its seed; "" elsewhere."""
     workers = sys.modules.get("torch.utils.data")
     info = None if workers is None else workers.get_worker_info()
     return "" if info is None else f" worker {info.seed}"
 
 
 class Process:
-    """Which process this is, and how often it has unpickled which copy: the same bytes may arrive in several, and several times."""
+    """Which process this is, and how often it has unpickled which copy."""
 
     def __init__(self) -> None:
         self.forks = ""  # which fork of which fork

@@ -1,4 +1,4 @@
-"""The way in: a batch is parsed, the policy plans which samples stay, and each plan becomes one commit."""
+"""The way in: a batch is parsed, the policy plans what stays, each plan becomes one commit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ MAX_PLANNED = 1 << 16  # samples in one plan
 class Feeder:
     """Feeds a buffer. It keeps the policy between two commits.
 
-    The policy belongs to one state of one store. `take_policy` hands it out, and whoever has committed what it planned puts it
-    back with `keep_policy`. After an exception nobody does, so the policy is derived anew from the index.
+    The policy belongs to one state of one store. `take_policy` hands it out, and whoever has
+    committed what it planned puts it back with `keep_policy`. After an exception nobody does, so
+    the policy is derived anew from the index.
     """
 
     def __init__(self, current: Current, tag: Label) -> None:
@@ -109,7 +110,7 @@ class Feeder:
         policy.check_groups(checked.groups)
 
     def parse(self, store: Store, batch: Any, metadata: Any, group: object) -> tuple[Schema, Batch]:
-        """Return the schema, which the first batch decides, and the batch, which fits it, with its tags."""
+        """Return the schema, which the first batch decides, and the batch with its tags."""
         schema = store.schema
         if schema is None:
             schema = Schema.from_batch(batch, metadata)
@@ -147,10 +148,10 @@ class Feeder:
         update: MetadataUpdate | None = None,
         data: Sequence[Bytes] | None = None,
     ) -> None:
-        """Plan and commit samples skip to n, in as many commits as the journal needs. `update` goes with the first.
+        """Plan and commit samples skip to n. `update` goes with the first commit.
 
-        tags: of all samples; None if `fetch` finds them. data: the bytes of all samples, if they are at hand: a commit then is
-        mostly one kernel call, and `fetch` serves for the others.
+        tags: of all samples; None if `fetch` finds them. data: the bytes of all samples, if they
+        are at hand: a commit then is mostly one kernel call, and `fetch` serves for the others.
         """
         store, policy_class = self._current.store, self._parameters.kind.policy_class
         if tags is not None and policy_class.check_groups is not Policy.check_groups:
@@ -243,7 +244,7 @@ class Feeder:
         self.commit_update(store, MetadataUpdate(rows, {field: (data, samples)}))
 
     def _parse_update(self, store: Store, moved: Moved) -> MetadataUpdate | None:
-        """Parse the metadata that `add` is to overwrite first; None if no row holds its sample any more."""
+        """Parse the metadata that `add` is to overwrite; None if no row holds its sample now."""
         try:
             rows, positions, values = moved
             names: list[str] = list(values)
@@ -274,7 +275,7 @@ class Feeder:
 
 
 def skipped(at: int | None, n: int, store: Store) -> int:
-    """How many of n samples the buffer has already seen. at: stream position of the first of them; None: the next."""
+    """How many of n samples were seen already. at: position of the first; None: the next."""
     if store.seen + n >= 2**STREAM_BITS:
         raise ArgumentError(f"a stream holds at most 2**{STREAM_BITS} samples; go on with another stream number")
     if at is None:
@@ -292,7 +293,7 @@ def _source(store: Store, field: int, values: Any, rows: Ints) -> npt.NDArray[np
 
 
 def _rows_still_holding(store: Store, rows: Ints, positions: object) -> tuple[Ints, Ints]:
-    """Return each of these rows once, and where its last value stands. positions: of the samples that they must still hold."""
+    """Return each row once, and where its last value stands. positions: what it must still hold."""
     samples = np.arange(rows.shape[0])
     if positions is not None:
         same = store.positions_of(rows) == integers(positions, rows.shape[0], "positions")

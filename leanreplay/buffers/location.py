@@ -16,7 +16,7 @@ from ..storage.store import Store
 from .copies import copy_aside, copy_to_memory, is_left_over, save_file, saved_file
 from .parameters import Parameters, Pieces
 
-# Other libraries take these as the second argument, this one takes them by name. Nobody means a file by them.
+# What other libraries take as the second argument. Nobody means a file by it.
 _NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
 
 Claim = contextlib.AbstractContextManager[None]
@@ -58,7 +58,7 @@ class Location(Protocol):
         """Say that a buffer is in the way of a new one."""
 
     def lock(self, create: bool) -> int | None:
-        """Take the writer's lock: its descriptor, or None if there is none to take. create: a new buffer may be made."""
+        """Take the writer's lock; return its descriptor. create: there may be no buffer yet."""
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left. The lock is held."""
@@ -67,22 +67,23 @@ class Location(Protocol):
         """Open what is there."""
 
     def create(self, schema: Schema, replace: bool) -> Store:
-        """Make a new store, whole before it appears. replace: it takes the place of what is there."""
+        """Make a store, whole before it appears. replace: it takes the place of what is there."""
 
     def replacing(self) -> Claim:
-        """Within the block what is there may be replaced: it has no writer. Raises LockedError, or FormatError for no file."""
+        """Keep writers away from what is to be replaced. LockedError if it has one."""
 
     def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        """Return, of each copy that a save replaces, the file that its writer locks, and the name of his other lock."""
+        """Return the names of both locks of the writer of each copy that a save replaces."""
 
     def sendable(self, store: Store) -> str:
-        """Return a name by which another process finds the store. Raises ModeError if there is none."""
+        """Return a name by which another process finds the store, or raise ModeError."""
 
     def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
         """Make a copy in a folder, with this state in its state.json."""
 
     def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
-        """Replace the old store by a copy that `save` made. MismatchError for one of other parameters."""
+        """Replace the old store by a copy that `save` made. MismatchError for one of other
+        parameters."""
 
 
 def new_store(
@@ -222,7 +223,8 @@ class OneFile:
 
 
 def checked_path(path: object, mode: str) -> str:
-    """A path as str. What other libraries have in its place, given by position, is refused with the way out."""
+    """A path as str. What other libraries have in its place, given by position, is refused with the
+    way out."""
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise ArgumentError(f"path must be a str or os.PathLike, got {path!r:.200}; give anything else by name: seed=0, adaptive_size=True")
     if isinstance(path, str) and mode not in ("r", "r+") and _NO_NAMES.fullmatch(path) and not os.path.lexists(path):

@@ -1,4 +1,4 @@
-"""What a buffer was made with: its size, seed, stream and the parameters of its policy, as given and as its file says."""
+"""What a buffer is made with: size, seed, stream and parameters of the policy; given, or found."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Kind(NamedTuple):
     stored_schema: Callable[[Schema], Schema]
 
     def table_problem(self, table: Table) -> str | None:
-        """Return what is impossible about the table of a file of this kind, because kernels believe its numbers."""
+        """Return what is impossible about the table of a file: kernels believe its numbers."""
         rules = {p.name: p.allowed for p in (*self.policy_class.parameters, *(MERGED if self.sized else ()))}
         wrong = {k: v for k, v in table.params.items() if k not in rules} or {
             k: table.params.get(k) for k, allowed in rules.items() if not allowed(table.params.get(k))
@@ -56,9 +56,11 @@ class Kind(NamedTuple):
 
 
 class Parameters:
-    """The parameters of one buffer. Each is None until it was given, settled for a new buffer, or adopted from the file.
+    """The parameters of one buffer. Each is None until it was given, settled for a new buffer, or
+    adopted from the file.
 
-    own: those of the policy, by name. identity: hex digits by which the buffer's files and states are known.
+    own: those of the policy, by name. identity: hex digits by which the buffer's files and states
+        are known.
     """
 
     def __init__(self, kind: Kind, max_size: int | None, seed: int | None, stream: int | None, own: Params) -> None:
@@ -85,14 +87,14 @@ class Parameters:
         return self.max_size if self.max_size is not None else int(self.own["rows_per_part"])
 
     def settle(self) -> None:
-        """For a new buffer: give what is still None its value. Raises ArgumentError for a bad combination."""
+        """For a new buffer: give what is None its value. ArgumentError for a bad combination."""
         if self.kind.sized and self.given_size is None:
             raise ArgumentError("a new buffer needs max_size")
         self.max_size, self.given_seed, self.given_stream = self.given_size, self.seed, self.stream
         self.own = self.kind.policy_class.settle(self.own, self.given_size or 0)
 
     def resize_empty(self, max_size: int) -> None:
-        """For a buffer without a file: take another size. Raises ArgumentError, and keeps the old one, for a bad combination."""
+        """For a buffer without a file: take another size. ArgumentError for a bad combination."""
         self.own = self.kind.policy_class.settle(self.own, max_size)
         self.max_size = self.given_size = max_size
 
@@ -126,12 +128,12 @@ class Parameters:
         self.take_size(table)
 
     def take_size(self, table: Table) -> None:
-        """Take the size and the identity of a file that has replaced another one of the same parameters."""
+        """Take the size and the identity of a file that has replaced another one."""
         self.max_size = self.given_size = self._size_in(table)
         self.identity = table.uuid
 
     def compare(self, table: Table, schema: Schema | None, path: str) -> None:
-        """Raise MismatchError unless a saved file fits this buffer. schema: of the buffer's samples, if it has any."""
+        """Raise MismatchError unless a saved file fits. schema: of the buffer, if it has any."""
         own = {k: v for k, v in self.own.items() if v is not None}
         mine = {"max_size": self.max_size, "seed": self.seed, "stream": self.stream, "kind": self.kind.name}
         found = {**self._in(table), "kind": table.kind}
@@ -143,11 +145,11 @@ class Parameters:
             raise MismatchError(f"{path} is a copy of a buffer with {', '.join(differing)}; load it into one created like that")
 
     def new_policy(self, own: Params | None = None) -> Policy:
-        """Make a policy that has seen nothing. own: its parameters, where a file says more than these."""
+        """Make a policy that has seen nothing. own: its parameters, if a file says more."""
         return self.kind.policy_class(self.capacity, self.seed, self.own if own is None else own)
 
     def plan_file(self, schema: Schema, size: int | None = None, own: Params | None = None, slots: int = 0) -> tuple[Table, Pieces]:
-        """Plan a new file of these parameters, for samples of a schema. slots: the least entries its log can hold."""
+        """Plan a file for samples of a schema. slots: the least entries that its log can hold."""
         kind, size = self.kind, size or self.capacity
         slots = max(slots, kind.policy_class.log_slots(size))
         own = self.own if own is None else own

@@ -1,4 +1,4 @@
-"""Rows on their way out: from arrays to batches, items and metadata, through the buffer's transforms."""
+"""Rows on their way out: from arrays to batches, items and metadata, through transforms."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from .tag import Label
 Array = npt.NDArray[Any]
 Metadata = dict[str, Any]
 Transform = Callable[[Any], Any]
+Transforms = tuple[Transform | None, Transform | None]  # of the two elements of a sample
 Convert = Callable[[Any, frozenset[str], Any, str], Any]  # leanreplay.torch.data.to_torch
 
 _TRIES = 100  # of a reader whose rows a writer takes away meanwhile
 
 
 class View:
-    """What a buffer shows of its rows. transform, target_transform: of the elements of a sample, or None.
+    """What a buffer shows of its rows, transformed.
 
     convert, of the methods: makes what the transforms get.
     """
 
-    def __init__(self, current: Current, tag: Label, transform: Transform | None, target_transform: Transform | None) -> None:
+    def __init__(self, current: Current, tag: Label, transforms: Transforms) -> None:
         self._current, self._tag = current, tag
-        self.transform, self.target_transform = transform, target_transform
+        self.transform, self.target_transform = transforms
 
     def sample(self, n: int, replace: bool = False, at_most: bool = False, convert: Convert | None = None) -> tuple[Any, Metadata] | None:
-        """Draw a batch of n. at_most: of all there are if these are fewer, and None if there are none."""
+        """Draw a batch of n. at_most: of as many as there are if fewer; None if there are none."""
         current = self._current
         with current.lock:
             store = current.reading()
@@ -214,9 +215,11 @@ def cheapest_field(schema: Schema) -> int:
 
 
 def parse_indices(indices: Sequence[int], size: int, reach: int = 0, stand_in: Callable[[int], int] | None = None) -> Ints:
-    """Indices into `size` samples, negative ones counting from the end, as (n,) int64. Raises RowError outside.
+    """Indices into `size` samples, negative ones counting from the end, as (n,) int64. Raises
+    RowError outside.
 
-    reach: indices from `size` to below this were within when they were chosen. Each becomes what `stand_in` gives for it.
+    reach: indices from `size` to below this were within when they were chosen. Each becomes what
+        `stand_in` gives for it.
     """
     try:
         found = [operator.index(i) for i in indices]
@@ -229,9 +232,10 @@ def parse_indices(indices: Sequence[int], size: int, reach: int = 0, stand_in: C
 
 
 class Reach:
-    """The index up to which a dataset answers: below the largest length it has told, because rows go while a sampler goes on.
+    """The index up to which a dataset answers: rows go while a sampler goes on.
 
-    In a DataLoader's worker every index: they were chosen in another process, from the length that was told there.
+    It is the largest length that was told; in a DataLoader's worker, where another process has
+    told the length, there is no limit.
     """
 
     def __init__(self) -> None:
@@ -240,8 +244,9 @@ class Reach:
     def told(self, length: int) -> int:
         """Note the length that `__len__`, which calls this, is to tell.
 
-        torch's RandomSampler asks for the length once more when its pass is over. It takes a length that has changed for the wish
-        for more samples. So within a pass it is told the length that the pass began with, its variable n.
+        torch's RandomSampler asks for the length once more when its pass is over. It takes a length
+        that has changed for the wish for more samples. So within a pass it is told the length that
+        the pass began with, its variable n.
         """
         asks = sys._getframe(2)
         if asks.f_code.co_name == "num_samples" and asks.f_globals.get("__name__") == "torch.utils.data.sampler" and asks.f_back:

@@ -15,9 +15,9 @@ KINDS: dict[str, type[DataBuffer]] = _KINDS  # the class of each kind that is kn
 
 
 def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:
-    """Open an existing buffer with the class that its file names. options: as for `DataBuffer`. mode "a" is "r+": it creates nothing.
+    """Open an existing buffer with the class that its file names. options: as for `DataBuffer`.
 
-    A class of your own must have been imported before.
+    Mode "a" is "r+": it creates nothing. A class of your own must have been imported before.
 
     >>> import leanreplay, numpy as np, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "replay.h5")

@@ -1,4 +1,4 @@
-"""What changes the structure of a buffer: a new file is written beside the old one and takes its name."""
+"""What changes the structure of a buffer: a new file is written, and takes the old one's name."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def rewrite(
     extra: tuple[Field, np.ndarray[Any, Any]] | None = None,
     keep_points: bool = False,
 ) -> None:
-    """Replace the store by one of another size, schema or log: rows[i] becomes new_rows[i]. Whole or not at all.
+    """Replace the store by one of another size, schema or log: rows[i] becomes new_rows[i].
 
-    policy, log: what the new state says of the policy. extra: a new field, and its values for `rows`.
+    policy, log: what the new state says of the policy. extra: a new field, and its values for
+    `rows`.
     keep_points: restore points stay, because neither rows nor schema change.
     """
     if not current.parameters.kind.sized:
@@ -74,7 +75,8 @@ def resize(
     rows_to_keep: Callable[[Store, Policy, int, Ints], Ints],
     max_size: int,
 ) -> None:
-    """Change the number of rows; see `DataBuffer.resize`. rows_to_keep(store, policy, size, live rows): which of the live ones."""
+    """Change the number of rows; see `DataBuffer.resize`. rows_to_keep(store, policy, size, live
+    rows): which of the live ones."""
     store, parameters = current.writing(), current.parameters
     size = integer("max_size", max_size, 1, 2**40)
     if size is None:
@@ -93,8 +95,18 @@ def resize(
     rewrite(current, store, kept, np.arange(kept.shape[0]), size, policy.state, policy.log)
 
 
+def kept_by_policy(buffer: str, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
+    """Return which of the live rows the policy keeps. buffer: the name of its class, for the
+    error."""
+    if type(policy).keep is Policy.keep:
+        raise ArgumentError(f"{buffer} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
+    positions, tags = store.index()
+    return policy.keep(size, positions[live], tags[live])
+
+
 def _checked_keep(policy: Policy, kept: object, size: int, held: int) -> Ints:
-    """Return what `keep` of a policy, perhaps of the user's own, said. ArgumentError for what no kernel must see."""
+    """Return what `keep` of a policy, perhaps of the user's own, said. ArgumentError for what no
+    kernel must see."""
     rows = np.asarray(kept)
     right = rows.ndim == 1 and rows.shape[0] <= size and (rows.dtype.kind in "iu" or not rows.shape[0])
     rows = rows.astype(np.int64) if right else NO_ROWS

@@ -33,9 +33,9 @@ class SlidingWindowBuffer(DataBuffer):
 class GreedyClassBalancingBuffer(DataBuffer):
     """Every sample enters; once full, a random member of the largest class is replaced.
 
-    Ties are broken at random. Classes are the second element of a sample that is a pair, or `group`.
-    This is the greedy sampler of GDumb (Prabhu, Torr and Dokania, ECCV 2020): balanced, but not
-    uniform within a class; early samples are favoured.
+    Ties are broken at random. Classes are the second element of a sample that is a pair, or
+    `group`. This is the greedy sampler of GDumb (Prabhu, Torr and Dokania, ECCV 2020): balanced,
+    but not uniform within a class; early samples are favoured.
     """
 
     policy_class = GreedyClassBalancingPolicy

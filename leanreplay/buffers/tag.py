@@ -1,4 +1,5 @@
-"""What a policy knows of a sample besides its position: its tag, one int64, the column `index/group` of the file."""
+"""What a policy knows of a sample besides its position: its tag, one int64, the column
+`index/group` of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from ..samples.schema import Schema
 
 
 class Label:
-    """The tag is what was given as `group`, else the integer that is the second element of a pair, else -1.
+    """The tag is what was given as `group`, else the integer that is the second element of a pair,
+    else -1.
 
     buffer: the name of its class, for errors. required: whether the policy cannot do without.
     """
@@ -41,7 +43,8 @@ class Label:
         return np.full(n, -1, np.int64)
 
     def of_dataset(self, given: object, items: Items, skip: int) -> Ints | None:
-        """The tags of all items; None if each is found when its item is read. The first `skip` are not looked at."""
+        """The tags of all items; None if each is found when its item is read. The first `skip` are
+        not looked at."""
         return items.groups(given, self.required, skip)
 
     def show(self, tags: Ints) -> dict[str, npt.NDArray[Any]]:
@@ -65,7 +68,8 @@ class Weight(Label):
 
 
 def checked_weights(weights: object, n: int) -> Ints:
-    """The bits of n weights, a copy. SchemaError for anything but n numbers, ArgumentError for a negative or non-finite one."""
+    """The bits of n weights, a copy. SchemaError for anything but n numbers, ArgumentError for a
+    negative or non-finite one."""
     if weights is None:
         raise ArgumentError("a weighted reservoir needs weights=(n,) numbers with every batch; use ReservoirBuffer for equal ones")
     array = plain_array(weights, "weights")

@@ -15,13 +15,13 @@ from .tag import Weight
 class WeightedReservoirBuffer(DataBuffer):
     """A weighted sample without replacement of everything seen.
 
-    As if `max_size` samples were drawn one after the other, each with a chance in proportion to its weight
-    among those not yet drawn (Efraimidis and Spirakis, Information Processing Letters 2006).
+    As if `max_size` samples were drawn one after the other, each with a chance in proportion to its
+    weight among those not yet drawn (Efraimidis and Spirakis, Information Processing Letters 2006).
 
-    Weights come with every batch, (n,) numbers, finite and not negative; only their ratios matter. A sample
-    of weight 0 is never kept. The weights of what is kept are "weight" in the metadata of samples, float64.
-    Costs as `ReservoirBuffer`, and 70 ns for a sample that may stay. `index/group` of the file holds the bits
-    of the weights.
+    Weights come with every batch, (n,) numbers, finite and not negative; only their ratios matter.
+    A sample of weight 0 is never kept. The weights of what is kept are "weight" in the metadata of
+    samples, float64. Costs as `ReservoirBuffer`, and 70 ns for a sample that may stay.
+    `index/group` of the file holds the bits of the weights.
 
     >>> import numpy as np
     >>> from leanreplay import WeightedReservoirBuffer
@@ -53,10 +53,11 @@ class WeightedReservoirBuffer(DataBuffer):
         at: int | None = None,
         moved: tuple[object, object, Mapping[str, Any]] | None = None,
     ) -> None:
-        """As `DataBuffer.add`. weights: (n,) numbers, which must be given: finite, 0 or more. No `group`.
+        """As `DataBuffer.add`. weights: (n,) numbers, which must be given: finite, 0 or more. No
+        `group`.
 
-        Raises ArgumentError, naming the row, for a negative, infinite or NaN weight, and SchemaError for
-        weights of another length or type; nothing of that batch is kept.
+        Raises ArgumentError, naming the row, for a negative, infinite or NaN weight, and
+        SchemaError for weights of another length or type; nothing of that batch is kept.
 
         >>> import numpy as np
         >>> from leanreplay import WeightedReservoirBuffer
