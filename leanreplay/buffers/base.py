@@ -19,10 +19,10 @@ from ..samples.schema import Schema
 from ..storage.layout import KINDS, Table
 from ..storage.store import Problem, Store
 from . import rewriting
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, State
 from .current import Current, LockType, Packed
 from .drawing import Draws
-from .feeding import Feeder
+from .feeding import Feeder, Moved
 from .location import InMemory, Location, OneFile, Options, checked_path
 from .parameters import Kind, Parameters
 from .reading import Array, Reach, Transform, Transforms, View, all_rows, parse_rows
@@ -55,7 +55,9 @@ class DataBuffer:
     >>> class Coin(leanreplay.SlidingWindowPolicy):
     ...     "Rejects every second sample."
     ...     def plan(self, start, groups, max_rows):
-    ...         return leanreplay.Plan(np.array([-1])) if start % 2 else super().plan(start, groups[:1], max_rows)
+    ...         if start % 2:
+    ...             return leanreplay.Plan(np.array([-1]))
+    ...         return super().plan(start, groups[:1], max_rows)
     >>> class CoinBuffer(leanreplay.DataBuffer):
     ...     policy_class = Coin
     >>> buffer = CoinBuffer(10)
@@ -98,13 +100,13 @@ class DataBuffer:
     _with_metadata: ClassVar[bool] = True  # items are (sample, metadata)
     _params: Params = {}  # noqa: RUF012 - the policy's parameters, as a subclass was given them
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "kind" not in cls.__dict__:
             cls.kind = cls.__name__
         KINDS[cls.kind] = cls
 
-    def __new__(cls: type[Self], *args: Any, **options: Any) -> Self:
+    def __new__(cls: type[Self], *args: object, **options: object) -> Self:
         check_call(cls, DataBuffer, args, options)
         return super().__new__(cls)
 
@@ -246,7 +248,7 @@ class DataBuffer:
         metadata: Mapping[str, Any] | None = None,
         group: object = None,
         at: int | None = None,
-        moved: tuple[object, object, Mapping[str, Any]] | None = None,
+        moved: Moved | None = None,
     ) -> None:
         """Offer a batch to the buffer, in order.
 
@@ -339,7 +341,8 @@ class DataBuffer:
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
         >>> buffer = ReservoirBuffer(100)
-        >>> buffer.add((np.arange(100.0), np.arange(100)), metadata={"logits": np.zeros((100, 10), "float32")})
+        >>> x, y = np.arange(100.0), np.arange(100)
+        >>> buffer.add((x, y), metadata={"logits": np.zeros((100, 10), "float32")})
         >>> (x, y), meta = buffer.sample(4)
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
@@ -392,7 +395,7 @@ class DataBuffer:
         with self.current.lock:
             return self.checkpoints.mark()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go back to a state of `state_dict`: samples, metadata, `seen`, and draws that follow.
 
         Raises StateError, and changes nothing, for a state of another buffer, one that the buffer

@@ -23,7 +23,9 @@ from .drawing import data_loader_worker
 from .tag import Label
 
 Array = npt.NDArray[Any]
+Sample = Any  # or an element of one
 Metadata = dict[str, Any]
+Read = tuple[Any, Metadata]  # a batch or a sample, with its metadata
 Transform = Callable[[Any], Any]
 Transforms = tuple[Transform | None, Transform | None]  # of the two elements of a sample
 Convert = Callable[[Any, frozenset[str], Any, str], Any]  # leanreplay.torch.data.to_torch
@@ -41,7 +43,7 @@ class View:
         self._current, self._tag = current, tag
         self.transform, self.target_transform = transforms
 
-    def sample(self, n: int, replace: bool = False, at_most: bool = False, convert: Convert | None = None) -> tuple[Any, Metadata] | None:
+    def sample(self, n: int, replace: bool = False, at_most: bool = False, convert: Convert | None = None) -> Read | None:
         """Draw a batch of n. at_most: of as many as there are if fewer; None if there are none."""
         current = self._current
         with current.lock:
@@ -78,7 +80,7 @@ class View:
     def _keeps_changing(self) -> RowError:
         return RowError(f"{self._current.location.path}: rows keep being freed while they are read")
 
-    def get(self, rows: object) -> tuple[Any, Metadata]:
+    def get(self, rows: object) -> Read:
         """The samples in these rows."""
         with self._current.lock:
             store = self._current.reading()
@@ -86,7 +88,7 @@ class View:
             arrays, index = store.read(found)
             return self.batch(store.layout.schema, arrays, index, found)
 
-    def items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[tuple[Any, Metadata]]:
+    def items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[Read]:
         """The i-th live samples. reach: as of `parse_indices`."""
         current = self._current
         if current.mode == "r" and current.location.path is None and not current.parameters.kind.sized:
@@ -123,9 +125,7 @@ class View:
                 return arrays[0]
             return index[0].copy() if name == "position" else self._tag.show(index[1].copy())[name]
 
-    def batch(
-        self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None
-    ) -> tuple[Any, Metadata]:
+    def batch(self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None) -> Read:
         """Assemble what was read: nested, transformed, with its metadata."""
         split = len(schema.data)
         batch = schema.unflatten(arrays[:split])
@@ -138,9 +138,7 @@ class View:
             meta.update(self._tag.show(index[1]))
         return batch, meta
 
-    def items(
-        self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None
-    ) -> list[tuple[Any, Metadata]]:
+    def items(self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None) -> list[Read]:
         """Assemble what was read, sample by sample."""
         split = len(schema.data)
         tags, items = self._tag.show(index[1]), []
@@ -152,7 +150,7 @@ class View:
             items.append((sample, meta))
         return items
 
-    def _transformed(self, schema: Schema, leaves: list[Array], convert: Convert | None) -> Any:
+    def _transformed(self, schema: Schema, leaves: list[Array], convert: Convert | None) -> Sample:
         sample = schema.unflatten(leaves)
         if isinstance(sample, (tuple, list)) and len(sample) == 2:
             x = _apply(self.transform, sample[0], "data/0", schema, convert)
@@ -163,7 +161,7 @@ class View:
         return _apply(self.transform, sample, "data", schema, convert)
 
 
-def _apply(function: Transform | None, value: Any, path: str, schema: Schema, convert: Convert | None) -> Any:
+def _apply(function: Transform | None, value: Any, path: str, schema: Schema, convert: Convert | None) -> Sample:
     """Return what a transform makes of an element."""
     if function is None:
         return value

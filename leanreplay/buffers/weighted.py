@@ -9,6 +9,7 @@ from ..errors import ArgumentError, SchemaError
 from ..policies.weighted import WeightedReservoirPolicy
 from ..samples.schema import Schema
 from .base import DataBuffer
+from .feeding import Moved
 from .tag import Weight
 
 
@@ -51,7 +52,7 @@ class WeightedReservoirBuffer(DataBuffer):
         metadata: Mapping[str, Any] | None = None,
         group: object = None,
         at: int | None = None,
-        moved: tuple[object, object, Mapping[str, Any]] | None = None,
+        moved: Moved | None = None,
     ) -> None:
         """As `DataBuffer.add`. weights: (n,) numbers, which must be given: finite, 0 or more. No
         `group`.
