@@ -161,7 +161,7 @@ def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaErr
         values = values.detach().cpu()
         if values.is_floating_point() and str(values.dtype).startswith(("torch.bfloat", "torch.float8")):
             values = values.float()  # NumPy has no such dtype; float32 holds all their values
-        return values.numpy()
+        return values.resolve_neg().numpy()
     except Exception as error:  # whatever an object's own __array__ raises
         raise wrong(f"{name}: {type(values).__name__} cannot become an array: {error}") from error
 

@@ -28,7 +28,8 @@ PRIVATE_NAMES_IN_TESTS = 318
 
 # Parameters that hold contents of samples, and functions that return such contents: of any type.
 CONTENTS = {
-    "batch", "dataset", "item", "items", "leaf", "leaves", "metadata", "sample", "samples", "transform", "tree", "value", "values",
+    "batch", "dataset", "features", "item", "items", "leaf", "leaves", "metadata", "sample", "samples", "transform", "tree", "value",
+    "values",
 }  # fmt: skip
 RETURN_CONTENTS = {"__getitem__", "__getitems__", "__iter__", "dataset", "get", "get_metadata", "leaf", "sample", "state_dict"}
 

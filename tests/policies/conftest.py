@@ -7,9 +7,7 @@ import pytest
 from compiled import call_helpers
 
 from leanreplay.kernels import herding, reservoir
-from leanreplay.policies import (
-    selection,
-)
+from leanreplay.policies import herding as ordering
 
 
 @pytest.fixture(params=["compiled", "python"])
@@ -33,6 +31,6 @@ def run(request, monkeypatch):
 def path(request, monkeypatch):
     """Run a test with one matrix of all products, and with the products of one row at a time."""
     if request.param == "vectors":
-        monkeypatch.setattr(selection, "_MATRIX_BYTES", 0)
+        monkeypatch.setattr(ordering, "MATRIX_BYTES", 0)
     else:
-        monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
+        monkeypatch.setattr(ordering, "STEPS_PER_MATRIX", 10**9)

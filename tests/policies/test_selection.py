@@ -19,9 +19,7 @@ from leanreplay import (
     RandomSelection,
 )
 from leanreplay.kernels import herding
-from leanreplay.policies import (
-    selection,
-)
+from leanreplay.policies import herding as ordering
 
 
 def scaled(x):
@@ -166,7 +164,7 @@ def test_count_does_not_matter():
     order = herd(x)
     for count in (1, 2, 20, 149, 150, 151, 152, 300, 1199, 1200, 5000, np.int64(7)):
         assert herd(x, count) == order[:count]
-    assert 150 * selection._STEPS_PER_MATRIX <= 1200 < 151 * selection._STEPS_PER_MATRIX
+    assert 150 * ordering.STEPS_PER_MATRIX <= 1200 < 151 * ordering.STEPS_PER_MATRIX
     assert sorted(order) == list(range(1200))
 
 
@@ -196,9 +194,9 @@ def test_normalize():
 def test_without_the_definition_ties_would_go_wrong(name, monkeypatch):
     """The scores alone cannot tell: where the case has ties of distinct rows, the definition is asked."""
     asked = []
-    original = selection._by_definition
-    monkeypatch.setattr(selection, "_by_definition", lambda *a: asked.append(len(a[-1])) or original(*a))
-    monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
+    original = ordering.choose_by_definition
+    monkeypatch.setattr(ordering, "choose_by_definition", lambda *a: asked.append(len(a[-1])) or original(*a))
+    monkeypatch.setattr(ordering, "STEPS_PER_MATRIX", 10**9)
     herd(HARD[name])
     assert bool(asked and max(asked) > 1) == (name in ("mirrored", "integers", "cube", "tenths"))
 
@@ -206,9 +204,9 @@ def test_without_the_definition_ties_would_go_wrong(name, monkeypatch):
 @pytest.mark.parametrize("name", ["random", "repeated", "signed zeros", "constant", "integers"])
 def test_marks_may_collide(name, monkeypatch):
     """A mark only says where to look for equal rows."""
-    twins = selection._twins
-    monkeypatch.setattr(selection, "_twins", lambda phi, squares, marks: twins(phi, squares, np.zeros_like(marks)))
-    monkeypatch.setattr(selection, "_STEPS_PER_MATRIX", 10**9)
+    twins = ordering.find_twins
+    monkeypatch.setattr(ordering, "find_twins", lambda phi, squares, marks: twins(phi, squares, np.zeros_like(marks)))
+    monkeypatch.setattr(ordering, "STEPS_PER_MATRIX", 10**9)
     assert herd(HARD[name]) == direct(HARD[name])
 
 
@@ -222,7 +220,7 @@ def test_marks_tell_rows_apart():
         marks, (x - x.mean(axis=0)) @ np.cos(np.arange(6.0))
     )
     x[x == 0] *= np.random.default_rng(4).choice([-1.0, 1.0], (x == 0).sum())
-    left, twin = selection._twins(x, squares, marks)
+    left, twin = ordering.find_twins(x, squares, marks)
     first: dict[tuple[float, ...], list[int]] = {}
     for i, row in enumerate(x.tolist()):
         first.setdefault(tuple(row), []).append(i)
@@ -289,7 +287,7 @@ def test_herd_stops_in_doubt(matrix):
 @pytest.mark.parametrize("single", [0.0, 2.0**-24])
 def test_what_single_precision_cannot_tell(single, monkeypatch):
     """Scores that differ by less than float32 holds: exact ones decide, and are what makes the difference."""
-    monkeypatch.setitem(selection._ROUNDING, np.float32, single)
+    monkeypatch.setitem(ordering.ROUNDING, np.float32, single)
     x = np.random.default_rng(4).normal(size=(300, 32))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x = np.concatenate([x, -x]) * (1 + 1e-9 * np.random.default_rng(5).normal(size=(600, 1)))
@@ -353,8 +351,8 @@ def test_no_more_exact_products_than_allowed():
 def test_from_single_to_double(count, path, monkeypatch):
     """Where too many rows are close together for float32, the rest is done in float64; the order is the same."""
     made = []
-    rows = selection._rows
-    monkeypatch.setattr(selection, "_rows", lambda *a: made.append(a[-1]) or rows(*a))
+    rows = ordering.unit_rows
+    monkeypatch.setattr(ordering, "unit_rows", lambda *a: made.append(a[-1]) or rows(*a))
     x = np.eye(70) + 1e-6 * np.random.default_rng(1).normal(size=(70, 70))
     assert herd(x, count) == direct(x, count) and made == [np.float32, np.float64]
     made.clear()
@@ -484,7 +482,7 @@ def test_memory():
     order = herd(x, 600)
     matrix = tracemalloc.get_traced_memory()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_MATRIX_BYTES", 35_000_000)
+        patch.setattr(ordering, "MATRIX_BYTES", 35_000_000)
         tracemalloc.reset_peak()
         assert herd(x, 600) == order
         vectors = tracemalloc.get_traced_memory()[1]
