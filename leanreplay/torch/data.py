@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,6 +147,31 @@ def per_batch(function: Function, values: torch.Tensor, name: str) -> torch.Tens
         got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
         raise ArgumentError(f"{name}: it gets (n, ...) and must return a tensor (n, ...), n being {values.shape[0]}, got {got}")
     return result
+
+
+class Transforms(NamedTuple):
+    """What samples go through before the model: functions of tensors, or None.
+
+    transform: of the x of each sample. target_transform: of its y. batch_transform: of the x of a
+    batch. prefix: of these names, in messages.
+    """
+
+    transform: Function | None
+    target_transform: Function | None
+    batch_transform: Function | None
+    prefix: str = ""
+
+    def apply(self, x: torch.Tensor, y: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x and y transformed, on the device; then y before it went there."""
+        if self.transform is not None:
+            x = per_sample(self.transform, x, f"{self.prefix}transform")
+        if self.target_transform is not None:
+            y = per_sample(self.target_transform, y, f"{self.prefix}target_transform")
+        if x.device != device:
+            x = x.to(device)
+        if self.batch_transform is not None:
+            x = per_batch(self.batch_transform, x, f"{self.prefix}batch_transform")
+        return x, y if y.device == device else y.to(device), y
 
 
 def each_tensor(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:

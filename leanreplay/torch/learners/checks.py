@@ -1,35 +1,41 @@
-"""Whether a batch suits the model and the loss, and a state the learner. Errors say what is wrong."""
+"""Whether a batch suits model and loss, and a state the learner; what is wrong, in words."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from ...arguments import instance
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, LossError, StateError
 from .forward import check_layers
-from .term import Term
+from .pending import Batch
+from .term import Learner, Term
 
-_OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")  # torch's words for a label that is no class
+# What torch says of a label that is no class.
+_OUT_OF_RANGE = ("target out of range", "out of bounds for", "Class values")
 
 
 def check_parts(model: Any, optimizer: Any, buffer: Any) -> None:
     """Raise ArgumentError unless this is a model to train, an optimizer of it and a buffer."""
-    instance(model, torch.nn.Module, "model must be a torch.nn.Module")
+    instance(model, Module, "model must be a torch.nn.Module")
     if next(model.parameters(), None) is None:
         raise ArgumentError(f"{type(model).__name__} has no parameters: there is nothing to train")
-    instance(optimizer, torch.optim.Optimizer, "optimizer must be a torch.optim.Optimizer")
+    instance(optimizer, Optimizer, "optimizer must be a torch.optim.Optimizer")
     mine = set(model.parameters())
     if not any(p in mine for group in optimizer.param_groups for p in group["params"]):
         raise ArgumentError(f"the optimizer has none of the parameters of this {type(model).__name__}; make it of model.parameters()")
     instance(buffer, DataBuffer, "buffer must be a buffer of leanreplay")
 
 
-def check_terms(terms: Sequence[Term], model: torch.nn.Module) -> None:
+def check_terms(terms: Sequence[Term], model: Module) -> None:
     """Raise ArgumentError unless these terms go together, and with the model."""
     for term in terms:
         instance(term, Term, "terms are objects of leanreplay.torch.Term")
@@ -45,9 +51,19 @@ def check_terms(terms: Sequence[Term], model: torch.nn.Module) -> None:
         raise ArgumentError("only one term's draw can go through the model together with the stream")
 
 
+def ignored_by(loss_fn: Any) -> int | None:
+    """The label that a loss leaves out, if it says so."""
+    given: dict[str, Any] = {}
+    while isinstance(loss_fn, partial):
+        loss_fn, given = loss_fn.func, {**loss_fn.keywords, **given}
+    default = -100 if loss_fn in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss) else None
+    found = given.get("ignore_index", getattr(loss_fn, "ignore_index", default))
+    return found if type(found) is int else None
+
+
 def check_tensors(x: Any, y: Any) -> None:
     """Raise ArgumentError unless x and y are tensors of samples, as many of each."""
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
     if x.is_nested or y.is_nested:
         raise ArgumentError(
@@ -60,42 +76,42 @@ def check_tensors(x: Any, y: Any) -> None:
         raise ArgumentError("the batch is empty; leave such a batch out")
 
 
-def speaks_of_labels(error: Exception) -> bool:
-    """Whether this error of torch's is about a label that is no class."""
-    return any(phrase in str(error) for phrase in _OUT_OF_RANGE)
+def explain(error: Exception, learner: Learner, batch: Batch, cross_entropy: bool, labels: bool) -> None:
+    """Raise an ArgumentError for torch's error if the batch does not fit the model or the loss.
 
-
-def explain(error: Exception, model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, outputs: torch.Tensor | None) -> None:
-    """Raise an ArgumentError in place of torch's error if the batch does not fit the model or the loss.
-
-    outputs: the model's, if the loss is cross entropy.
+    labels: whether the loss needs labels that are numbers of outputs.
     """
-    places = {p.device for p in model.parameters()}
+    inputs, targets, outputs, message = batch.inputs, batch.targets, learner.outputs, str(error)
+    places = {p.device for p in learner.module.parameters()}
     if inputs.device not in places:
         where = ", ".join(sorted(map(str, places)))
         raise ArgumentError(f"the batch is on {inputs.device}, the model on {where}; give device=, or move the model") from error
     if targets.device != inputs.device:
         raise ArgumentError(f"x is on {inputs.device}, y on {targets.device}; give device=, or move one of them") from error
-    dtypes = {p.dtype for p in model.parameters()}
-    if inputs.dtype not in dtypes and "type" in str(error):
+    dtypes = {p.dtype for p in learner.module.parameters()}
+    if inputs.dtype not in dtypes and "type" in message:
         raise ArgumentError(
-            f"the model does not take x of {inputs.dtype}: {str(error).splitlines()[0]:.200}; its parameters are "
+            f"the model does not take x of {inputs.dtype}: {message.splitlines()[0]:.200}; its parameters are "
             f"{', '.join(sorted(map(str, dtypes)))}: convert x before, or with transform and buffer_transform"
         ) from error
-    if outputs is not None and outputs.shape[:1] == inputs.shape[:1]:
-        numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1] + outputs.shape[2:]
+    if cross_entropy and outputs.shape[:1] == inputs.shape[:1]:
+        shape = outputs.shape[:1] + outputs.shape[2:]
+        numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == shape
         if not numbers and not (targets.is_floating_point() and targets.shape == outputs.shape):
             raise ArgumentError(
                 f"labels are {targets.dtype} of shape {tuple(targets.shape)}; for outputs of {tuple(outputs.shape)} expected are "
-                f"classes, int64 of shape {tuple(outputs.shape[:1] + outputs.shape[2:])}, or probabilities of the same shape: "
-                "convert them, or give another loss_fn"
+                f"classes, int64 of shape {tuple(shape)}, or probabilities of the same shape: convert them, or give another loss_fn"
             ) from error
+    if inputs.is_cpu and (labels or any(phrase in message for phrase in _OUT_OF_RANGE)):
+        check_labels(outputs, batch.all_labels, learner.ignore_index)
+    if message.startswith("Target "):  # of another loss_fn that is made of torch's
+        raise ArgumentError(f"loss_fn: {error}: a label is no class of the outputs {tuple(outputs.shape)}") from error
 
 
-def check_labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]], ignored: int | None) -> None:
-    """Raise ArgumentError unless labels are numbers of outputs (n, classes, ...).
+def check_labels(outputs: Tensor, found: Iterable[tuple[str, Tensor]], ignored: int | None) -> None:
+    """Raise ArgumentError unless labels (whose, (n, ...) integers) are numbers of outputs.
 
-    found: (whose labels, (n, ...) integers). ignored: a label that need not be one.
+    ignored: a label that need not be one. On the CPU torch notices by itself.
     """
     if outputs.ndim < 2:
         return
@@ -115,14 +131,14 @@ def check_labels(outputs: torch.Tensor, found: Iterable[tuple[str, torch.Tensor]
             )
 
 
-def finite(total: torch.Tensor, losses: Mapping[str, torch.Tensor], step: int, n: int, replayed: int) -> list[float]:
+def finite(total: Tensor, losses: Mapping[str, Tensor], step: int, n: int, replayed: int) -> list[float]:
     """The values of the losses and of the total. Raises LossError unless all are finite.
 
     This is the one place in a step that waits for the device.
     """
     for name, value in losses.items():
-        if not isinstance(value, torch.Tensor) or value.ndim:
-            shape = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.ndim:
+            shape = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(f"the {name} loss is of {shape}, expected a tensor of a single number: a mean over the batch")
     if len(losses) == 1 and total is value:
         values = [float(total.item())] * 2
@@ -138,7 +154,7 @@ def finite(total: torch.Tensor, losses: Mapping[str, torch.Tensor], step: int, n
 
 
 def check_state(state: Any, learner: str, terms: Sequence[Term]) -> None:
-    """Raise StateError unless a learner of this class and these terms can take the state; the buffer checks its own part."""
+    """Raise StateError unless a learner with these terms can take the state."""
     kinds: dict[str, Any] = {"format": int, "steps": int, "task": (int, str, type(None)), "classes": list, "terms": dict}
     kinds |= {"experience": (int, type(None)), "experiences": list}
     if not isinstance(state, Mapping) or any(not isinstance(state.get(k, ...), t) for k, t in kinds.items()) or state["format"] != 1:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from ...buffers.base import DataBuffer
 from .learner import ReplayLearner
@@ -12,23 +13,29 @@ from .terms import Consistency, ReplayLoss
 
 
 class CLSLearner(ReplayLearner):
-    """CLS-ER (Arani, Sarfraz and Zonooz, ICLR 2022, "Learning Fast, Learning Slow", algorithm 1).
+    """CLS-ER.
+
+    Arani, Sarfraz and Zonooz, ICLR 2022, "Learning Fast, Learning Slow", algorithm 1:
 
         alpha=None:  L = mean of l(f(x), y) over B and M together + beta * |f(x') - Z|^2
         a number:    L = mean of l over B + alpha * mean of l over M + beta * |f(x') - Z|^2
 
-    B is the batch from the stream, M = (x', y') one draw from the buffer. Z is, for each sample of it, the logits of the stable or of the
-    plastic model: two slow averages of the model, see `Consistency`. |.|^2 is the mean over samples and logits. B and M go through the
-    model together, and M once more on its own for the consistency, so batch norm sees two batches. `stable_model` is the one to evaluate.
+    B is the batch of the stream, M = (x', y') one draw from the buffer. For each of its samples Z
+    is the logits of the stable or of the plastic model, two slow averages of the model: see
+    `Consistency`. |.|^2 is the mean over samples and logits. B and M go through the model together,
+    and M once more alone for the consistency, so batch norm sees two batches. Evaluate the
+    `stable_model`.
 
-    The paper's is alpha=None and loss_normalization=False, with its lambda as beta. By default the loss is divided by the sum of the
-    weights. Other parameters: see `Consistency` and `ReplayLearner`.
+    The paper's is alpha=None and loss_normalization=False, with its lambda as beta; by default the
+    loss is divided by the sum of the weights. Other parameters: see `Consistency` and
+    `ReplayLearner`.
 
     >>> import torch
     >>> from leanreplay import ReservoirBuffer
     >>> from leanreplay.torch import CLSLearner
     >>> model = torch.nn.Linear(4, 2)
-    >>> learner = CLSLearner(model, torch.optim.SGD(model.parameters(), lr=0.1), ReservoirBuffer(50), alpha=None, beta=2.0)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> learner = CLSLearner(model, optimizer, ReservoirBuffer(50), alpha=None, beta=2.0)
     >>> for start in range(0, 100, 10):
     ...     step = learner.step(torch.randn(10, 4), torch.arange(start, start + 10) % 2)
     >>> list(step.losses), learner.stable_model(torch.zeros(1, 4)).shape
@@ -37,8 +44,8 @@ class CLSLearner(ReplayLearner):
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: Module,
+        optimizer: Optimizer,
         buffer: DataBuffer,
         *,
         alpha: float | None = 0.5,
@@ -59,11 +66,11 @@ class CLSLearner(ReplayLearner):
         super().__init__(model, optimizer, buffer, terms=[ReplayLoss(alpha, together=True), self._consistency], **options)
 
     @property
-    def stable_model(self) -> torch.nn.Module:
-        """The slowest average: the one to evaluate. In train mode, as it must be when training goes on."""
+    def stable_model(self) -> Module:
+        """The slowest average of the model, the one to evaluate. It is in train mode."""
         return self._consistency.copies["stable"]
 
     @property
-    def plastic_model(self) -> torch.nn.Module:
-        """The faster average."""
+    def plastic_model(self) -> Module:
+        """The faster average of the model."""
         return self._consistency.copies["plastic"]

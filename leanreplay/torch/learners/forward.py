@@ -1,4 +1,4 @@
-"""One pass through a model: its outputs, what named layers give on the way, and how to undo its running statistics."""
+"""Passes through a model: of any batch, of a draw, and how to undo their running statistics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules import batchnorm
 from torch.nn.parameter import is_lazy
 
 from ...errors import ArgumentError
+from ..data import to_torch
 from ..distributed import innermost, layer_of, uncompiled, unwrapped
 
 
@@ -22,8 +25,8 @@ class Forward(NamedTuple):
     outputs: (n, ...). features: by name, the outputs of the layers that terms asked for, (n, ...).
     """
 
-    outputs: torch.Tensor
-    features: dict[str, torch.Tensor]
+    outputs: Tensor
+    features: dict[str, Tensor]
 
     def part(self, start: int, n: int) -> Forward:
         """n of the samples, from `start` on."""
@@ -35,11 +38,11 @@ class Forward(NamedTuple):
         return Forward(self.outputs.detach(), {name: f.detach() for name, f in self.features.items()})
 
 
-def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ()) -> Forward:
-    """Pass x through the model. The hooks on `layers` are removed afterwards, also after an error."""
+def forward(model: Module, x: Tensor, layers: Sequence[str] = ()) -> Forward:
+    """Pass x through the model. The hooks on `layers` are removed afterwards, whatever happens."""
     if x.shape[0] < 2:
         _refuse_batch_norm(model)
-    features: dict[str, torch.Tensor] = {}
+    features: dict[str, Tensor] = {}
     if not layers:
         outputs = model(x)
     else:
@@ -52,7 +55,7 @@ def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ())
         finally:
             for handle in handles:
                 handle.remove()
-    if not isinstance(outputs, torch.Tensor):
+    if not isinstance(outputs, Tensor):
         raise ArgumentError(
             f"the model must return a tensor of outputs (n, ...), got {type(outputs).__name__}; wrap it in a module that does"
         )
@@ -65,17 +68,78 @@ def forward(model: torch.nn.Module, x: torch.Tensor, layers: Sequence[str] = ())
     return Forward(outputs, features)
 
 
-def _keep_output(features: dict[str, torch.Tensor], name: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+class Replay:
+    """Samples drawn from the buffer: x (m, ...) and y (m, ...), transformed, on the model's device.
+
+    Several terms may share a draw. `outputs` and `features` come from the draw's own pass through
+    the model. The first term that asks for them starts that pass; terms that share the draw share
+    the pass.
+    metadata: what the buffer returned for these samples, NumPy arrays; see `stored`.
+    """
+
+    def __init__(
+        self, module: Module, x: Tensor, y: Tensor, metadata: dict[str, Any], layers: Sequence[str],
+        labels: Tensor | None = None, bits: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        """labels: y where reading it does not wait for a device. bits: names of bfloat16 fields."""
+        self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
+        self.labels, self.bits = y if labels is None else labels, bits
+        self.shared = False  # whether each pass gets a copy of x, because a model may work in place
+        self.joint: Forward | None = None  # the pass of the stream's batch followed by this draw
+        self._module = module
+        self._own: Forward | None = None
+
+    def __len__(self) -> int:
+        return len(self.metadata["idx"])
+
+    def stored(self, name: str) -> Tensor:
+        """A copy of what was stored with these samples as `name`, (m, ...), on their device."""
+        tensor: Tensor = to_torch(self.metadata[name], self.bits, path=f"metadata/{name}")
+        return tensor.to(self.x.device, copy=True)
+
+    @property
+    def together(self) -> Forward | None:
+        """The draw's part of a pass together with the stream's batch; None if there was none."""
+        return None if self.joint is None else self.joint.part(-len(self), len(self))
+
+    @property
+    def alone(self) -> Forward:
+        """The draw's own pass through the model."""
+        if self._own is None:
+            self._own = forward(self._module, self.x.clone() if self.shared else self.x, tuple(dict.fromkeys(self.layers)))
+        return self._own
+
+    @property
+    def outputs(self) -> Tensor:
+        """The model's outputs in the draw's own pass."""
+        return self.alone.outputs
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """The layers' outputs in the draw's own pass."""
+        return self.alone.features
+
+    @property
+    def latest(self) -> Forward | None:
+        """A pass of this step: the draw's own, else the joint one; None if there was none."""
+        return self.together if self._own is None else self._own
+
+    def forget(self) -> None:
+        """Drop the passes: graphs must not live until a closure asks for this draw again."""
+        self._own = self.joint = None
+
+
+def _keep_output(features: dict[str, Tensor], name: str, _module: Module, _inputs: Any, output: Any) -> None:
     if name in features:
         raise ArgumentError(f"layer {name!r} runs several times for one batch; name a layer that runs once, say one around it")
-    if not isinstance(output, torch.Tensor):
+    if not isinstance(output, Tensor):
         raise ArgumentError(f"layer {name!r} gives a {type(output).__name__}, expected a tensor; name a layer within or after it")
     features[name] = output.clone()  # the next layer may work in place, as ReLU(inplace=True) does
 
 
-def _refuse_batch_norm(model: torch.nn.Module) -> None:
+def _refuse_batch_norm(model: Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
+        if isinstance(module, batchnorm._BatchNorm) and module.training and not isinstance(module, torch.nn.SyncBatchNorm):
             raise ArgumentError(
                 f"a batch of 1 sample, but {name or 'the model'} is a {type(module).__name__} in train mode, which needs at least 2; "
                 "use drop_last=True in the DataLoader, a larger (replay) batch size, or put that layer into eval mode"
@@ -89,12 +153,12 @@ class Statistics:
     """
 
     def __init__(self) -> None:
-        self._now: list[torch.Tensor] = []
-        self._before: list[torch.Tensor] = []
+        self._now: list[Tensor] = []
+        self._before: list[Tensor] = []
 
-    def remember(self, modules: Iterable[torch.nn.Module]) -> None:
+    def remember(self, modules: Iterable[Module]) -> None:
         """Copy the buffers that these modules have now."""
-        found: list[torch.Tensor] = []
+        found: list[Tensor] = []
         for module in modules:
             _collect_buffers(module, found)
         if not found and not self._now:
@@ -113,8 +177,8 @@ class Statistics:
                 now.copy_(before)
 
 
-def _collect_buffers(module: torch.nn.Module, found: list[torch.Tensor]) -> None:
-    """Append all buffers of a module, as `buffers()` does, but several times as fast; a shared one may come twice."""
+def _collect_buffers(module: Module, found: list[Tensor]) -> None:
+    """Append what `buffers()` gives, several times as fast; a shared buffer may come twice."""
     if module._buffers:
         found += [b for b in module._buffers.values() if b is not None]
     if module._modules:
@@ -123,7 +187,7 @@ def _collect_buffers(module: torch.nn.Module, found: list[torch.Tensor]) -> None
                 _collect_buffers(child, found)
 
 
-def check_initialized(model: torch.nn.Module, term: str) -> None:
+def check_initialized(model: Module, term: str) -> None:
     """Raise ArgumentError for a model with lazy layers that have no weights yet."""
     lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
     if lazy:
@@ -133,7 +197,7 @@ def check_initialized(model: torch.nn.Module, term: str) -> None:
         )
 
 
-def check_layers(model: torch.nn.Module, layers: Sequence[str]) -> None:
+def check_layers(model: Module, layers: Sequence[str]) -> None:
     """Raise ArgumentError unless these are names of layers."""
     inner = innermost(model)
     names = [name for name, _ in inner.named_modules(remove_duplicate=False) if name]

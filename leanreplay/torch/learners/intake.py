@@ -1,4 +1,4 @@
-"""What the buffer takes from a learner: looked at before the step, when a batch can still be refused."""
+"""Whether the buffer takes what a learner offers: after the step it is too late to ask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...buffers.balanced import ExperienceBalancedBuffer
 from ...buffers.base import DataBuffer
@@ -37,7 +38,7 @@ class Intake:
         self._metadata: Any = None
 
     def set_store(self, value: bool) -> None:
-        """Raise ArgumentError or ModeError if batches are to be offered to a buffer that cannot take them."""
+        """Begin or end to offer batches. Raises an error if the buffer cannot take any."""
         if not isinstance(value, bool):
             raise ArgumentError(f"store must be True or False, got {value!r:.200}")
         if value and isinstance(self.buffer, (ParametricBuffer, WeightedReservoirBuffer)):
@@ -64,11 +65,11 @@ class Intake:
                 "ReservoirBuffer or an ExperienceBalancedBuffer"
             )
 
-    def kind(self, x: torch.Tensor, y: torch.Tensor, pending: Sequence[Batch]) -> Any:
+    def kind(self, x: Tensor, y: Tensor, pending: Sequence[Batch]) -> Any:
         """Shapes and dtypes of the samples of a batch, checked.
 
-        Raises SchemaError for a batch that the buffer would refuse after the step, ArgumentError for a
-        buffer of something else.
+        Raises SchemaError for a batch that the buffer would refuse after the step, ArgumentError
+        for a buffer of something else.
         """
         kind = x.shape[1:], x.dtype, y.shape[1:], y.dtype
         if kind == self._kind:
@@ -88,14 +89,14 @@ class Intake:
         return kind
 
     def is_new(self, stored: Mapping[str, Any], n: int) -> bool:
-        """Whether metadata for n samples is of another kind than the last checked, or labels may be refused for their values."""
+        """Whether this metadata of n samples must be checked: its kind is new, or labels matter."""
         self._asked = (n, [(name, getattr(v, "shape", None), getattr(v, "dtype", None)) for name, v in stored.items()]) if stored else ()
         return self._asked != self._metadata or (self._may_refuse_labels and self.store)
 
     def check_names(self, stored: Mapping[str, Any]) -> None:
-        """Raise ArgumentError for metadata that the buffer does not have. To be called before the terms read theirs."""
+        """Raise ArgumentError for metadata that the buffer lacks; before terms read theirs."""
         for name, value in stored.items():
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Tensor):
                 raise ArgumentError(f"a term stores a {type(value).__name__} as {name!r}; keep must return name -> tensor (n, ...)")
         schema = self.buffer.schema
         if schema is None:
@@ -112,8 +113,8 @@ class Intake:
                 "use one that such a learner filled"
             )
 
-    def check_values(self, batch: Batch, stored: dict[str, torch.Tensor], pending: Sequence[Batch]) -> None:
-        """Raise what the buffer would raise after the step. To be called after the losses: terms say more clearly what is wrong."""
+    def check_values(self, batch: Batch, stored: dict[str, Tensor], pending: Sequence[Batch]) -> None:
+        """Raise what the buffer would raise after the step. Terms' errors are clearer."""
         if self.store:
             waiting = next((b.stored for b in pending if b.offered), stored)
             shapes, others = ({name: (tuple(v.shape[1:]), v.dtype) for name, v in each.items()} for each in (stored, waiting))
@@ -122,3 +123,45 @@ class Intake:
             options: dict[str, Any] = {"experience": batch.experience} if self.by_task else {}
             self.buffer.check_batch((batch.x, batch.y), metadata=stored or None, **options)
         self._metadata = self._asked
+
+
+class Experiences:
+    """Numbers tasks as experiences; for other buffers there are none.
+
+    A task that is a number is the experience of that number. A task with another name, or without
+    one, gets the next number, and a name keeps its number. now: the experience of the task that is
+    going on.
+    """
+
+    def __init__(self, buffer: DataBuffer) -> None:
+        self._buffer = buffer if isinstance(buffer, ExperienceBalancedBuffer) else None
+        self.now: int | None = None
+        self._named: dict[str, int] = {}
+
+    def start(self, task: int | str | None) -> None:
+        """A task begins."""
+        if self._buffer is None:
+            return
+        number = task if isinstance(task, int) else self._named.get(task) if task is not None else None
+        if number is None:  # beyond what the buffer holds, and what has stored nothing yet
+            begun = [*self._named.values(), *([] if self.now is None else [self.now])]
+            number = max([int(self._buffer.experience_number(None, None, 1)), *(n + 1 for n in begun)])
+            if isinstance(task, str):
+                self._named[task] = number
+        self.now = number
+
+    def check(self) -> None:
+        """Raise ArgumentError if the buffer needs experiences and no task has begun."""
+        if self._buffer is not None and self.now is None:
+            raise ArgumentError(
+                f"{type(self._buffer).__name__} keeps the same number of samples of each task, but no task has begun: call "
+                "on_task_start(task) before the first batch of each, as fit does"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """For the learner's state."""
+        return {"experience": self.now, "experiences": [[name, number] for name, number in self._named.items()]}
+
+    def load(self, state: Any) -> None:
+        """Take a learner's state."""
+        self.now, self._named = state["experience"], dict(state["experiences"])

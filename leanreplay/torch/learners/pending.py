@@ -1,4 +1,4 @@
-"""Batches whose loss was computed, until `after_step` writes them to the buffer."""
+"""Batches between their loss and `after_step`: what is written to the buffer, and with what."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...buffers.base import DataBuffer
-from .replay import Replay
-from .term import Term
+from ...errors import ArgumentError
+from .forward import Forward, Replay
+from .term import Learner, Term
 
-Draws = list[tuple[Term, Replay]]
-Moved = tuple[Any, Any, dict[str, torch.Tensor]]  # rows, positions, name -> values
+Draws = list[tuple[Term, Replay]]  # the terms that count, each with its draw
+Moved = tuple[Any, Any, dict[str, Tensor]]  # rows, positions, name -> values
 Versions = tuple[int, int]
 
 
@@ -22,36 +24,80 @@ Versions = tuple[int, int]
 class Batch:
     """A batch, what the model sees of it, and what will be written.
 
-    x, y: to be stored: arrays, or tensors where no array can share the memory. They are copies: models,
-    transforms and losses may work in place, and a loop may fill one batch again and again.
-    given: x and y as the caller has them, with their versions; None if this batch cannot come again.
-    inputs, targets: x and y transformed, on the device. labels: the targets before they went there.
-    kind: shapes and dtypes of samples. offered: whether the samples go to the buffer.
-    experience: the number of the task. stored, moved, seen: results of the pass: metadata of the batch,
+    x, y: copies to be stored, because models, transforms and losses may work in place, and a loop
+    may fill one batch again and again. given: x and y as they came, and their versions; None if
+    this batch cannot come again. inputs, targets: x and y transformed, on the device. labels: the
+    targets before they went there. kind: shapes and dtypes of samples. offered: whether the samples
+    go to the buffer.
+    experience: the task's number. stored, moved, seen: what the pass gave: metadata of the batch,
     new metadata of drawn samples, the classes that occurred up to here (with masks).
     """
 
     x: Any
     y: Any
-    given: tuple[torch.Tensor, torch.Tensor, Versions] | None
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    labels: torch.Tensor
+    given: tuple[Tensor, Tensor, Versions] | None
+    inputs: Tensor
+    targets: Tensor
+    labels: Tensor
     draws: Draws
     kind: Any
     offered: bool
     experience: int | None
-    stored: dict[str, torch.Tensor] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
     moved: list[Moved] = field(default_factory=list)
-    seen: torch.Tensor | None = None
+    seen: Tensor | None = None
 
-    def is_same(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+    @property
+    def all_labels(self) -> list[tuple[str, Tensor]]:
+        """(whose, labels) of the batch and its draws, where reading does not wait for a device."""
+        return [("batch", self.labels), *(("replayed samples", replay.labels) for _, replay in self.draws)]
+
+    def is_same(self, x: Tensor, y: Tensor) -> bool:
         """Whether x and y are this batch: the same memory, not written to since."""
         if self.given is None or versions(x, y) != self.given[2]:
             return False
-        if not _same_memory(x, self.given[0]) or not _same_memory(y, self.given[1]):
-            return False
-        return _equal(self.x, x) and _equal(self.y, y)  # NumPy does not count its writes
+        same_memory = _same_memory(x, self.given[0]) and _same_memory(y, self.given[1])
+        return same_memory and _equal(self.x, x) and _equal(self.y, y)  # NumPy counts no writes
+
+
+def values_to_keep(learner: Learner, terms: Sequence[Term], stream: Forward) -> dict[str, Tensor]:
+    """Name -> a copy of what the terms store with each sample of the stream's pass."""
+    stored: dict[str, Tensor] = {}
+    for term in terms:
+        for name, value in term.keep(learner, stream).items():
+            if name in stored:
+                raise ArgumentError(f"two terms store metadata as {name!r} with each sample; let keep of {term.name!r} use another name")
+            stored[name] = value.detach().clone() if isinstance(value, Tensor) else value
+    return stored
+
+
+def values_to_move(learner: Learner, draws: Draws) -> list[Moved]:
+    """(rows, positions, name -> new values) of every draw that went through the model."""
+    moved: list[Moved] = []
+    for replay in dict.fromkeys(replay for _, replay in draws):
+        now = replay.latest
+        moves = [] if now is None else [term.move(learner, replay, now, learner.ema_memory_update_gamma) for term in learner.terms]
+        values = {name: value.detach().clone() for values in moves for name, value in values.items()}
+        if values:
+            moved.append((replay.metadata["idx"], replay.metadata["position"], values))
+    return moved
+
+
+def classes_seen(learner: Learner, outputs: Tensor, batch: Batch, before: Tensor | None) -> Tensor:
+    """Which classes occurred up to and with this batch, (outputs,) bool."""
+    if outputs.ndim != 2 or batch.targets.ndim != 1 or batch.targets.is_floating_point():
+        raise ArgumentError(f"mask_unused_classes needs outputs (n, classes) and integer labels (n,), got {tuple(outputs.shape)}")
+    classes = outputs.shape[1]
+    seen = torch.zeros(classes + 1, dtype=torch.bool, device=outputs.device)  # the last: ignored
+    if before is not None:
+        before = before[:classes]
+        seen[: before.shape[0]] = before.to(seen.device)
+    for labels in [batch.targets, *(replay.y for _, replay in batch.draws)]:
+        y = labels.long()
+        if learner.ignore_index is not None:
+            y = y.masked_fill(y == learner.ignore_index, classes)
+        seen.scatter_(0, y, True)  # which, unlike an index, takes no -1 for the last one
+    return seen[:classes]
 
 
 def write(buffer: DataBuffer, batches: Sequence[Batch]) -> None:
@@ -60,7 +106,7 @@ def write(buffer: DataBuffer, batches: Sequence[Batch]) -> None:
     moved = None
     if moves:  # if a row was drawn several times, the last values count
         rows, positions = (np.concatenate([m[i] for m in moves]) for i in range(2))
-        moved = rows, positions, {name: _shared(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
+        moved = rows, positions, {name: as_array(torch.cat([m[2][name] for m in moves])) for name in moves[0][2]}
     batches = [batch for batch in batches if batch.offered]
     if not batches:
         for name, values in moved[2].items() if moved else ():
@@ -72,7 +118,7 @@ def write(buffer: DataBuffer, batches: Sequence[Batch]) -> None:
     else:
         x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*((b.x, b.y) for b in batches), strict=True))
         stored = {name: torch.cat([batch.stored[name] for batch in batches]) for name in first.stored}
-    metadata = {name: _shared(value) for name, value in stored.items()} or None
+    metadata = {name: as_array(value) for name, value in stored.items()} or None
     options: dict[str, Any] = {}
     if first.experience is not None:
         options["experience"] = np.repeat([int(b.experience or 0) for b in batches], [b.x.shape[0] for b in batches])
@@ -80,7 +126,7 @@ def write(buffer: DataBuffer, batches: Sequence[Batch]) -> None:
 
 
 def unwritten(batches: Sequence[Batch], arrived: int) -> list[Batch]:
-    """What is left of batches of which so many samples arrived; what moved went with the first samples.
+    """What is left of batches of which so many samples arrived; moved metadata went with the first.
 
     The optimizer has made its step, so the same tensors are another batch from now on.
     """
@@ -95,40 +141,32 @@ def unwritten(batches: Sequence[Batch], arrived: int) -> list[Batch]:
     return left
 
 
-def versions(x: torch.Tensor, y: torch.Tensor) -> Versions:
-    """How often each was written to in place; a tensor made in inference mode does not count that."""
+def versions(x: Tensor, y: Tensor) -> Versions:
+    """How often each was written to in place; tensors of inference mode do not count that."""
     try:
         return x._version, y._version
     except RuntimeError:
         return 0, 0
 
 
-def copied(tensor: torch.Tensor) -> Any:
-    """A copy: an array where possible, which the buffer takes faster.
+def as_array(tensor: Tensor, copy: bool = False) -> Any:
+    """The tensor's array, which the buffer takes faster; else the tensor, detached if it is a copy.
 
-    Of a tensor that requires gradients the copy is a tensor.
+    A tensor on a GPU has none: there the buffer copies only the samples that it keeps.
     """
     try:
-        return tensor.numpy().copy()
+        array = tensor.numpy()
     except (RuntimeError, TypeError):
-        return tensor.detach().clone()
+        return tensor.detach().clone() if copy else tensor
+    return array.copy() if copy else array
 
 
-def _shared(tensor: torch.Tensor) -> Any:
-    """The tensor's array where it has one, else the tensor: from a GPU the buffer copies survivors only."""
-    try:
-        return tensor.numpy()
-    except (RuntimeError, TypeError):
-        return tensor
-
-
-def _equal(held: Any, tensor: torch.Tensor) -> bool:
+def _equal(held: Any, tensor: Tensor) -> bool:
     """Whether values are the same; NaN is the same as NaN."""
     held = torch.as_tensor(held)
     return torch.equal(held, tensor) or bool(((held == tensor) | (held.isnan() & tensor.isnan())).all())
 
 
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a is b:
-        return True
-    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return a is b or (alike and a.data_ptr() == b.data_ptr() != 0)

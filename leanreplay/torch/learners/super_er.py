@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from ...buffers.base import DataBuffer
 from .learner import ReplayLearner
@@ -13,23 +14,29 @@ from .terms import Consistency, LogitMatching, PooledOutputDistillation, ReplayL
 
 
 class SuperERLearner(ReplayLearner):
-    """All of it: dark experience replay, complementary learning systems, pooled output distillation, shrink and perturb.
+    """DER++, CLS-ER and POD in one loss, and shrink and perturb.
 
-        L = l(f(x), y) + der_alpha * |f(x1) - z1|^2 + der_beta * l(f(x2), y2) + cls_alpha * |f(x2) - Z2|^2 + pod_alpha * POD(x3)
+        L = l(f(x), y) + der_alpha * |f(x1) - z1|^2 + der_beta * l(f(x2), y2)
+            + cls_alpha * |f(x2) - Z2|^2 + pod_alpha * POD(x3)
 
-    (x1, z1), (x2, y2) and x3 are three draws from the buffer, z1 the logits stored with x1, Z2 those of the stable or plastic copy for
-    x2: see `LogitMatching`, `Consistency` and `PooledOutputDistillation`, and `DERLearner`, `CLSLearner` and `PODLearner` for the
-    papers. At the start of a task the model is shrunk and perturbed: see `ShrinkAndPerturb` (call `on_task_start`). The stream and each
-    draw have one pass through the model, so batch norm sees four batches; the consistency takes the second draw's.
+    (x1, z1), (x2, y2) and x3 are three draws from the buffer. z1 are the logits stored with x1, Z2
+    those of the stable or plastic copy for x2: see `LogitMatching`, `Consistency` and
+    `PooledOutputDistillation`, and `DERLearner`, `CLSLearner` and `PODLearner` for the papers. At
+    the start of a task the model is shrunk and perturbed: see `ShrinkAndPerturb`, and call
+    `on_task_start`. The stream and each draw have one pass through the model, so batch norm sees
+    four batches; the consistency takes the second draw's pass.
 
-    pod_layers: names of layers; not needed with pod_alpha=0, which leaves that term out. By default the loss is divided by the sum of the
-    weights. Other parameters: see the terms and `ReplayLearner`.
+    pod_layers: names of layers; not needed with pod_alpha=0, which leaves that term out. By default
+    the loss is divided by the sum of the weights. Other parameters: see the terms and
+    `ReplayLearner`.
 
     >>> import torch
     >>> from leanreplay import ReservoirBuffer
     >>> from leanreplay.torch import SuperERLearner
-    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 2))
-    >>> learner = SuperERLearner(model, torch.optim.SGD(model.parameters(), lr=0.1), ReservoirBuffer(50), pod_layers=["1"])
+    >>> conv, flatten = torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten()
+    >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), flatten, torch.nn.Linear(144, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> learner = SuperERLearner(model, optimizer, ReservoirBuffer(50), pod_layers=["1"])
     >>> for task in range(2):
     ...     learner.on_task_start(task)
     ...     for start in range(0, 30, 10):
@@ -40,8 +47,8 @@ class SuperERLearner(ReplayLearner):
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        model: Module,
+        optimizer: Optimizer,
         buffer: DataBuffer,
         *,
         der_alpha: float = 1.0,
@@ -75,11 +82,11 @@ class SuperERLearner(ReplayLearner):
         super().__init__(model, optimizer, buffer, terms=terms, **options)
 
     @property
-    def stable_model(self) -> torch.nn.Module:
+    def stable_model(self) -> Module:
         """The slowest average of the model, in train mode."""
         return self._consistency.copies["stable"]
 
     @property
-    def plastic_model(self) -> torch.nn.Module:
-        """The faster average."""
+    def plastic_model(self) -> Module:
+        """The faster average of the model."""
         return self._consistency.copies["plastic"]

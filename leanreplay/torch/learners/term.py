@@ -6,45 +6,61 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.functional import mse_loss
 
 from ...arguments import number
+from ...buffers.base import DataBuffer
 from ...errors import ArgumentError
 from ...keys import key_pair
-from .forward import Forward
-from .replay import Replay
+from .forward import Forward, Replay
 
 
 class Learner(Protocol):
-    """What a term sees of a `ReplayLearner`; its docstring explains the parameters.
+    """What terms, and the parts of a `ReplayLearner`, see of it. Its docstring has the parameters.
 
-    module: the model, without a wrapper. mask: during a `loss`, (outputs,) bool: the classes that
-    occurred so far; None without `mask_unused_classes`. steps: how many the optimizer made.
+    layers: names of all layers that its terms ask for. mask: during a `loss`, (outputs,) bool: the
+    classes that occurred so far; None without `mask_unused_classes`. outputs: of the last `loss`.
+    steps: how many the optimizer made.
     """
 
-    model: torch.nn.Module
+    model: Module
+    buffer: DataBuffer
+    terms: list[Term]
+    replay_batch_size: int
+    ema_memory_update_gamma: float
+    transform: Any
+    target_transform: Any
+    batch_transform: Any
+    buffer_transform: Any
+    buffer_target_transform: Any
+    buffer_batch_transform: Any
     ignore_index: int | None
     max_outputs: int | None
     seed: int
-    mask: torch.Tensor | None
+    device: torch.device | None
+    layers: tuple[str, ...]
+    mask: Tensor | None
+    outputs: Tensor
     steps: int
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Module:
         """The model, without a DistributedDataParallel around it."""
 
-    def criterion(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """`loss_fn`, with the outputs of unused classes masked."""
 
 
 class Term:
-    """A part of a loss. Subclass it, write `loss`, and put it into the `terms` of a `ReplayLearner`.
+    """A part of a loss. Subclass it, write `loss`, put it into the `terms` of a `ReplayLearner`.
 
-    name: its key in `Step.losses` and in states. weight: its factor in the loss; 0 leaves it out; may
-    change during training. draw: "own": a draw of its own from the buffer; "shared": the draw of the
-    term before (the first term always draws); None: it has no loss. layers: names of layers whose
-    outputs it needs in `features`. together: its draw goes through the model in one batch with the
-    stream; with weight=None the loss is then one mean over both.
+    name: its key in `Step.losses` and in states. weight: its factor in the loss; 0 leaves it out;
+    may change during training. draw: "own": a draw of its own from the buffer; "shared": the draw
+    of the term before (the first term always draws); None: it has no loss. layers: names of layers
+    whose outputs it needs in `features`. together: its draw goes through the model in one batch
+    with the stream; with weight=None the loss is then one mean over both.
 
     >>> import torch
     >>> from leanreplay.torch import Term
@@ -82,15 +98,15 @@ class Term:
     def attach(self, learner: Learner) -> None:
         """Called once, by the learner that gets this term: the place for checks and copies."""
 
-    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> Tensor:
         """A single number, a mean over the samples of the draw."""
         raise ArgumentError(f"{type(self).__name__} has no loss")
 
-    def keep(self, learner: Learner, stream: Forward) -> dict[str, torch.Tensor]:
+    def keep(self, learner: Learner, stream: Forward) -> dict[str, Tensor]:
         """What to store with each sample of the batch: name -> (n, ...), the same names always."""
         return {}
 
-    def move(self, learner: Learner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
+    def move(self, learner: Learner, replay: Replay, now: Forward, gamma: float) -> dict[str, Tensor]:
         """What replaces the stored values of a draw: gamma * stored + (1 - gamma) * now."""
         return {name: gamma * replay.stored(name) + (1 - gamma) * value for name, value in self.keep(learner, now).items()}
 
@@ -103,8 +119,8 @@ class Term:
     def after_step(self, learner: Learner) -> None:
         """Called after each step that the optimizer made; `learner.steps` counts it, from 1."""
 
-    def modules(self) -> Iterable[torch.nn.Module]:
-        """Modules of its own that a loss passes data through: a failed loss restores their running statistics."""
+    def modules(self) -> Iterable[Module]:
+        """Its own modules that see data: a loss that fails restores their running statistics."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,8 +134,8 @@ class Term:
         """Take a state that `check_state` has passed."""
 
 
-def mean_square(outputs: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean squared difference over the entries where `valid`, which broadcasts; in the wider of the two dtypes."""
+def mean_square(outputs: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean squared difference where `valid`, which broadcasts; in the wider dtype."""
     dtype = torch.promote_types(outputs.dtype, targets.dtype)
     outputs, targets = outputs.to(dtype), targets.to(dtype)
     if valid is None:

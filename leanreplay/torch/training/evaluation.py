@@ -14,9 +14,8 @@ import torch
 from ...arguments import LARGEST, function_or_none, instance, integer, number, required
 from ...arrays import Ints
 from ...errors import ArgumentError
-from ..data import device_named
+from ..data import Transforms, device_named
 from ..distributed import gather, rank_and_size, unwrapped
-from ..learners.draws import Transforms
 from .reading import Reader, piece
 
 

@@ -19,8 +19,8 @@ import torch
 from ...arguments import choice, function_or_none, instance, integer, required
 from ...errors import ArgumentError
 from .. import distributed
+from ..data import Transforms
 from ..learners import ReplayLearner
-from ..learners.draws import Transforms
 from .evaluation import device_of, validate
 from .reading import EpochBatches, Reader
 from .resume import Position, remember, resume, state_of

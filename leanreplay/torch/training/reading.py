@@ -13,8 +13,8 @@ from ...arguments import call, length
 from ...arrays import Ints
 from ...errors import ArgumentError
 from ...keys import key_pair
+from ..data import Transforms
 from ..distributed import rank_and_size
-from ..learners.draws import Transforms
 from ..loading.interleaved import ShuffleSampler
 
 

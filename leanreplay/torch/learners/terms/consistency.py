@@ -8,28 +8,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules import batchnorm
 
 from ....arguments import fraction
 from ....errors import ArgumentError, StateError
-from ..forward import check_initialized, forward
-from ..replay import Replay
+from ..forward import Replay, check_initialized, forward
 from ..term import Learner, Term, mean_square, random_bits
 
 
 class Consistency(Term):
-    """CLS-ER's consistency loss: the mean squared difference of the outputs of the model and of a slow copy of it.
+    """CLS-ER's consistency loss: the mean squared difference of the outputs of model and slow copy.
 
-    There are two copies. For each replayed sample the stable copy counts where it gives the true class
-    strictly more probability, otherwise the plastic one; the plastic one too where the label is the
-    learner's `ignore_index`. After step t (from 1), each with its own probability, a copy moves:
+    There are two copies. For each replayed sample the stable copy counts where it gives the true
+    class strictly more probability, otherwise the plastic one; the plastic one too where the label
+    is the learner's `ignore_index`. After step t (from 1), each with its own probability, a copy
+    moves:
 
         theta <- a * theta + (1 - a) * theta_model,   a = min(1 - 1 / (t + 1), its weight)
 
-    The copies stay in train mode, without gradients. Only parameters are averaged. Parameters that are
-    integers are copied from the model; so are buffers of integers and bools, except those of batch norm.
-    If the model grew, its copies grow: their new entries start as the model's. A model that
-    `copy.deepcopy` cannot copy, or that has lazy layers without weights yet, is an ArgumentError.
+    The copies stay in train mode, without gradients. Only parameters are averaged. Parameters that
+    are integers are copied from the model; so are buffers of integers and bools, except those of
+    batch norm. If the model grew, its copies grow: their new entries start as the model's. A model
+    that `copy.deepcopy` cannot copy, or that has lazy layers without weights yet, is an
+    ArgumentError.
     """
 
     needs_labels = True
@@ -54,7 +57,7 @@ class Consistency(Term):
             "stable": fraction("stable_model_update_probability", stable_model_update_probability),
             "plastic": fraction("plastic_model_update_probability", plastic_model_update_probability),
         }
-        self.copies: dict[str, torch.nn.Module] = {}
+        self.copies: dict[str, Module] = {}
         self._learner: Learner | None = None
 
     def attach(self, learner: Learner) -> None:
@@ -64,10 +67,10 @@ class Consistency(Term):
         self.copies = {which: _copy(learner.module) for which in ("stable", "plastic")}
         self._learner = learner
 
-    def modules(self) -> Iterable[torch.nn.Module]:
+    def modules(self) -> Iterable[Module]:
         return self.copies.values()
 
-    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> Tensor:
         if replay.y.ndim != 1 or replay.y.is_floating_point() or replay.outputs.ndim != 2:
             raise ArgumentError(
                 f"the term {self.name!r} needs outputs (n, classes) and integer labels (n,), got {tuple(replay.outputs.shape)} and "
@@ -98,7 +101,7 @@ class Consistency(Term):
             if random_bits(f"{self.name} {which}", learner.seed, learner.steps) < self.probabilities[which] * 2**64:
                 _average(model, learner.module, min(1 - 1 / (learner.steps + 1), self.weights[which]))
 
-    def _follow(self, model: torch.nn.Module) -> None:
+    def _follow(self, model: Module) -> None:
         """Give the copies the model's shapes, dtypes and device."""
         for which, old in self.copies.items():
             mine, theirs = list(old.parameters()), list(model.parameters())
@@ -120,8 +123,8 @@ class Consistency(Term):
         shapes = {name: value.shape for name, value in model.state_dict().items()}
         for which in self.copies:
             theirs = state.get(which) if isinstance(state, Mapping) else None
-            fits = isinstance(theirs, Mapping) and all(isinstance(value, torch.Tensor) for value in theirs.values())
-            if not fits or {name: value.shape for name, value in theirs.items()} != shapes:  # type: ignore[union-attr]
+            found = theirs.items() if isinstance(theirs, Mapping) else ()
+            if {name: value.shape if isinstance(value, Tensor) else None for name, value in found} != shapes:
                 raise StateError(f"the state of the term {self.name!r} is not that of a {which} copy of this model; is it another model's?")
 
     def load_state_dict(self, state: Any) -> None:
@@ -131,7 +134,7 @@ class Consistency(Term):
             model.load_state_dict(state[which])
 
 
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
+def _copy(model: Module) -> Module:
     try:
         return copy.deepcopy(model).train().requires_grad_(False)
     except Exception as error:
@@ -142,10 +145,10 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def _average(slow: torch.nn.Module, model: torch.nn.Module, a: float) -> None:
+def _average(slow: Module, model: Module, a: float) -> None:
     """Move a slow copy towards the model; a: how much of the copy stays."""
-    mine: list[torch.Tensor] = list(slow.parameters())
-    theirs: list[torch.Tensor] = list(model.parameters())
+    mine: list[Tensor] = list(slow.parameters())
+    theirs: list[Tensor] = list(model.parameters())
     if not all(map(_has_means, mine)):
         pairs = list(zip(mine, theirs, strict=True))
         for m, t in pairs:
@@ -158,18 +161,18 @@ def _average(slow: torch.nn.Module, model: torch.nn.Module, a: float) -> None:
         m.copy_(t)
 
 
-def _has_means(tensor: torch.Tensor) -> bool:
+def _has_means(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _alike(m: torch.Tensor, t: torch.Tensor) -> bool:
+def _alike(m: Tensor, t: Tensor) -> bool:
     return m.shape == t.shape and m.dtype == t.dtype and m.device == t.device
 
 
-def _integer_buffers(mine: torch.nn.Module, theirs: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Buffers of integers and bools, masks of classes for instance, of both modules; batch norm counts by itself."""
+def _integer_buffers(mine: Module, theirs: Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of buffers of integers or bools, such as masks; batch norm counts by itself."""
     for m, t in zip(mine.modules(), theirs.modules(), strict=False):
-        if m._buffers and not isinstance(m, _NormBase):
+        if m._buffers and not isinstance(m, batchnorm._NormBase):
             for name, buffer in m._buffers.items():
                 other = t._buffers.get(name)
                 if buffer is not None and other is not None and not _has_means(buffer) and _alike(buffer, other):

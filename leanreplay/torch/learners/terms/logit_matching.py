@@ -1,34 +1,34 @@
-"""The outputs that the model gave when it was trained on a sample, as a target for those it gives now."""
+"""What the model gave for a sample when it was trained on it is the target of what it gives now."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ....errors import ArgumentError
-from ..forward import Forward
-from ..replay import Replay
+from ..forward import Forward, Replay
 from ..term import Learner, Term, mean_square
 
 
 class LogitMatching(Term):
-    """The mean squared difference, over replayed samples and outputs, of the model's outputs and the stored ones.
+    """The mean squared difference of the model's outputs for replayed samples and the stored ones.
 
-    Stored as "logits" are the outputs of the pass at which a sample was trained on, before that step and
-    before any mask, as float32. They belong to `transform(x)` of that pass; on replay the model sees
-    `buffer_transform(x)`, computed anew.
+    Stored as "logits" are the outputs of the pass at which a sample was trained on, before that
+    step and before any mask, as float32. They belong to `transform(x)` of that pass; on replay the
+    model sees `buffer_transform(x)`, computed anew.
 
-    With the learner's `max_outputs` the logits are stored that wide, padded with zeros, and the number of
-    valid ones as "logits_width". The mean is then over the entries that both have. Masked classes are left
-    out in the same way.
+    With the learner's `max_outputs` the logits are stored that wide, padded with zeros, and the
+    number of valid ones as "logits_width". The mean is then over the entries that both have. Masked
+    classes are left out in the same way.
     """
 
     def __init__(self, weight: float = 1.0, *, draw: Literal["own", "shared"] = "own", name: str = "logits") -> None:
         super().__init__(name, weight, draw)
 
-    def keep(self, learner: Learner, stream: Forward) -> dict[str, torch.Tensor]:
+    def keep(self, learner: Learner, stream: Forward) -> dict[str, Tensor]:
         outputs = stream.outputs.detach().float()
         if learner.max_outputs is None:
             return {"logits": outputs}
@@ -40,7 +40,7 @@ class LogitMatching(Term):
             "logits_width": torch.full((n,), width, dtype=torch.int64, device=outputs.device),
         }
 
-    def move(self, learner: Learner, replay: Replay, now: Forward, gamma: float) -> dict[str, torch.Tensor]:
+    def move(self, learner: Learner, replay: Replay, now: Forward, gamma: float) -> dict[str, Tensor]:
         stored, new = replay.stored("logits"), self.keep(learner, now)["logits"]
         moved = gamma * stored + (1 - gamma) * new
         if learner.max_outputs is not None:
@@ -48,7 +48,7 @@ class LogitMatching(Term):
             moved = torch.where(_columns(stored.shape[1], widths), moved, stored)
         return {"logits": moved}
 
-    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> Tensor:
         outputs, stored, valid = replay.outputs, replay.stored("logits"), None
         if learner.max_outputs is not None:
             stored = stored[:, : outputs.shape[1]]
@@ -63,6 +63,6 @@ class LogitMatching(Term):
         return mean_square(outputs, stored, valid)
 
 
-def _columns(size: int, widths: torch.Tensor) -> torch.Tensor:
+def _columns(size: int, widths: Tensor) -> Tensor:
     """Which of `size` columns are below each width, (n, size) bool."""
     return torch.arange(size, device=widths.device) < widths[:, None]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
+from torch import Tensor
 
-from ..replay import Replay
+from ..forward import Replay
 from ..term import Learner, Term
 
 
 class ReplayLoss(Term):
     """The learner's `loss_fn` on replayed samples.
 
-    together: stream and replay go through the model in one batch, so batch norm sees both, and each has
-    a mean of its own; otherwise the draw has a pass of its own. weight=None: one batch and one mean over
-    both, in which every sample counts the same.
+    together: stream and replay go through the model in one batch, so batch norm sees both, and each
+    has a mean of its own; otherwise the draw has a pass of its own. weight=None: one batch and one
+    mean over both, in which every sample counts the same.
     """
 
     def __init__(
@@ -23,6 +23,6 @@ class ReplayLoss(Term):
     ) -> None:
         super().__init__(name, weight, draw, together=together or weight is None)
 
-    def loss(self, learner: Learner, replay: Replay) -> torch.Tensor:
+    def loss(self, learner: Learner, replay: Replay) -> Tensor:
         together = replay.together
         return learner.criterion(replay.outputs if together is None else together.outputs, replay.y)

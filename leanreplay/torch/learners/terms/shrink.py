@@ -14,7 +14,7 @@ from ..term import Learner, Term, random_bits
 
 
 class ShrinkAndPerturb(Term):
-    """Shrink and perturb (Ash and Adams, NeurIPS 2020), at the start of every task, the first one too:
+    """Shrink and perturb (Ash and Adams, NeurIPS 2020): at the start of every task, the first too,
 
         theta <- shrink_factor * theta + noise of N(0, sigma^2)
 
