@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], zipfile.Z
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("out")
     for name in ("leanreplay", "tests", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tree)
     ran = subprocess.run([sys.executable, "-c", BUILD, str(out)], cwd=tree, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
@@ -62,7 +62,7 @@ def test_source_archive_is_whole(built: tuple[set[str], zipfile.ZipFile, zipfile
         if path.suffix in endings and "__pycache__" not in path.parts
     }
     assert len(wanted) > 100 and "tests/data/replay_v1.h5.gz" in wanted
-    assert wanted | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"} <= built[0]
+    assert wanted | {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml"} <= built[0]
     assert not [name for name in built[0] if "__pycache__" in name]
 
 
@@ -108,3 +108,12 @@ def test_types_of_a_users_script(checker: str, tmp_path: Path) -> None:
 
 def test_the_users_script_runs() -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_commits_are_checked_as_in_ci() -> None:
+    """The hooks before a commit run the commands of `.ci/run` for lint and types, all of them."""
+    hooks, script = ROOT / ".pre-commit-config.yaml", ROOT / ".ci" / "run"
+    if not (hooks.exists() and script.exists()):
+        pytest.skip("the source archive has neither")
+    commands = {line.strip().removeprefix("entry: ") for line in hooks.read_text().splitlines() if "entry:" in line}
+    assert commands == {line for line in script.read_text().splitlines() if line.startswith(("ruff", "mypy"))}
