@@ -8,45 +8,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..arguments import choice, integers, plain_array
+from ..arguments import choice, integers
 from ..arrays import NO_ROWS, Ints
 from ..errors import ArgumentError, ModeError, SchemaError
 from ..keys import STREAM_BITS
-from ..policies.balanced import make_log
+from ..policies.base import Policy
 from ..policies.exemplars import GROUPBY, ParametricPolicy
-from ..policies.selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy, checked_order
-from ..samples.batch import Batch, Fetch, flat
+from ..policies.selection import ClosestToCenterSelection, HerdingSelection, RandomSelection, SelectionStrategy
+from ..samples.batch import Batch, Fetch
 from ..samples.dataset import Items
-from ..samples.schema import Field, Schema
+from ..samples.schema import Schema
 from ..storage.layout import Table
-from ..storage.store import Change
+from ..storage.store import Store
 from .balanced import BalancedBuffer
 from .feeding import skipped
-from .reading import all_rows
 from .rewriting import lengthen_log
+from .units import RANK, Unit, ranks_of, read_exemplars, with_rank, without_rank
 
-Arrays = list[np.ndarray[Any, Any]]
-
-_RANK = Field("metadata/rank", np.dtype(np.int64), ())
-_NO_FLAGS = np.zeros(0, bool)
 _BUILT_IN = {c.__name__: c for c in (ClosestToCenterSelection, HerdingSelection, RandomSelection)}
-_BATCH = 256  # samples that a function of features is given at a time
-
-
-def _with_rank(schema: Schema) -> Schema:
-    """The schema as stored: with the rank of each sample in its group."""
-    return schema if "rank" in schema.metadata_names else schema.with_metadata(_RANK)
-
-
-def _without_rank(schema: Schema) -> Schema:
-    """The schema of samples as they are fed."""
-    return Schema(schema.data, tuple(f for f in schema.metadata if f.name != _RANK.name), schema.structure)
-
-
-def _rank_field(schema: Schema) -> int:
-    return [f.name for f in schema.fields].index(_RANK.name)
 
 
 def _refuse_rank(metadata: Any) -> None:
@@ -62,37 +42,6 @@ def _element(schema: Schema, i: int) -> int | None:
         return None
     field = schema.data[s[i + 1][1]]
     return int(s[i + 1][1]) if field.shape == () and field.dtype.kind in "iu" and field.torch is None else None
-
-
-def _new_ones(ids: Ints, known: Ints) -> Ints:
-    """Those that are not known, in order."""
-    return ids[~np.isin(ids, known)]
-
-
-class Candidates:
-    """The samples of one group that a strategy chooses from: rows of the buffer first, by rank,
-    then new samples."""
-
-    def __init__(self, seed: int, positions: Ints, schema: Schema, read: Callable[[Ints], Arrays], features: Callable[[], Any]) -> None:
-        self.seed, self.positions = seed, positions
-        self._schema, self.read, self._features = schema, read, features
-
-    def __len__(self) -> int:
-        return int(self.positions.shape[0])
-
-    def features(self) -> Any:
-        """(n, d) features. Raises ArgumentError where there are none."""
-        return self._features()
-
-    @property
-    def dataset(self) -> Candidates:
-        """Itself: a map-style dataset of the samples, as stored."""
-        return self
-
-    def __getitem__(self, i: int) -> Any:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return self._schema.unflatten([a[0] for a in self.read(np.array([i % len(self)]))[: len(self._schema.data)]])
 
 
 class ParametricBuffer(BalancedBuffer):
@@ -158,11 +107,11 @@ class ParametricBuffer(BalancedBuffer):
 
     @classmethod
     def table_problem(cls, table: Table) -> str | None:
-        return super().table_problem(table) or (None if _RANK in table.schema.metadata else "there is no rank in the metadata")
+        return super().table_problem(table) or (None if RANK in table.schema.metadata else "there is no rank in the metadata")
 
     @classmethod
     def _stored_schema(cls, schema: Schema) -> Schema:
-        return _with_rank(schema)
+        return with_rank(schema)
 
     @property
     def selection_strategy(self) -> SelectionStrategy | None:
@@ -208,7 +157,7 @@ class ParametricBuffer(BalancedBuffer):
         """A batch that fits, and the groups of its samples."""
         store = self.current.writing()
         _refuse_rank(metadata)
-        schema = Schema.from_batch(batch, metadata) if store.schema is None else _without_rank(store.schema)
+        schema = Schema.from_batch(batch, metadata) if store.schema is None else without_rank(store.schema)
         leaves = schema.flatten(batch) + schema.flatten_metadata(metadata)
         checked = Batch(leaves, schema.fields)
         checked.groups = np.zeros(checked.n, np.int64)
@@ -235,7 +184,7 @@ class ParametricBuffer(BalancedBuffer):
         with self.lock:
             store = self.current.writing()
             _refuse_rank(metadata)
-            items = Items(dataset, metadata, None if store.schema is None else _without_rank(store.schema))
+            items = Items(dataset, metadata, None if store.schema is None else without_rank(store.schema))
             n, schema = items.n, items.schema
             if n == 0:
                 return
@@ -264,218 +213,48 @@ class ParametricBuffer(BalancedBuffer):
             raise SchemaError(f"groupby={by!r} wants an integer as {where}; there is none: give group=(n,) integers")
         return leaf(field)
 
-    def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: Any) -> None:
-        """Rank the samples of each group in it together with those held, and commit what
-        changes."""
-        store = self.current.store
-        strategy = self.selection_strategy
+    def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: int | None) -> None:
+        """Rank the samples of each group in the unit together with those held, and commit what changes."""
+        store, strategy = self.current.store, self.selection_strategy
         if strategy is None:
             raise ArgumentError(f"give selection_strategy={self.parameters.own['selection_strategy']} when opening this buffer to feed it")
         skip = skipped(at, n, store)
         if n == skip:
             return
         if store.schema is None:
-            fresh: Any = self.parameters.new_policy()
-            fresh.load(NO_ROWS, NO_ROWS)
-            ids = np.unique(groups[skip:])
-            fresh.quotas(ids, self.max_size, np.zeros_like(ids))
-            self.current.create(schema)
-            store = self.current.store
-        policy: Any = self.feeder.take_policy(store)
-        start = (self.stream << STREAM_BITS) + store.seen - skip
-        before = self._by_group()[1]
-        fed = groups[skip:]
-        ids, first = np.unique(fed, return_index=True)
-        known = np.concatenate([policy.known, _new_ones(ids[np.argsort(first)], policy.known)])
-        held = np.array([before[g].shape[0] if g in before else 0 for g in known.tolist()], np.int64)
-        quotas = policy.quotas(known, self.max_size, held)
-        full = np.concatenate([policy.full, np.zeros(known.shape[0] - policy.full.shape[0], bool)])
-        source = _Source(self.seed, store, schema, n, fetch, features, strategy, start)
-        sequence = store.sequence
-        new, old, old_ranks, dropped = _Picks(), [NO_ROWS], [NO_ROWS], [NO_ROWS]
-        everything = set(ids.tolist())
-        for i, (group, quota) in enumerate(zip(known.tolist(), quotas.tolist(), strict=True)):
-            rows = before.get(group, NO_ROWS)
-            ranks = self._ranks(store, rows)
-            rows, ranks = rows[np.argsort(ranks)], np.sort(ranks)
-            if group not in everything:
-                dropped.append(rows[quota:])
-                full[i] |= rows.shape[0] > quota
-                continue
-            fresh = skip + np.flatnonzero(fed == group)
-            candidates = source.candidates(rows, fresh)
-            order = checked_order(strategy.order(candidates, quota), len(candidates), strategy)[:quota]
-            full[i] |= len(candidates) > quota
-            rank = np.full(len(candidates), -1, np.int64)
-            rank[order] = np.arange(order.shape[0])
-            mine, theirs = rank[: rows.shape[0]], rank[rows.shape[0] :]
-            dropped.append(rows[mine < 0])
-            moved = (mine >= 0) & (mine != ranks)
-            old.append(rows[moved])
-            old_ranks.append(mine[moved])
-            new.take(fresh[theirs >= 0], theirs[theirs >= 0], group)
-        seen = store.seen
+            store = self._begin(schema, groups[skip:])
+        policy = self.feeder.take_policy(store)
+        assert isinstance(policy, ParametricPolicy)
+        start = (self.stream << STREAM_BITS) + store.seen
+        unit = Unit(schema, n, skip, fetch, features, strategy, self.seed, start)
+        unit.store, sequence = store, store.sequence
+        held = read_exemplars(store)
+        choice = policy.choose(held, groups[skip:], unit.rank)
         if self.current.store is not store or store.sequence != sequence:
             raise ModeError(
                 "the dataset or the features changed the buffer that they were feeding, which stops here; feed it from elsewhere"
             )
-        self._commit_unit(
-            store, policy, source, new, np.concatenate(old), np.concatenate(old_ranks), np.concatenate(dropped), known, full, seen, n - skip
-        )
-
-    def _commit_unit(
-        self,
-        store: Any,
-        policy: Any,
-        source: _Source,
-        new: _Picks,
-        old: Ints,
-        old_ranks: Ints,
-        dropped: Ints,
-        known: Ints,
-        full: Any,
-        seen: int,
-        fed: int,
-    ) -> None:
-        """One commit: new samples take dropped rows and free ones, the lowest first; old ones get
-        their new ranks."""
-        newly = full.copy()
-        newly[: policy.full.shape[0]] &= ~policy.full
-        log = np.concatenate([make_log(_new_ones(known, policy.known), _NO_FLAGS), make_log(NO_ROWS, newly)])
         slots = store.layout.log[1]
-        if store.policy_log().shape[0] + log.shape[0] > slots:
-            source.store = store = lengthen_log(self.current, store, max(4 * slots, 4 * known.shape[0]))
-        samples, ranks, groups = new.sorted()
-        free = np.ones(self.max_size, bool)
-        free[all_rows(store)] = False
-        free[dropped] = True
-        rows = np.concatenate([np.flatnonzero(free)[: samples.shape[0]], old])
-        positions, row_groups = store.index()
-        positions = np.concatenate([samples + source.start, positions[old]])
-        row_groups = np.concatenate([groups, row_groups[old]])
-        ranks = np.concatenate([ranks, old_ranks])
-        freed = np.setdiff1d(dropped, rows)
-        rank_field = _rank_field(store.layout.schema)
+        if store.policy_log().shape[0] + choice.log.shape[0] > slots:
+            unit.store = store = lengthen_log(self.current, store, max(4 * slots, 4 * choice.known.shape[0]))
+        store.commit(unit.change(choice, held, store.seen + n - skip))
+        policy.accept(choice)
+        self.feeder.keep_policy(policy, store)
 
-        def pieces(begin: int, stop: int) -> list[tuple[npt.NDArray[np.uint8], Ints]]:
-            k = samples.shape[0]
-            arrays = source.read(rows[max(begin, k) : stop], samples[begin : min(stop, k)])
-            arrays.insert(rank_field, ranks[begin:stop])
-            where = np.arange(stop - begin)
-            return [(flat(np.ascontiguousarray(a)), where) for a in arrays]
+    def _begin(self, schema: Schema, groups: Ints) -> Store:
+        """Make the store of a new buffer, unless the policy refuses these groups."""
+        policy = self.parameters.new_policy()
+        policy.load(NO_ROWS, NO_ROWS)
+        policy.check_groups(groups)
+        self.current.create(schema)
+        return self.current.store
 
-        store.commit(Change(seen + fed, store.policy, rows, positions, row_groups, pieces, freed, log=log, after=seen))
-
-    def _ranks(self, store: Any, rows: Ints) -> Ints:
-        arrays, _ = store.read(rows, _rank_field(store.layout.schema))
-        return np.asarray(arrays[0], np.int64)
-
-    def _rows_to_keep(self, store: Any, policy: Any, size: int, live: Ints) -> Ints:
-        kept: Ints = policy.keep_ranks(size, store.index()[1][live], self._ranks(store, live))
-        return kept
+    def _rows_to_keep(self, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
+        assert isinstance(policy, ParametricPolicy)
+        return policy.keep_ranks(size, store.index()[1][live], ranks_of(store, live))
 
     def set_metadata(self, name: str, values: Any, rows: Any = None, *, positions: Any = None) -> None:
         """As `DataBuffer.set_metadata`; "rank" is the buffer's own."""
         if name == "rank":
             raise SchemaError('metadata "rank" is kept by the buffer itself; feed the group again to rank it anew')
         super().set_metadata(name, values, rows, positions=positions)
-
-
-def _numbers(array: np.ndarray[Any, Any], field: Field) -> np.ndarray[Any, Any]:
-    """The values of a field: of bfloat16 as float32, whose upper half it is."""
-    return (array.astype(np.uint32) << np.uint32(16)).view(np.float32) if field.torch else array
-
-
-class _Picks:
-    """New samples that stay: their numbers in what is fed, ranks and groups."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Ints, Ints, Ints]] = []
-
-    def take(self, samples: Ints, ranks: Ints, group: int) -> None:
-        self._parts.append((samples, ranks, np.full(samples.shape[0], group, np.int64)))
-
-    def sorted(self) -> tuple[Ints, Ints, Ints]:
-        """All of them, in the order of the samples."""
-        samples, ranks, groups = (np.concatenate(part) for part in zip(*self._parts, strict=True))
-        order = np.argsort(samples)
-        return samples[order], ranks[order], groups[order]
-
-
-class _Source:
-    """Where samples and features come from: rows of the buffer, and what is being fed."""
-
-    def __init__(
-        self, seed: int, store: Any, schema: Schema, n: int, fetch: Fetch, features: Any, strategy: SelectionStrategy, start: int
-    ) -> None:
-        self.store, self.schema, self.start = store, schema, start
-        self._seed, self._fetch, self._strategy, self._given = seed, fetch, strategy, features
-        if features is not None and not callable(features):
-            self._given = plain_array(features, "features")
-            if self._given.ndim != 2 or self._given.shape[0] != n:
-                raise SchemaError(f"features: expected an array of shape ({n}, d), got {self._given.dtype} of shape {self._given.shape}")
-
-    def read(self, rows: Ints, samples: Ints) -> Arrays:
-        """Fields, without the rank, of new samples and then of rows of the buffer."""
-        fields = self.schema.fields
-        parts: list[Arrays] = []
-        if samples.shape[0]:
-            sources, _ = self._fetch(samples)
-            k = samples.shape[0]
-            parts.append([
-                np.ascontiguousarray(data.reshape(-1, f.nbytes)[where]).view(f.dtype).reshape(k, *f.shape)
-                for f, (data, where) in zip(fields, sources, strict=True)
-            ])  # fmt: skip
-        if rows.shape[0] or not parts:
-            arrays, _ = self.store.read(rows)
-            del arrays[_rank_field(self.store.layout.schema)]
-            parts.append(arrays)
-        return parts[0] if len(parts) == 1 else [np.concatenate(both) for both in zip(*parts, strict=True)]
-
-    def candidates(self, rows: Ints, fresh: Ints) -> Candidates:
-        """Rows of the buffer, then new samples."""
-        k = rows.shape[0]
-
-        def read(which: Ints) -> Arrays:
-            """For which in ascending order."""
-            newer, older = self.read(NO_ROWS, fresh[which[which >= k] - k]), self.read(rows[which[which < k]], NO_ROWS)
-            return [np.concatenate(both) for both in zip(older, newer, strict=True)]
-
-        positions = np.concatenate([self.store.index()[0][rows], fresh + self.start])
-        candidates = Candidates(self._seed, positions, self.schema, read, lambda: self._features(rows, fresh, candidates))
-        return candidates
-
-    def _features(self, rows: Ints, fresh: Ints, candidates: Candidates) -> Any:
-        n, read = len(candidates), candidates.read
-        split, names = len(self.schema.data), self.schema.metadata_names
-        function = self._given
-        if function is None and "features" in names:
-            at = split + names.index("features")
-            kept = [read(np.arange(i, min(i + _BATCH, n)))[at] for i in range(0, n, _BATCH)]
-            return _numbers(np.concatenate(kept), self.schema.fields[at])
-        if function is not None and not callable(function):
-            if not rows.shape[0]:
-                return function[fresh]
-            if "features" not in names:
-                raise ArgumentError(
-                    "this group is fed again, and the features of the samples that it holds are not known: give features as a function "
-                    'of a batch, or keep them with the samples: metadata={"features": features}'
-                )
-            at = split + names.index("features")
-            stored = _numbers(self.read(rows, NO_ROWS)[at], self.schema.fields[at])
-            return np.concatenate([stored, function[fresh].astype(stored.dtype)])
-        if function is None:
-            if getattr(self._strategy, "model", None) is None:
-                raise ArgumentError(
-                    f"{type(self._strategy).__name__} chooses by features: give features=(n, d) or a function of a batch, "
-                    'metadata "features", or the strategy a model and layer'
-                )
-            return self._strategy.features_of(candidates)  # type: ignore[attr-defined]  # it has a model, see above
-        parts = []
-        for i in range(0, n, _BATCH):
-            batch = self.schema.unflatten(read(np.arange(i, min(i + _BATCH, n)))[:split])
-            part = plain_array(function(batch), "features")
-            if part.ndim != 2 or part.shape[0] != min(_BATCH, n - i):
-                raise SchemaError(f"features: expected ({min(_BATCH, n - i)}, d) from the function, got shape {part.shape}")
-            parts.append(part)
-        return np.concatenate(parts)
