@@ -118,12 +118,10 @@ def fit(
 
     **Batches.** train_dataset: a map-style dataset of pairs, or a pair (x, y) of tensors.
     train_collate_fn: makes (x, y) of a list of samples. batch_size: of the whole step. The share
-    `batch_memory_frac` of it is replayed, rounded to the nearest number but at least one (0: none).
-    During the call that number is the learner's `replay_batch_size`, so it holds for each draw of a
-    learner that makes several. None: batch_size new samples, and the learner's own `replay_batch_size`
-    on top. An epoch is cut into as few batches as the new samples' share allows, of sizes that differ
-    by at most one: each sample comes once, and no batch is tiny. Orders depend on (seed, task_id, epoch)
-    alone.
+    `batch_memory_frac` of it is replayed, rounded but at least one sample (0: none); it is the
+    `replay_batch_size` of each draw during the call. None: batch_size new samples, and the learner's
+    own `replay_batch_size` on top. An epoch is cut into as few batches as that allows, of sizes that
+    differ by at most one: each sample comes once. Orders depend on (seed, task_id, epoch) alone.
 
     **What is stored.** store: "first epoch": each sample is offered to the buffer once, in the first
     epoch of this task; later epochs only replay. "every epoch": once in each epoch, so after k epochs
@@ -156,14 +154,14 @@ def fit(
     save_buffer=True copies it with each state, for use without its file. A state costs writing model
     and optimizer, reading them back, and an fsync.
 
-    input_state_folder: the state to go on from. A state of this task is continued where it was; if the
-    task was finished, the state is loaded, and that is all. A finished state of another task is loaded,
-    and this task begins from there - unless this learner itself wrote or loaded it last: so what you
-    change between tasks counts (a new optimizer, a larger head).
+    input_state_folder: the state to go on from. A state of this task is loaded and continued, unless
+    the task was finished. A finished state of another task is loaded, and this task begins from there -
+    unless this learner itself wrote or loaded it last: so what you change between tasks counts (a new
+    optimizer, a larger head).
 
-    With both folders the same, a first start finds no state and begins anew. Then a run that was killed
-    at any time is simply started again, with the buffer opened in mode "a". It ends with the same
-    weights, bit for bit on a CPU. For several tasks see `saved_task`.
+    With both folders the same, a first start finds no state and begins anew. A run that was killed is
+    simply started again, with the buffer opened in mode "a", and ends with the same weights, bit for
+    bit on a CPU. For several tasks see `saved_task`.
 
     **Several processes** under torchrun: each calls `fit` with the same arguments and its own learner,
     with equal weights and a buffer of its own (`stream=rank`, the same seed). batch_size is that of one
@@ -226,7 +224,8 @@ class Run:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.learner, self.model = settings, settings.learner, settings.learner.module
         self.is_first_rank = settings.batches.rank == 0
-        self.position, self.history = Position(), History(settings.task_id, [], settings.watch.monitor, settings.watch.mode)
+        self.position = Position()
+        self.history = History(settings.task_id, self.position.records, settings.watch.monitor, settings.watch.mode)
 
     def train(self) -> History:
         """Train from where the state to go on from ends; return the history of the whole task."""
@@ -250,7 +249,6 @@ class Run:
     def begin_task(self) -> None:
         distributed.share_statistics(self.model)
         self.learner.on_task_start(self.settings.task_id)
-        self.position.records = self.history.records
         if self.settings.output is not None and self.is_first_rank:
             self.settings.output.remove("best.pt")
 

@@ -7,7 +7,7 @@ import random
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,14 +40,6 @@ class Position:
     finished: bool = False
 
 
-class Found(NamedTuple):
-    """A state to go on from, and where it is."""
-
-    state: dict[str, Any]
-    folder: StateFolder
-    number: int
-
-
 def saved_task(folder: str | os.PathLike[str]) -> TaskId:
     """Return the task of the state in a folder that `fit` wrote, begun or finished; None without a state.
 
@@ -62,8 +54,8 @@ def saved_task(folder: str | os.PathLike[str]) -> TaskId:
     return None if number is None else _load(states, number)["task_id"]
 
 
-def find_state(settings: Settings) -> Found | None:
-    """Return the state to go on from; None to begin with the learner as it is.
+def find_state(settings: Settings) -> tuple[dict[str, Any], int] | None:
+    """Return the state to go on from and its number; None to begin with the learner as it is.
 
     Raises ExistsError, MissingError or StateError if it is not clear where to begin.
     """
@@ -90,7 +82,7 @@ def find_state(settings: Settings) -> Found | None:
             f"{states.folder} holds a state in the middle of task_id={state['task_id']!r} (epoch {state['epoch']}, step {state['step']}), "
             f"but this is task_id={task_id!r}; finish that task first (saved_task says which it is)"
         )
-    return None if state["task_id"] != task_id and own else Found(state, states, number)
+    return None if state["task_id"] != task_id and own else (state, number)
 
 
 def resume(settings: Settings) -> Position | None:
@@ -99,20 +91,21 @@ def resume(settings: Settings) -> Position | None:
     Returns where the run is; None if its task begins.
     """
     found = find_state(settings)
-    if found is None:
+    if found is None or settings.input is None:
         return None
-    begun = found.state["task_id"] == settings.task_id
+    state, number = found
+    begun = state["task_id"] == settings.task_id
     mine, parts = settings.fingerprint(), settings.parts
     if not begun:  # the scheduler and the other settings of another task are over
         mine = {"optimizer": mine["optimizer"]}
         parts.pop("scheduler", None)
-    theirs = found.state["settings"]
+    theirs = state["settings"]
     differing = [f"{name}={value!r} (state: {theirs.get(name)!r})" for name, value in mine.items() if theirs.get(name) != value]
     if differing:
         raise StateError(f"the state is of a run with other settings: {', '.join(differing)}; give the same, or begin anew")
-    _restore(settings.learner, parts, found, settings.device)
-    remember(settings.learner, found.folder, found.number)
-    return Position(**{name: found.state[name] for name in vars(Position())}) if begun else None
+    _restore(settings.learner, parts, state, settings.input.buffer_copy(number), settings.device)
+    remember(settings.learner, settings.input, number)
+    return Position(**{name: state[name] for name in vars(Position())}) if begun else None
 
 
 def state_of(settings: Settings, position: Position) -> dict[str, Any]:
@@ -149,12 +142,11 @@ def _load(states: StateFolder, number: int) -> dict[str, Any]:
     return state
 
 
-def _restore(learner: ReplayLearner, parts: Mapping[str, Any], found: Found, device: torch.device) -> None:
-    """Bring everything to a state.
+def _restore(learner: ReplayLearner, parts: Mapping[str, Any], state: Mapping[str, Any], copy: str, device: torch.device) -> None:
+    """Bring everything to a state. copy: the folder that may hold the buffer's copy.
 
     Raises StateError for a state that does not fit, mostly before anything has changed.
     """
-    state, copy = found.state, found.folder.buffer_copy(found.number)
     mine, theirs = ({k: getattr(v, "shape", None) for k, v in m.items()} for m in (parts["model"].state_dict(), state["model"]))
     if mine != theirs:
         name = next(k for k in [*mine, *theirs] if mine.get(k) != theirs.get(k) or k not in mine or k not in theirs)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import ConcatDataset, StackDataset, Subset
 
 from ...arguments import choice, function_or_none, number, required
@@ -102,7 +103,7 @@ class Settings:
     @property
     def has_plateau(self) -> bool:
         """Whether the scheduler is one that gets the metric."""
-        return is_plateau(self.scheduler)
+        return isinstance(self.scheduler, ReduceLROnPlateau)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -180,11 +181,6 @@ def checked_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
     return scheduler
 
 
-def is_plateau(scheduler: Any) -> bool:
-    """Whether a scheduler looks at a metric."""
-    return isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
 def clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> Callable[..., None] | None:
     """The function that clips gradients before a step of the optimizer, or None."""
     choice("gradient_clip_algorithm", algorithm, (None, "norm", "value"))
@@ -229,7 +225,7 @@ def watching(
     asked = [name for name, value in given.items() if value]
     if validation is None and asked:
         raise ArgumentError(f"{asked[0]}: there is nothing to measure it on; give a val_dataset")
-    watches = metric is not None or patience or restore_best or is_plateau(scheduler)
+    watches = metric is not None or patience or restore_best or isinstance(scheduler, ReduceLROnPlateau)
     return Watch(metrics or {}, f"val_{metric or 'loss'}" if watches else None, mode, patience, restore_best)
 
 
