@@ -70,7 +70,7 @@ class MixedLoader:
                         f"samples of the stream (x {tuple(x.shape[1:])}, y {tuple(y.shape[1:])}) and of the buffer "
                         f"(x {tuple(x_old.shape[1:])}, y {tuple(y_old.shape[1:])}) differ in shape; transform one of them"
                     )
-                if x_old.dtype != x.dtype or y_old.dtype != y.dtype:  # torch would make both of the wider one
+                if x_old.dtype != x.dtype or y_old.dtype != y.dtype:  # torch would widen one
                     raise ArgumentError(
                         f"samples of the stream (x {x.dtype}, y {y.dtype}) and of the buffer (x {x_old.dtype}, y {y_old.dtype}) differ in "
                         "dtype; transform one of them"
@@ -78,7 +78,7 @@ class MixedLoader:
                 x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
                 is_replay[-n:] = True
             else:
-                x, y = x.clone(), y.clone()  # the loop may change them, and the stream may come again
+                x, y = x.clone(), y.clone()  # the loop may change them, the stream come again
             if self.batch_transform is not None:
                 x = per_batch(self.batch_transform, x, "batch_transform")
             yield x, y, is_replay, meta

@@ -193,7 +193,7 @@ class ReplayLoader:
         if job.error is not None:
             self._planned = []
             _drain(self._queue)
-            error, job.error = job.error, None  # a cycle through the traceback would keep the loader
+            error, job.error = job.error, None  # the traceback would keep the loader
             del job
             try:
                 raise error
@@ -225,7 +225,7 @@ class ReplayLoader:
                 self._thread = thread
             with self.buffer.lock:
                 job = _Job(self.buffer, functools.partial(self._rows, number), self._finish)
-                self._queue.put(job)  # first: an interrupt must not leave a planned job that nobody makes
+                self._queue.put(job)  # first: a planned job must be made, whatever interrupts
                 self._planned = [*self._planned, job]
 
     def _settle(self) -> None:

@@ -95,7 +95,8 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(v) for key, v in value.items()}
     if type(value) is torch.Tensor:
-        return value.detach().clone().requires_grad_(value.requires_grad)  # deepcopy takes all that it is a view of
+        # deepcopy would copy all that the tensor is a view of.
+        return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return value.copy()
     try:

@@ -83,7 +83,7 @@ class Jobs:
             return None
 
     def take(self, job: Future[Any]) -> tuple[int, Any, Outcome]:
-        """Take a job that is done: (number, sample, outcome). Raises WorkerError for a dead worker."""
+        """Take a done job: (number, sample, outcome). Raises WorkerError if its worker died."""
         assert self.pool is not None
         return *self.pending.pop(job), self.pool.outcome(job)
 

@@ -1,4 +1,4 @@
-"""The workers, as the calling thread sees them: threads that load, or that wait for a process each."""
+"""The workers: threads that load, or that wait for a process each."""
 
 from __future__ import annotations
 

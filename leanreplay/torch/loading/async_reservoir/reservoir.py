@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import default_collate, default_convert
 
 from .... import SlidingWindowBuffer
-from ....arguments import call, choice, instance, integer, length, required, required_function
+from ....arguments import call, choice, function_or_none, instance, integer, length, required, required_function
 from ....errors import ArgumentError, ModeError, SchemaError, WorkerError
 from ....keys import key_pair
 from .entries import InBuffer, InMemory
@@ -92,7 +92,8 @@ class AsyncReservoir:
     >>> from leanreplay.torch import AsyncReservoir
     >>> def load(path):
     ...     return {"name": path, "pixels": [len(path)] * 3}
-    >>> with AsyncReservoir(["a", "bb", "ccc"], load, 2, min_reservoir_samples=2, executor="thread", deterministic=True) as reservoir:
+    >>> options = {"min_reservoir_samples": 2, "executor": "thread", "deterministic": True}
+    >>> with AsyncReservoir(["a", "bb", "ccc"], load, 2, **options) as reservoir:
     ...     for epoch in range(3):
     ...         print([entry["name"] for entry in reservoir])
     ['a', 'bb']
@@ -134,9 +135,7 @@ class AsyncReservoir:
             )
         self.workers = required("workers", workers, 1, _MOST)
         self.max_jobs_at_once = required("max_jobs_at_once", self.workers if max_jobs_at_once is None else max_jobs_at_once, 0, _MOST)
-        self.sampler = (
-            None if sampler is None else required_function("sampler", sampler, "a function, for instance torch's RandomSampler class")
-        )
+        self.sampler = function_or_none("sampler", sampler, "a function, for instance torch's RandomSampler class")
         self.collate_fn = collate_fn if collate_fn in (None, "default") else required_function("collate_fn", collate_fn)
         limit, replaced = maximum_number_of_samples_per_epoch, max_reservoir_replacement_size
         self.maximum_number_of_samples_per_epoch = integer("maximum_number_of_samples_per_epoch", limit, 1, _MOST)
@@ -153,7 +152,7 @@ class AsyncReservoir:
         make_pool = functools.partial(Pool, self.workers, self.function, self.executor, self.mp_context)
         self._jobs = Jobs(make_pool, self.seed, self.deterministic)
         self._good = -1  # number of the newest job that gave an entry
-        self._left: deque[tuple[Any, int, Any]] = deque()  # (entry, number, sample) that had no room in their epoch
+        self._left: deque[tuple[Any, int, Any]] = deque()  # (entry, number, sample) of a later epoch
         self._times = {name: [0.0, 0] for name in ("sending", "receiving", "waiting")}
 
     # -- iterating ---------------------------------------------------------------------------------
@@ -415,6 +414,6 @@ def _takes_generator(sampler: Callable[..., Any]) -> bool:
 
 
 def _worker_error(message: str, sample: Any) -> WorkerError:
-    error = WorkerError(message)  # no variable of the frame that raises it, which would keep the reservoir in a cycle
+    error = WorkerError(message)  # a variable of the frame that raises it would make a cycle
     error.sample = sample
     return error

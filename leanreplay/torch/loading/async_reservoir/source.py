@@ -15,7 +15,7 @@ END = object()  # of a pass through the source
 
 
 class Source:
-    """Reads a source in passes. Raises ArgumentError for one that cannot start over, or is empty."""
+    """Reads a source in passes. Raises ArgumentError if it cannot start over, or is empty."""
 
     def __init__(self, source: Any) -> None:
         if isinstance(source, Iterator):

@@ -34,7 +34,7 @@ def serve(pipe: Any, function: Any) -> None:
     function: pickled, unless it was forked. It is unpickled within a job, so that an error of that
     belongs to a sample.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends these
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends these
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and workers share the cores
@@ -102,7 +102,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is torch.Tensor:
-            with contextlib.suppress(TypeError, RuntimeError):  # bfloat16, sparse, with a gradient, ...
+            with contextlib.suppress(TypeError, RuntimeError):  # bfloat16, sparse, ...
                 return _tensor, (value.numpy(),)
         return NotImplemented
 

@@ -54,17 +54,12 @@ class Progress:
     """How many batches were delivered, and where the next pass begins.
 
     Batches count from the start of a run that is never interrupted. start: where every pass begins,
-    except the one after a state was loaded.
+    except the one after `resume`.
     """
 
     def __init__(self, start: int, total: int) -> None:
         self.start, self.total = start, total
-        self.delivered = start
-        self._resume: int | None = None
-
-    @property
-    def next(self) -> int:
-        return self.start if self._resume is None else self._resume
+        self.delivered = self.next = start
 
     @property
     def remaining(self) -> int:
@@ -72,12 +67,11 @@ class Progress:
 
     def resume(self, position: int) -> None:
         """Let the next pass begin at batch `position`."""
-        self._resume = self.delivered = position
+        self.next = self.delivered = position
 
     def begin(self) -> int:
         """Begin a pass, and tell where."""
-        self.delivered = self.next
-        self._resume = None
+        self.delivered, self.next = self.next, self.start
         return self.delivered
 
 

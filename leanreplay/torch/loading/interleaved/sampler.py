@@ -48,10 +48,12 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
     and its dataset allow.
 
     >>> from torch.utils.data import SequentialSampler
-    >>> from leanreplay.torch import InterleavedSampler, InterleavedSamplerConfig, SamplerIntervalConfig
+    >>> from leanreplay.torch import InterleavedSampler, InterleavedSamplerConfig
+    >>> from leanreplay.torch import SamplerIntervalConfig
     >>> train, test = SequentialSampler(range(5)), SequentialSampler(range(100, 103))
     >>> config = InterleavedSamplerConfig(batch_size=2, max_epochs=1, drop_last=False)
-    >>> sampler = InterleavedSampler(train, config, callback_samplers=[SamplerIntervalConfig(test, every_n_updates=2)])
+    >>> callbacks = [SamplerIntervalConfig(test, every_n_updates=2)]
+    >>> sampler = InterleavedSampler(train, config, callback_samplers=callbacks)
     >>> list(sampler.batch_sampler), len(sampler)
     ([[0, 1], [2, 3], [5, 6], [7], [4]], 5)
     >>> [batch.tolist() for batch in sampler.get_data_loader()]
@@ -112,7 +114,8 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
         or if `start_sample` is not at the end of a batch.
 
         >>> from leanreplay.torch import InterleavedSampler, InterleavedSamplerConfig
-        >>> InterleavedSampler.calculate_start(InterleavedSamplerConfig(4, drop_last=False, max_epochs=9, start_update=4), 10)
+        >>> config = InterleavedSamplerConfig(4, drop_last=False, max_epochs=9, start_update=4)
+        >>> InterleavedSampler.calculate_start(config, 10)
         (1, 4, 14)
         """
         if not trains(config):
@@ -175,7 +178,8 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
 
         >>> from torch.utils.data import SequentialSampler
         >>> from leanreplay.torch import InterleavedSampler, InterleavedSamplerConfig
-        >>> sampler = InterleavedSampler(SequentialSampler(range(6)), InterleavedSamplerConfig(2, max_epochs=1))
+        >>> config = InterleavedSamplerConfig(2, max_epochs=1)
+        >>> sampler = InterleavedSampler(SequentialSampler(range(6)), config)
         >>> loader = sampler.get_data_loader()
         >>> for batch in loader:
         ...     state = sampler.state_dict()

@@ -14,7 +14,7 @@ EVERY = ("every_n_epochs", "every_n_updates", "every_n_samples")  # the kinds of
 
 
 class Epochs:
-    """The units of a training: how epochs of n >= 1 samples, updates and samples count each other."""
+    """How epochs (of n >= 1 samples), updates and samples count each other."""
 
     def __init__(self, n: int, batch_size: int, drop_last: bool) -> None:
         self.batch_size = min(batch_size, n)  # a batch that holds the whole epoch counts as full
