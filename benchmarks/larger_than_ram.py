@@ -138,8 +138,8 @@ def warm_reads(folder: str, repetitions: int) -> Row:
     fill(path, 100_000)
     with leanreplay.open(path) as with_it, leanreplay.open(path) as without:
         store = without.current.store
-        system.advise(store._map, "NORMAL", 0, store.table.file_size)
-        store._large = []
+        system.advise(store.mapping.map, "NORMAL", 0, store.layout.file_size)
+        store.columns.ahead.large = []
         without.draws.begin(10**9, 0)  # other rows than the first, which the caches of the processor now hold
         found = interleaved(
             {"with": lambda: seconds(lambda: with_it.sample(_BATCH)), "without": lambda: seconds(lambda: without.sample(_BATCH))},

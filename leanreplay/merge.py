@@ -14,15 +14,15 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from .arguments import as_path, integer
 from .arrays import Ints
-from .buffers.base import DataBuffer
+from .buffers.base import KINDS, DataBuffer
 from .buffers.parameters import MERGED
-from .buffers.registry import KINDS, unknown
+from .buffers.registry import unknown
 from .errors import ArgumentError, CapacityWarning, CorruptionError, LeanReplayError, MismatchError, ModeError, RecoveryError
 from .kernels import merge as kernel
 from .keys import MAX_STREAM, STREAM_BITS
@@ -30,14 +30,16 @@ from .policies.append import AppendPolicy
 from .policies.base import Policy
 from .policies.union import Union
 from .samples.batch import flat
-from .storage import system
-from .storage.layout import Table
-from .storage.store import Change, Store
+from .storage import locks, system
+from .storage.layout import Layout
+from .storage.opening import create_file
+from .storage.reader import Reader
+from .storage.store import Change
+from .storage.writer import Writer
 
 _CHUNK = 1 << 16  # entries of an index looked at in one go
 _PIECE = 4 << 20  # bytes that are verified in one go
 _ROW_BITS = 40  # a place is the number of its input << 40 | its row
-_PATIENCE = 1.0  # seconds that a commit of another process may take
 
 
 @dataclass
@@ -45,7 +47,7 @@ class _Input:
     """A buffer to be merged."""
 
     name: str
-    store: Store
+    store: Reader | Writer
     sequence: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,8 +66,8 @@ class _Input:
         return self.store.policy_log()
 
     @property
-    def table(self) -> Table:
-        return self.store.table
+    def table(self) -> Layout:
+        return self.store.layout
 
     @property
     def streams(self) -> set[int]:
@@ -81,7 +83,7 @@ class _Input:
 
     def changed(self) -> bool:
         """Whether another process has written to it, or is just doing so."""
-        if self.store.writable:
+        if isinstance(self.store, Writer):
             return False  # by this process, which waits for us
         self.store.refresh()
         return self.store.sequence != self.sequence or self.store.pending()
@@ -189,17 +191,18 @@ def _input(given: Any, number: int, stack: contextlib.ExitStack) -> _Input:
         name = given.path or f"input {number} (in memory)"
         if not given.sized:
             raise _refused([name], given.kind, AppendPolicy)
-        store = given.current.reading()
-        if store.schema is None:
+        current = given.current.reading()
+        if current.schema is None:
             raise ArgumentError(f"{name} is empty: it has no schema before its first batch; leave it out")
+        store = cast("Reader | Writer", current)
     else:
         name = as_path(given, f"input {number}")
         if os.path.isdir(name):
             raise _refused([name], "InfiniteBuffer", AppendPolicy)
-        store = Store.open(os.path.realpath(name), writable=False, name=os.path.abspath(name))
+        store = Reader.open(os.path.realpath(name), name=os.path.abspath(name))
         stack.callback(store.close)
-    waiting = system.Patience(store.guarded, _PATIENCE)
-    while not store.writable and store.pending():
+    waiting = locks.Patience(store.mapping.guarded)
+    while isinstance(store, Reader) and store.pending():
         if waiting.over():
             raise RecoveryError(f"{name}: a commit was cut off; open it for writing once (leanreplay.open(path, 'r+')), to undo it")
         time.sleep(0.001)
@@ -234,7 +237,7 @@ def _check_places(inputs: Sequence[_Input], path: Any) -> None:
             output = os.stat(as_path(path))
     seen: list[tuple[os.stat_result, str]] = []
     for one in inputs:
-        with system.storage_errors(f"looking at {one.name}"), one.store.file() as fd:
+        with system.storage_errors(f"looking at {one.name}"), one.store.mapping.file.descriptor() as fd:
             status = os.fstat(fd)
         if output is not None and os.path.samestat(output, status):
             raise ArgumentError(f"{one.name} is the output and an input; merge into another file, then rename it")
@@ -311,14 +314,14 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
     params = first.params | {"streams": sorted(set().union(*(i.streams for i in inputs))), "merged": seen}
     table, pieces = made.parameters.plan_file(first.schema, size, params, 2 * union.log.shape[0])
 
-    def fill(new: Store) -> None:
+    def fill(new: Writer) -> None:
         with _unchanged(inputs):
             for change in _changes(inputs, union, seen, positions, places, new.max_rows):
                 new.commit(change)
 
     here, replace = made.location, made.mode == "w"
     with here.replacing() if replace else contextlib.nullcontext():
-        made.current.store = Store.create(here.where, table, pieces, replace=replace, fill=fill, guard=here.options.guard)
+        made.current.store = create_file(here.where, table, pieces, here.options, replace=replace, fill=fill)
     made.parameters.forget()
     made.parameters.adopt(table, None, made.path)
 

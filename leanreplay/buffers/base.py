@@ -16,14 +16,15 @@ from ..arrays import Ints
 from ..errors import ArgumentError, LeanReplayError, ModeError, RowError
 from ..policies.base import Params, Policy
 from ..samples.schema import Schema
-from ..storage.layout import KINDS, Table
-from ..storage.store import Problem, Store
+from ..storage.layout import KIND_CHECKS, Layout
+from ..storage.opening import Options
+from ..storage.store import Problem, WritableStore
 from . import rewriting
 from .checkpoint import Checkpoints, State
 from .current import Current, LockType, Packed
 from .drawing import Draws
 from .feeding import Feeder, Moved
-from .location import InMemory, Location, OneFile, Options, checked_path
+from .location import InMemory, Location, OneFile, checked_path
 from .parameters import Kind, Parameters
 from .reading import Array, Reach, Transform, Transforms, View, all_rows, parse_rows
 from .tag import Label
@@ -31,6 +32,7 @@ from .tag import Label
 T = TypeVar("T")
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 
+KINDS: dict[str, type[DataBuffer]] = {}  # the class of each kind that is known
 MODES = ("x", "a", "r+", "r", "w")
 
 
@@ -105,6 +107,7 @@ class DataBuffer:
         if "kind" not in cls.__dict__:
             cls.kind = cls.__name__
         KINDS[cls.kind] = cls
+        KIND_CHECKS[cls.kind] = cls.table_problem
 
     def __new__(cls: type[Self], *args: object, **options: object) -> Self:
         check_call(cls, DataBuffer, args, options)
@@ -156,7 +159,7 @@ class DataBuffer:
         return Kind(cls.kind, cls.policy_class, cls.whole_journal, cls.sized, cls._stored_schema)
 
     @classmethod
-    def table_problem(cls, table: Table) -> str | None:
+    def table_problem(cls, table: Layout) -> str | None:
         """Return what is impossible about the table of a file of this kind; None if nothing is."""
         return cls._declared().table_problem(table) if hasattr(cls, "policy_class") else None
 
@@ -169,7 +172,7 @@ class DataBuffer:
     def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:
         return InMemory(options, parameters) if path is None else OneFile(path, where, options, parameters)
 
-    def _rows_to_keep(self, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
+    def _rows_to_keep(self, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:
         """Return which of the live rows `resize` keeps, as numbers into `live`."""
         return rewriting.kept_by_policy(type(self).__name__, store, policy, size, live)
 

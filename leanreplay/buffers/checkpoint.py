@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import LockedError, ModeError, StateError, VolatileStateWarning
-from ..storage import system
-from ..storage.store import empty_state
+from ..storage import locks, system
+from ..storage.state import empty_state
 from .copies import counts, is_same_copy, remove_leftovers, saved_states
 from .current import Current
 from .feeding import Feeder
@@ -107,10 +107,10 @@ class Checkpoints:
             system.refuse_alien(os.path.join(folder, "state.json"))
             for copy, name in here.saved_in(folder):
                 try:
-                    held.enter_context(system.replacing(copy, name))
+                    held.enter_context(locks.replacing(copy, name))
                 except LockedError as error:
                     raise current.explain(error, copy) from None
-            users = held.enter_context(system.users_of(folder))
+            users = held.enter_context(locks.users_of(folder))
             users.alone(lambda: remove_leftovers(folder))
             here.save(store, folder, self._described(store.state_name()))
             users.alone(lambda: remove_leftovers(folder))
@@ -121,7 +121,7 @@ class Checkpoints:
         current.writing().stay()
         with contextlib.ExitStack() as stack, system.storage_errors(f"loading from {folder}"):
             if os.path.isdir(folder):
-                stack.enter_context(system.users_of(folder)).alone(lambda: remove_leftovers(folder))
+                stack.enter_context(locks.users_of(folder)).alone(lambda: remove_leftovers(folder))
             states = saved_states(folder, strict=True)
             old = current.store
             current.replace(lambda: current.location.load(old, folder, states[0]))

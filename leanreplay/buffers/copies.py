@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import ArgumentError, FormatError, LeanReplayError, MissingError, ModeError
 from ..storage import system
+from ..storage.reader import Reader
 from ..storage.store import Store
+from ..storage.writer import Writer
 from .drawing import MAX_DRAWS
 from .parameters import Parameters
 
@@ -34,7 +36,7 @@ def is_left_over(path: str, identity: str) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        found = Store.open(path, writable=False, name=path)
+        found = Reader.open(path, name=path)
     except LeanReplayError:
         return False
     same = found.layout.uuid == identity and found.seen == 0
@@ -42,7 +44,7 @@ def is_left_over(path: str, identity: str) -> bool:
     return same
 
 
-def copy_aside(store: Store, path: str, model: os.stat_result | None) -> str:
+def copy_aside(store: Reader | Writer, path: str, model: os.stat_result | None) -> str:
     """Copy a store's file to a temporary one for `path`, whole and durable; return its name.
 
     model: whose mode and owner the copy gets.
@@ -52,12 +54,12 @@ def copy_aside(store: Store, path: str, model: os.stat_result | None) -> str:
         fd, temp = system.temporary(path, model)
         try:
             try:
-                store.copy_to(fd)
+                store.mapping.copy_to(fd)
                 os.fsync(fd)
             finally:
                 os.close(fd)
             store.recover_or_refresh()
-            if store.writable or (store.sequence == before and not store.pending()):
+            if isinstance(store, Writer) or (store.sequence == before and not store.pending()):
                 return temp
             os.unlink(temp)
         except BaseException:
@@ -66,7 +68,7 @@ def copy_aside(store: Store, path: str, model: os.stat_result | None) -> str:
     raise ModeError(f"{store.path} is being written to; save it from the process that writes, or close that first")
 
 
-def copy_store(store: Store, path: str, model: os.stat_result | None = None) -> None:
+def copy_store(store: Reader | Writer, path: str, model: os.stat_result | None = None) -> None:
     """Copy a store's file so that it appears whole under another name. model: as above."""
     publish(copy_aside(store, path, model or store.status), path)
 
@@ -81,32 +83,15 @@ def publish(temp: str, path: str) -> None:
     system.sync_folder(path)
 
 
-def copy_to_memory(store: Store, durable: bool, points: int) -> Store:
-    """Copy a store into memory."""
-    fd = system.memory_file("leanreplay", store.layout.file_size)
-    created = None
-    try:
-        store.copy_to(fd)
-        created = Store(None, fd, store.layout, True, durable, points)
-        created.recover()
-        return created
-    except BaseException:
-        if created is not None:
-            created.close()
-        else:
-            os.close(fd)
-        raise
-
-
 @contextlib.contextmanager
-def saved_file(folder: str, where: str | None, parameters: Parameters, old: Store) -> Iterator[Store]:
+def saved_file(folder: str, where: str | None, parameters: Parameters, old: Store) -> Iterator[Reader]:
     """Open the file of a copy. Raises MismatchError unless it fits the buffer at `where`."""
     path = os.path.join(folder, "buffer.h5")
     if os.path.realpath(path) == where:
         raise ArgumentError(f"load from another folder: {path} is this buffer itself")
     if not system.exists(path):
         raise MissingError(f"{path} does not exist: there is no whole copy made by save() in {folder}; load another one")
-    saved = Store.open(path, writable=False, name=path)
+    saved = Reader.open(path, name=path)
     try:
         parameters.compare(saved.layout, old.schema, path)
         yield saved
@@ -114,7 +99,7 @@ def saved_file(folder: str, where: str | None, parameters: Parameters, old: Stor
         saved.close()
 
 
-def save_file(store: Store, folder: str, state: dict[str, Any]) -> None:
+def save_file(store: Reader | Writer, folder: str, state: dict[str, Any]) -> None:
     """Save a single file. Until it has its name, state.json describes the old copy too."""
     path = os.path.join(folder, "buffer.h5")
     temp = copy_aside(store, path + ".saved", store.status)

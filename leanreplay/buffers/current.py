@@ -13,7 +13,8 @@ from typing import NamedTuple, cast
 from ..errors import ExistsError, LeanReplayError, LockedError, MismatchError, MissingError, ModeError
 from ..samples.schema import Schema
 from ..storage import system
-from ..storage.store import EmptyStore, Store, refuse_within
+from ..storage.reader import Reader
+from ..storage.store import EmptyStore, Store, WritableStore, refuse_within
 from .drawing import PROCESS, Draws
 from .location import Location
 from .parameters import Parameters
@@ -46,7 +47,7 @@ class Current:
         self.name, self.location, self.parameters, self.draws, self.mode = name, location, parameters, draws, mode
         self.lock: LockType = threading.RLock()
         self.before_write: list[Callable[[], None]] = []
-        self.store: Store = cast(Store, EmptyStore())
+        self.store: Store = EmptyStore()
         self.awaits: str | None = None
         self.closed = False
         self._replacing = False
@@ -155,7 +156,7 @@ class Current:
         with self.lock:
             return getattr(self.reading(), name)
 
-    def writing(self) -> Store:
+    def writing(self) -> WritableStore:
         """Return the store for writing. Raises ModeError in a reader."""
         if self.before_write:
             for settle in tuple(self.before_write):
@@ -166,7 +167,7 @@ class Current:
                 f"{self.location.path or 'this buffer'} is open for reading only (mode 'r', or a forked or unpickled copy); "
                 "open it with mode='r+' in one process to write"
             )
-        return store
+        return cast(WritableStore, store)
 
     def _newest(self, store: Store) -> Store:
         """For a reader: what stands under the name now."""
@@ -202,14 +203,14 @@ class Current:
             self.draws.begin(0, self.draws.copies)
         return fresh
 
-    def replace(self, make: Callable[[], Store]) -> None:
+    def replace(self, make: Callable[[], WritableStore]) -> None:
         """Put another store in place of the present one. `make` does so on the disk, or raises."""
         old = self.store
         self._replacing = True
         self.store = made = make()
         self.parameters.take_size(made.layout)
         self._replacing = False
-        old.mark_gone()
+        cast(WritableStore, old).mark_gone()
         old.close()
 
     def _end_replacing(self) -> None:
@@ -218,12 +219,12 @@ class Current:
         old, here = self.store, self.location
         if here.path is not None and not (old.schema is None and self.mode == "w"):  # that the first batch replaces
             if here.exists():
-                old.unguard()  # the file may be the same
+                cast(WritableStore, old).unguard()  # the file may be the same
                 self.store = here.open(True)
                 old.close()
                 self.parameters.take_size(self.store.layout)
             else:
-                self.store = cast(Store, EmptyStore())
+                self.store = EmptyStore()
         self._replacing = False
 
     # -- copies ------------------------------------------------------------------------------------------------------
@@ -239,6 +240,7 @@ class Current:
         if self.location.path is not None or begun:
             self.mode = "r"
         self.unlock()
+        self.store = self.store.as_reader()
 
     def pack(self) -> Packed:
         """Return what another process needs to read the same."""
@@ -263,7 +265,7 @@ class Current:
                 self.store = here.open(False)
         else:
             try:
-                self.store = Store.open(packed.where, writable=False, name=None)
+                self.store = Reader.open(packed.where, name=None)
             except LeanReplayError as error:
                 raise ModeError(f"the process that holds this buffer in memory has ended or closed it ({error})") from None
         if self.store.schema is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from ..policies.selection import ClosestToCenterSelection, HerdingSelection, Ran
 from ..samples.batch import Batch, Fetch
 from ..samples.dataset import Items
 from ..samples.schema import Schema
-from ..storage.layout import Table
-from ..storage.store import Store
+from ..storage.layout import Layout
+from ..storage.store import Store, WritableStore
 from .balanced import BalancedBuffer
 from .feeding import skipped
 from .rewriting import lengthen_log
@@ -106,7 +106,7 @@ class ParametricBuffer(BalancedBuffer):
         super().__init__(max_size, path, **options)
 
     @classmethod
-    def table_problem(cls, table: Table) -> str | None:
+    def table_problem(cls, table: Layout) -> str | None:
         return super().table_problem(table) or (None if RANK in table.schema.metadata else "there is no rank in the metadata")
 
     @classmethod
@@ -215,7 +215,7 @@ class ParametricBuffer(BalancedBuffer):
 
     def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: int | None) -> None:
         """Rank the samples of each group in the unit together with those held, and commit what changes."""
-        store, strategy = self.current.store, self.selection_strategy
+        store, strategy = cast(WritableStore, self.current.store), self.selection_strategy
         if strategy is None:
             raise ArgumentError(f"give selection_strategy={self.parameters.own['selection_strategy']} when opening this buffer to feed it")
         skip = skipped(at, n, store)
@@ -241,13 +241,13 @@ class ParametricBuffer(BalancedBuffer):
         policy.accept(choice)
         self.feeder.keep_policy(policy, store)
 
-    def _begin(self, schema: Schema, groups: Ints) -> Store:
+    def _begin(self, schema: Schema, groups: Ints) -> WritableStore:
         """Make the store of a new buffer, unless the policy refuses these groups."""
         policy = self.parameters.new_policy()
         policy.load(NO_ROWS, NO_ROWS)
         policy.check_groups(groups)
         self.current.create(schema)
-        return self.current.store
+        return cast(WritableStore, self.current.store)
 
     def _rows_to_keep(self, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
         assert isinstance(policy, ParametricPolicy)

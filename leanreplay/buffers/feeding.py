@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from ..policies.base import LOG_TOO_SHORT, Plan, Policy, check_plan
 from ..samples.batch import Batch, Fetch, flat
 from ..samples.dataset import Items
 from ..samples.schema import Schema, check_leaf, to_numpy
-from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store
+from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store, WritableStore
 from .current import Current
 from .reading import metadata_index, parse_rows
 from .rewriting import lengthen_log
@@ -46,20 +46,20 @@ class Feeder:
 
     # -- the policy --------------------------------------------------------------------------------------------------
 
-    def policy(self, store: Store) -> Policy:
+    def policy(self, store: WritableStore) -> Policy:
         """The policy in the state of the store, to look at."""
         policy = self.take_policy(store)
         self.keep_policy(policy, store)
         return policy
 
-    def take_policy(self, store: Store) -> Policy:
+    def take_policy(self, store: WritableStore) -> Policy:
         """The policy in the state of the store, to plan with."""
         policy, self._policy = self._policy, None
         if policy is None or self._store is not store or self._sequence != store.sequence:
             policy = self._derive(store)
         return policy
 
-    def keep_policy(self, policy: Policy, store: Store) -> None:
+    def keep_policy(self, policy: Policy, store: WritableStore) -> None:
         """Keep a policy whose state is now that of the store."""
         self._policy, self._store, self._sequence = policy, store, store.sequence
 
@@ -67,14 +67,14 @@ class Feeder:
         """Have the policy derived anew."""
         self._policy = None
 
-    def _derive(self, store: Store) -> Policy:
+    def _derive(self, store: WritableStore) -> Policy:
         store.verify_index()
         layout = store.layout
         policy = self._parameters.new_policy(layout.params)
         policy.state, policy.log, policy.slots = store.policy, store.policy_log(), layout.log[1]
-        vars(store).pop("scratch", None)  # an exception within `plan` may have left something in it
+        scratch = store.scratch(renew=True)
         if policy.slots:  # one that frees rows
-            policy.scratch = store.scratch
+            policy.scratch = scratch
         try:
             if isinstance(policy, AppendPolicy):
                 policy.start_at(store.seen)  # the index of all parts would take memory for each row
@@ -109,7 +109,7 @@ class Feeder:
         policy = self._parameters.new_policy() if store.schema is None else self.policy(store)
         policy.check_groups(checked.groups)
 
-    def parse(self, store: Store, batch: Any, metadata: Any, group: object) -> tuple[Schema, Batch]:
+    def parse(self, store: WritableStore, batch: Any, metadata: Any, group: object) -> tuple[Schema, Batch]:
         """Return the schema, which the first batch decides, and the batch with its tags."""
         schema = store.schema
         if schema is None:
@@ -132,7 +132,7 @@ class Feeder:
         self.begin(store, items.schema, None if tags is None else tags[skip:])
         self.feed(n, skip, tags, items.fetch(tags), data=None if tags is None else items.data)
 
-    def begin(self, store: Store, schema: Schema, tags: Ints | None) -> None:
+    def begin(self, store: WritableStore, schema: Schema, tags: Ints | None) -> None:
         """Make the store of a new buffer, unless the policy refuses these tags."""
         if store.schema is None:
             if tags is not None:
@@ -153,7 +153,8 @@ class Feeder:
         tags: of all samples; None if `fetch` finds them. data: the bytes of all samples, if they
         are at hand: a commit then is mostly one kernel call, and `fetch` serves for the others.
         """
-        store, policy_class = self._current.store, self._parameters.kind.policy_class
+        store = cast(WritableStore, self._current.store)
+        policy_class = self._parameters.kind.policy_class
         if tags is not None and policy_class.check_groups is not Policy.check_groups:
             self.policy(store).check_groups(tags[skip:])
         if tags is None:
@@ -189,7 +190,7 @@ class Feeder:
 
     def _change(
         self,
-        store: Store,
+        store: WritableStore,
         policy: Policy,
         plan: Plan,
         start: int,
@@ -229,7 +230,7 @@ class Feeder:
 
     # -- metadata ----------------------------------------------------------------------------------------------------
 
-    def set_metadata(self, store: Store, name: str, values: Any, rows: Ints, positions: object) -> None:
+    def set_metadata(self, store: WritableStore, name: str, values: Any, rows: Ints, positions: object) -> None:
         """Overwrite a metadata field of rows; see `DataBuffer.set_metadata`."""
         field = metadata_index(store.layout.schema, name)
         data = _source(store, field, values, rows)
@@ -243,7 +244,7 @@ class Feeder:
             store.read(rows[start : start + store.max_rows], field)  # a damaged row must not get a checksum that fits it
         self.commit_update(store, MetadataUpdate(rows, {field: (data, samples)}))
 
-    def _parse_update(self, store: Store, moved: Moved) -> MetadataUpdate | None:
+    def _parse_update(self, store: WritableStore, moved: Moved) -> MetadataUpdate | None:
         """Parse the metadata that `add` is to overwrite; None if no row holds its sample now."""
         try:
             rows, positions, values = moved
@@ -263,7 +264,7 @@ class Feeder:
             store.read(found, field)  # a damaged row must not get a checksum that fits it
         return MetadataUpdate(found, {f: (data, samples) for f, data in sources.items()})
 
-    def commit_update(self, store: Store, update: MetadataUpdate) -> None:
+    def commit_update(self, store: WritableStore, update: MetadataUpdate) -> None:
         """Commit new metadata, in commits of as many rows as the journal holds."""
         fits = self._store is store and self._sequence == store.sequence
         for start in range(0, update.rows.shape[0], store.max_rows):
@@ -286,13 +287,13 @@ def skipped(at: int | None, n: int, store: Store) -> int:
     return min(n, seen - position)
 
 
-def _source(store: Store, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
+def _source(store: WritableStore, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
     """The bytes of a field's values for these rows. Raises SchemaError where they do not fit."""
     f = store.layout.schema.fields[field]
     return flat(to_numpy(check_leaf(values, f, rows.shape[0]), f))
 
 
-def _rows_still_holding(store: Store, rows: Ints, positions: object) -> tuple[Ints, Ints]:
+def _rows_still_holding(store: WritableStore, rows: Ints, positions: object) -> tuple[Ints, Ints]:
     """Return each row once, and where its last value stands. positions: what it must still hold."""
     samples = np.arange(rows.shape[0])
     if positions is not None:

@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol, cast
 
 from ..arguments import as_path
 from ..errors import ArgumentError, ModeError
 from ..samples.schema import Schema
-from ..storage import system
-from ..storage.layout import Table
-from ..storage.store import Store
-from .copies import copy_aside, copy_to_memory, is_left_over, save_file, saved_file
+from ..storage import locks, system
+from ..storage.layout import Layout
+from ..storage.opening import Options, copy_to_memory, create_file, open_for_writing
+from ..storage.reader import Reader
+from ..storage.store import Store, WritableStore
+from ..storage.writer import Writer
+from .copies import copy_aside, is_left_over, save_file, saved_file
 from .parameters import Parameters, Pieces
 
 # What other libraries take as the second argument. Nobody means a file by it.
 _NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
 
 Claim = contextlib.AbstractContextManager[None]
-
-
-class Options(NamedTuple):
-    """Of every store of a buffer. guard: whether its file is locked while it is written to."""
-
-    durable: bool
-    points: int
-    guard: bool
 
 
 class Location(Protocol):
@@ -66,7 +61,7 @@ class Location(Protocol):
     def open(self, writable: bool) -> Store:
         """Open what is there."""
 
-    def create(self, schema: Schema, replace: bool) -> Store:
+    def create(self, schema: Schema, replace: bool) -> WritableStore:
         """Make a store, whole before it appears. replace: it takes the place of what is there."""
 
     def replacing(self) -> Claim:
@@ -81,16 +76,16 @@ class Location(Protocol):
     def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
         """Make a copy in a folder, with this state in its state.json."""
 
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
         """Replace the old store by a copy that `save` made. MismatchError for one of other
         parameters."""
 
 
 def new_store(
-    path: str | None, table: Table, pieces: Pieces, options: Options, marked: bool, replace: bool, model: os.stat_result | None = None
-) -> Store:
+    path: str | None, table: Layout, pieces: Pieces, options: Options, marked: bool, replace: bool, model: os.stat_result | None = None
+) -> Writer:
     """Make a store. marked: with a restore point of its empty state; both or none."""
-    store = Store.create(path, table, pieces, replace=replace, model=model, **options._asdict())
+    store = create_file(path, table, pieces, options, replace=replace, model=model)
     try:
         if marked:
             store.mark()
@@ -127,7 +122,7 @@ class InMemory:
     def open(self, writable: bool) -> Store:
         raise ModeError("the buffer in memory was resized; send it to this process again")
 
-    def create(self, schema: Schema, replace: bool) -> Store:
+    def create(self, schema: Schema, replace: bool) -> WritableStore:
         return new_store(None, *self._parameters.plan_file(schema), self.options, self.marked, False)
 
     def replacing(self) -> Claim:
@@ -141,14 +136,14 @@ class InMemory:
             raise ModeError(
                 "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
             )
-        return store.link
+        return cast(Writer, store).mapping.link
 
     def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        save_file(store, folder, state)
+        save_file(cast("Reader | Writer", store), folder, state)
 
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
         with saved_file(folder, None, self._parameters, old) as saved:
-            return copy_to_memory(saved, self.options.durable, self.options.points)
+            return copy_to_memory(saved, self.options)
 
 
 class OneFile:
@@ -172,25 +167,25 @@ class OneFile:
         return f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'"
 
     def lock(self, create: bool) -> int | None:
-        return system.lock(self.where, system.status(self.where)) if self.options.guard else None
+        return locks.lock(self.where, system.status(self.where)) if self.options.guard else None
 
     def remove_leftovers(self) -> None:
         system.remove_temporaries(self.where)
         if os.path.basename(self.where) == "buffer.h5":  # a copy, beside which a killed saver may have left another one
-            with system.users_of(os.path.dirname(self.where)) as users:
+            with locks.users_of(os.path.dirname(self.where)) as users:
                 users.alone(lambda: system.remove_temporaries(self.where + ".saved"))
 
     def open(self, writable: bool) -> Store:
-        return Store.open(self.where, writable=writable, name=self.where, **self.options._asdict())
+        return open_for_writing(self.where, self.options) if writable else Reader.open(self.where, name=self.where)
 
-    def create(self, schema: Schema, replace: bool) -> Store:
+    def create(self, schema: Schema, replace: bool) -> WritableStore:
         table, pieces = self._parameters.plan_file(schema)
         replace = replace or is_left_over(self.where, table.uuid)
         with self.replacing() if replace else contextlib.nullcontext():
             return new_store(self.where, table, pieces, self.options, self.marked, replace)
 
     def replacing(self) -> Claim:
-        return system.replacing(self.where, None) if self.options.guard else contextlib.nullcontext()
+        return locks.replacing(self.where, None) if self.options.guard else contextlib.nullcontext()
 
     def saved_in(self, folder: str) -> list[tuple[str, str]]:
         path = os.path.join(folder, "buffer.h5")
@@ -202,13 +197,13 @@ class OneFile:
         return self.where
 
     def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        save_file(store, folder, state)
+        save_file(cast("Reader | Writer", store), folder, state)
 
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> Store:
+    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
         with saved_file(folder, self.where, self._parameters, old) as saved:
             temp = copy_aside(saved, self.where, system.status(self.where) or saved.status)
             try:  # mapped and locked before it has its name: from then on nothing can fail
-                created = Store.open(temp, writable=True, name=self.where, **self.options._asdict())
+                created = open_for_writing(temp, self.options, name=self.where)
                 try:
                     system.publish(temp, self.where, True)
                 except BaseException:

@@ -12,7 +12,7 @@ from ..keys import MAX_STREAM, STREAM_BITS
 from ..policies.base import Parameter, Params, Policy, optional_int
 from ..samples.schema import Schema
 from ..storage.create import plan_file
-from ..storage.layout import Table
+from ..storage.layout import Layout
 
 Pieces = list[tuple[int, bytes]]
 
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     sized: bool
     stored_schema: Callable[[Schema], Schema]
 
-    def table_problem(self, table: Table) -> str | None:
+    def table_problem(self, table: Layout) -> str | None:
         """Return what is impossible about the table of a file: kernels believe its numbers."""
         rules = {p.name: p.allowed for p in (*self.policy_class.parameters, *(MERGED if self.sized else ()))}
         wrong = {k: v for k, v in table.params.items() if k not in rules} or {
@@ -103,14 +103,14 @@ class Parameters:
         self.given_size = self.given_seed = self.given_stream = None
         self.own = {}
 
-    def _in(self, table: Table) -> Params:
+    def _in(self, table: Layout) -> Params:
         """What the table of a file says."""
         return {"max_size": self._size_in(table), "seed": table.seed, "stream": table.stream, **table.params}
 
-    def _size_in(self, table: Table) -> int | None:
+    def _size_in(self, table: Layout) -> int | None:
         return table.max_size if self.kind.sized else None
 
-    def adopt(self, table: Table, schema: Schema | None, path: str | None) -> None:
+    def adopt(self, table: Layout, schema: Schema | None, path: str | None) -> None:
         """Take the parameters of a file. Raises MismatchError where others were given."""
         given = {"max_size": self.given_size, "seed": self.given_seed, "stream": self.given_stream, **self.own}
         found = self._in(table)
@@ -127,12 +127,12 @@ class Parameters:
         self.own.pop("first", None)  # which differs from part to part
         self.take_size(table)
 
-    def take_size(self, table: Table) -> None:
+    def take_size(self, table: Layout) -> None:
         """Take the size and the identity of a file that has replaced another one."""
         self.max_size = self.given_size = self._size_in(table)
         self.identity = table.uuid
 
-    def compare(self, table: Table, schema: Schema | None, path: str) -> None:
+    def compare(self, table: Layout, schema: Schema | None, path: str) -> None:
         """Raise MismatchError unless a saved file fits. schema: of the buffer, if it has any."""
         own = {k: v for k, v in self.own.items() if v is not None}
         mine = {"max_size": self.max_size, "seed": self.seed, "stream": self.stream, "kind": self.kind.name}
@@ -148,7 +148,7 @@ class Parameters:
         """Make a policy that has seen nothing. own: its parameters, if a file says more."""
         return self.kind.policy_class(self.capacity, self.seed, self.own if own is None else own)
 
-    def plan_file(self, schema: Schema, size: int | None = None, own: Params | None = None, slots: int = 0) -> tuple[Table, Pieces]:
+    def plan_file(self, schema: Schema, size: int | None = None, own: Params | None = None, slots: int = 0) -> tuple[Layout, Pieces]:
         """Plan a file for samples of a schema. slots: the least entries that its log can hold."""
         kind, size = self.kind, size or self.capacity
         slots = max(slots, kind.policy_class.log_slots(size))

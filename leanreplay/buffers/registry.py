@@ -7,11 +7,8 @@ from typing import Any
 
 from ..arguments import as_path, choice
 from ..errors import ArgumentError, MismatchError, MissingError
-from ..storage.layout import KINDS as _KINDS
-from ..storage.store import read_table
-from .base import MODES, DataBuffer
-
-KINDS: dict[str, type[DataBuffer]] = _KINDS  # the class of each kind that is known
+from ..storage.mapping import read_layout
+from .base import KINDS, MODES, DataBuffer
 
 
 def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:
@@ -37,7 +34,7 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
             f"{path} does not exist, and leanreplay.open cannot tell what to create; "
             f"create it with its class, for instance ReservoirBuffer(n, path, mode='a')"
         )
-    kind = "InfiniteBuffer" if os.path.isdir(where) else read_table(where).kind
+    kind = "InfiniteBuffer" if os.path.isdir(where) else read_layout(where).kind
     if kind not in KINDS:
         raise unknown(where, kind)
     return KINDS[kind](path=path, mode="r+" if mode == "a" else mode, **options)

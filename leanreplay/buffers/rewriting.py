@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,14 +16,16 @@ from ..errors import ArgumentError, CapacityWarning, ModeError, SchemaError
 from ..policies.base import Policy
 from ..samples.batch import flat
 from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
-from ..storage.store import Change, Store
+from ..storage.opening import create_file
+from ..storage.store import Change, WritableStore
+from ..storage.writer import Writer
 from .current import Current
 from .reading import all_rows
 
 
 def rewrite(
     current: Current,
-    store: Store,
+    store: WritableStore,
     rows: Ints,
     new_rows: Ints,
     size: int,
@@ -46,7 +48,7 @@ def rewrite(
     schema = schema or old.schema
     table, pieces = current.parameters.plan_file(schema, size, old.params, max(slots, 2 * log.shape[0]))
 
-    def fill(new: Store) -> None:
+    def fill(new: Writer) -> None:
         for start in range(0, rows.shape[0], new.max_rows):
             part = slice(start, start + new.max_rows)
             arrays, index = store.read(rows[part])
@@ -58,11 +60,11 @@ def rewrite(
         if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
             new.commit(Change(store.seen, policy, log=log))
 
-    def make() -> Store:
-        heir_of = store if keep_points else None
-        created = Store.create(here.where, table, pieces, replace=True, fill=fill, heir_of=heir_of, **here.options._asdict())
-        if keep_points:
-            store.give_away_points()
+    def make() -> Writer:
+        heir_of = cast(Writer, store) if keep_points else None
+        created = create_file(here.where, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
+        if heir_of is not None:
+            heir_of.give_away_points()
         return created
 
     store.stay()
@@ -71,8 +73,8 @@ def rewrite(
 
 def resize(
     current: Current,
-    take_policy: Callable[[Store], Policy],
-    rows_to_keep: Callable[[Store, Policy, int, Ints], Ints],
+    take_policy: Callable[[WritableStore], Policy],
+    rows_to_keep: Callable[[WritableStore, Policy, int, Ints], Ints],
     max_size: int,
 ) -> None:
     """Change the number of rows; see `DataBuffer.resize`. rows_to_keep(store, policy, size, live
@@ -95,9 +97,8 @@ def resize(
     rewrite(current, store, kept, np.arange(kept.shape[0]), size, policy.state, policy.log)
 
 
-def kept_by_policy(buffer: str, store: Store, policy: Policy, size: int, live: Ints) -> Ints:
-    """Return which of the live rows the policy keeps. buffer: the name of its class, for the
-    error."""
+def kept_by_policy(buffer: str, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:
+    """Return which live rows the policy keeps. buffer: the name of its class, for the error."""
     if type(policy).keep is Policy.keep:
         raise ArgumentError(f"{buffer} cannot be resized: {type(policy).__name__}.keep does not say which rows stay")
     positions, tags = store.index()
@@ -117,14 +118,14 @@ def _checked_keep(policy: Policy, kept: object, size: int, held: int) -> Ints:
     return rows
 
 
-def lengthen_log(current: Current, store: Store, slots: int) -> Store:
+def lengthen_log(current: Current, store: WritableStore, slots: int) -> WritableStore:
     """Rewrite the store with a log of so many entries. Returns the new one."""
     live = all_rows(store)
     rewrite(current, store, live, live, store.layout.max_size, store.policy, store.policy_log(), slots, keep_points=True)
-    return current.store
+    return cast(WritableStore, current.store)
 
 
-def add_field(current: Current, store: Store, name: str, values: Any, rows: Ints) -> None:
+def add_field(current: Current, store: WritableStore, name: str, values: Any, rows: Ints) -> None:
     """Rewrite the store with one more metadata field, of these values for all rows."""
     values = batch_leaf(values, f"metadata/{name}")
     dtype, shape, torch = leaf_type(values, f"metadata/{name}")

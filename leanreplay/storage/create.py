@@ -1,4 +1,4 @@
-"""Making the bytes of a new file: the HDF5 structure, written by h5py into memory, and the table. Only `check` and this use h5py."""
+"""The bytes of a new file: the HDF5 structure, which h5py writes into memory, and the table."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import hashlib
 import io
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import ArgumentError
 from ..samples.schema import Schema
-from . import layout as fmt
-from .layout import PAGE, Table, round_up
+from .layout import PAGE, TABLE_AT, Layout, round_up, user_block_size
 
 _JOURNAL_BYTES = 8 << 20
 _END, _CACHED = slice(40, 48), slice(72, 96)  # where in a superblock the end of the file stands, and what it caches of the root group
 
 
 class _Sparse(io.RawIOBase):
-    """A file in memory that keeps only the pages written to: the structure of a 28 GB file takes milliseconds."""
+    """A file in memory that keeps only the pages written to: 28 GB take milliseconds."""
 
     def __init__(self) -> None:
         self.pages: dict[int, bytearray] = {}
@@ -85,16 +85,18 @@ def plan_file(
     identity: str | None = None,
     slots: int = 0,
     journal_rows: int | None = None,
-) -> tuple[Table, list[tuple[int, bytes]]]:
-    """The table of a new file, and the (offset, bytes) to write into zeros of `table.file_size` to make it.
+) -> tuple[Layout, list[tuple[int, bytes]]]:
+    """The layout of a new file, and the (offset, bytes) to write into zeros of `layout.file_size`
+    to make it.
 
-    slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default what 8 MiB hold.
+    slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default
+        what 8 MiB hold.
     """
     fields = schema.fields
     record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)
     if max_size * record >= 2**60:
         raise ArgumentError(f"{max_size} rows of {record} bytes are more than a file can hold; lower max_size")
-    table = Table(
+    layout = Layout(
         kind=kind,
         params=params,
         max_size=max_size,
@@ -102,78 +104,85 @@ def plan_file(
         stream=stream,
         uuid=identity or uuid.uuid4().hex,
         schema=schema,
-        columns=[(0, f.nbytes) for f in fields] + [(0, 8), (0, 8), (0, 8 * len(fields))],
+        columns=(*((0, f.nbytes) for f in fields), (0, 8), (0, 8), (0, 8 * len(fields))),
         log=(0, slots),
         journal=0,
         journal_rows=journal_rows or min(max_size, max(4, _JOURNAL_BYTES // record)),
         file_size=0,
         user_block=0,
-        structure=[],
+        structure=(),
         structure_hash="",
     )
     spare = 8192 + 100 * len(fields)  # for the offsets, which are known only once HDF5 has placed them
-    table.user_block = fmt.user_block_size(len(table.encode()) - fmt.TABLE_AT + spare)
+    layout = replace(layout, user_block=user_block_size(len(layout.encode()) - TABLE_AT + spare))
     memory = _Sparse()
-    offsets = _write_structure(memory, table)
-    table.columns = [(at, size) for at, (_, size) in zip(offsets, table.columns, strict=False)]
-    table.journal = offsets[len(table.columns)]
-    table.log = (offsets[-1], slots) if slots else (0, 0)
-    # A byte that HDF5 gives to nothing stands at the end: what HDF5 tools free before it never makes the file shorter.
-    table.file_size = round_up(memory.end + 1, PAGE)
-    _finish_superblock(memory, table)
+    offsets = _write_structure(memory, layout)
+    layout = replace(
+        layout,
+        columns=tuple((at, size) for at, (_, size) in zip(offsets, layout.columns, strict=False)),
+        journal=offsets[len(layout.columns)],
+        log=(offsets[-1], slots) if slots else (0, 0),
+        # A byte that HDF5 gives to nothing stands at the end: what HDF5 tools free before it never
+        # makes the file shorter.
+        file_size=round_up(memory.end + 1, PAGE),
+    )
+    _finish_superblock(memory, layout)
     pieces: list[tuple[int, bytes]] = []
     for page in sorted(memory.pages):
-        if page * PAGE >= table.user_block:
+        if page * PAGE >= layout.user_block:
             if pieces and pieces[-1][0] + len(pieces[-1][1]) == page * PAGE:
                 pieces[-1] = (pieces[-1][0], pieces[-1][1] + bytes(memory.pages[page]))
             else:
                 pieces.append((page * PAGE, bytes(memory.pages[page])))
     for at, data in pieces:
-        if any(at < stop and start < at + len(data) for start, stop in table.regions):
+        if any(at < stop and start < at + len(data) for start, stop in layout.regions):
             raise AssertionError("HDF5 placed its structure inside a page of data")
-    table.structure = [(at, len(data)) for at, data in pieces]
-    table.structure_hash = hash_structure(lambda at, n: dict(pieces)[at], table)
-    # Positions start as -1: those are the only column bytes of a new file that are not zero, see store.create.
-    return table, [*pieces, (0, table.encode())]
+    layout = replace(layout, structure=tuple((at, len(data)) for at, data in pieces))
+    layout = replace(layout, structure_hash=hash_structure(lambda at, n: dict(pieces)[at], layout))
+    # Positions start as -1: those are the only column bytes of a new file that are not zero.
+    # `Writer.create` writes them.
+    return layout, [*pieces, (0, layout.encode())]
 
 
-def _finish_superblock(memory: _Sparse, table: Table) -> None:
-    """Make HDF5's superblock the one that HDF5 itself leaves when it opens the file for writing, changes nothing, and closes it.
+def _finish_superblock(memory: _Sparse, layout: Layout) -> None:
+    """Make HDF5's superblock the one that HDF5 itself leaves when it opens the file for writing,
+    changes nothing, and closes it.
 
-    HDF5 then cuts the file to where it thinks it ends, so that must be where the table says; and it forgets what the superblock
-    caches of the root group. The superblock of version 0 has no checksum; the end of the file in it is an absolute address.
+    HDF5 then cuts the file to where it thinks it ends, so that must be where the table says; and it
+    forgets what the superblock caches of the root group. The superblock of version 0 has no
+    checksum; the end of the file in it is an absolute address.
     """
-    memory.seek(table.user_block)
+    memory.seek(layout.user_block)
     block = bytearray(_CACHED.stop)
     memory.readinto(block)
     if block[:9] != b"\x89HDF\r\n\x1a\n\0" or block[_END] != memory.end.to_bytes(8, "little"):
         raise AssertionError("HDF5 wrote another superblock than one of version 0")
-    block[_END] = table.file_size.to_bytes(8, "little")
+    block[_END] = layout.file_size.to_bytes(8, "little")
     block[_CACHED] = bytes(24)
-    memory.seek(table.user_block)
+    memory.seek(layout.user_block)
     memory.write(block)
 
 
-def hash_structure(read: Callable[[int, int], Any], table: Table) -> str:
-    """Hash of what HDF5 wrote; `check` compares it before it lets the HDF5 library near the file."""
+def hash_structure(read: Callable[[int, int], Any], layout: Layout) -> str:
+    """Hash of what HDF5 wrote. `check` compares it before it lets HDF5 near the file."""
     h = hashlib.blake2b(digest_size=16)
-    for at, n in table.structure:
+    for at, n in layout.structure:
         h.update(read(at, n))
     return h.hexdigest()
 
 
-def _write_structure(memory: _Sparse, table: Table) -> list[int]:
-    """Let h5py write the structure into memory; byte offsets of all columns, then of the journal, then of the log if there is one."""
+def _write_structure(memory: _Sparse, layout: Layout) -> list[int]:
+    """Let h5py write the structure. Returns byte offsets of all columns, the journal, the log."""
     import h5py
 
-    n = table.max_size
-    wanted: list[tuple[str, tuple[int, ...], Any]] = [(f.name, (n, *f.shape), f.dtype) for f in table.schema.fields]
+    n = layout.max_size
+    wanted: list[tuple[str, tuple[int, ...], Any]] = [(f.name, (n, *f.shape), f.dtype) for f in layout.schema.fields]
     wanted += [("index/position", (n,), np.int64), ("index/group", (n,), np.int64)]
-    journal_bytes = table.journal_end - table.journal
-    wanted += [("index/checksum", (n, len(table.schema.fields)), np.uint64), ("journal", (journal_bytes,), np.uint8)]
-    if table.log[1]:
-        wanted.append(("index/log", (table.log[1], 2), np.int64))
-    with h5py.File(memory, "w", userblock_size=table.user_block, alignment_threshold=1, alignment_interval=PAGE) as file:
+    journal_bytes = layout.journal_end - layout.journal
+    wanted += [("index/checksum", (n, len(layout.schema.fields)), np.uint64), ("journal", (journal_bytes,), np.uint8)]
+    if layout.log[1]:
+        wanted.append(("index/log", (layout.log[1], 2), np.int64))
+    with h5py.File(memory, "w", userblock_size=layout.user_block, alignment_threshold=1, alignment_interval=PAGE) as file:
         offsets = []
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         create.set_layout(h5py.h5d.CONTIGUOUS)

@@ -1,44 +1,48 @@
 """The on-disk format, version 1, declared once. All numbers are little-endian.
 
-    offset 0                  user block of the HDF5 file, `user_block` bytes (a power of two, at least 16 KiB):
-        0                     preamble: magic, version, user block, length and digest of the table
-        4096, 8192            two headers; the valid one with the higher sequence number counts
-        12288                 the table: JSON, see `Table`
-    user_block                HDF5: contiguous datasets, each at a multiple of 4096, fallocated when created
-        data/..., metadata/...   one per field, (max_size, *shape)
-        index/position           int64, -1 where the row is free: stream number << 48 | index in the stream
-        index/group              int64: label or group, -1 without one; the bits of the weight, float64, in a WeightedReservoirBuffer
-        index/checksum           uint64, (max_size, fields)
-        index/log                int64, (slots, 2), in buffers whose policy keeps one: entries are only ever appended, and the
-                                 header says how many count. Grouped buffers: (0, g): group g was seen for the first time;
-                                 (1, i): the i-th group seen is full, it dropped or rejected a sample and may not grow again
-        journal                  uint8: a seal, row numbers, undo records, then 3 words for each freed row: row, position, group
+    offset 0                  user block of the HDF5 file, `user_block` bytes (a power of two, at
+        least 16 KiB): 0                     preamble: magic, version, user block, length and digest
+        of the table 4096, 8192            two headers; the valid one with the higher sequence
+        number counts 12288                 the table: JSON, see `Layout`
+    user_block                HDF5: contiguous datasets, each at a multiple of 4096, fallocated when
+        created data/..., metadata/...   one per field, (max_size, *shape) index/position
+        int64, -1 where the row is free: stream number << 48 | index in the stream index/group
+        int64: label or group, -1 without one; the bits of the weight, float64, in a
+        WeightedReservoirBuffer index/checksum           uint64, (max_size, fields) index/log
+        int64, (slots, 2), in buffers whose policy keeps one: entries are only ever appended, and
+        the
+                                 header says how many count. Grouped buffers: (0, g): group g was
+                                 seen for the first time; (1, i): the i-th group seen is full, it
+                                 dropped or rejected a sample and may not grow again
+        journal                  uint8: a seal, row numbers, undo records, then 3 words for each
+        freed row: row, position, group
 
-A block (header, seal) is uint64 words, the last of which is the hash of the others, so it is valid as a whole or not.
-A commit of sequence number q writes the journal (old bytes of the rows it changes, sealed with q), the rows, then the
-header q. A valid journal newer than the header is undone when a writer opens the file.
+A block (header, seal) is uint64 words, the last of which is the hash of the others, so it is valid
+as a whole or not. A commit of sequence number q writes the journal (old bytes of the rows it
+changes, sealed with q), the rows, then the header q. A valid journal newer than the header is
+undone when a writer opens the file.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import struct
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from ..arrays import POLICY_WORDS
 from ..errors import FormatError, SchemaError
-from ..keys import MAX_STREAM, STREAM_BITS
+from ..keys import MAX_STREAM
 from ..samples.schema import Schema
 
-# The class of each kind that is known. Its `table_problem` says what is impossible about a table of that kind, which only it can know.
-KINDS: dict[str, Any] = {}
+# By kind of buffer: says what is impossible about a layout of this kind, which only the kind can
+# know; None if nothing is.
+KIND_CHECKS: dict[str, Callable[[Layout], str | None]] = {}
 
 MAGIC = b"\x8aLRBUF\r\n"
 FORMAT_VERSION = 1
@@ -47,11 +51,13 @@ HEADERS = (PAGE, 2 * PAGE)
 TABLE_AT = 3 * PAGE
 _PREAMBLE = struct.Struct("<8sIIQQ32s")  # magic, version, 0, user block, table length, blake2b of these and the table
 
+COMMIT_BYTES = 8 << 20  # of samples that are loaded for one commit, or for one piece of it
+NO_LIMIT = 2**40
+
 BUCKETS = 256  # digests: one sum of mixed checksums for the rows of each residue modulo this
 
 # Words of a header. From H_SEEN to the checksum it is the state, which H_STATE is the hash of.
 H_TAG, H_SEQ, H_TARGET, H_PREVIOUS, H_STATE, H_SEEN, H_SIZE, H_HIGH, H_LOG, H_LOG_HASH, H_POLICY = range(11)
-_LAST = 2**62  # more commits than that nobody makes, and then the numbers would not fit
 H_DIGESTS = H_POLICY + POLICY_WORDS
 HEADER_WORDS = H_DIGESTS + BUCKETS + 1
 
@@ -60,36 +66,24 @@ J_TAG, J_SEQ, J_PREVIOUS, J_LIVE, J_COUNT, J_FREED, J_HASH = range(7)  # live ro
 SEAL_WORDS = 8
 
 
-def header_problem(head: npt.NDArray[np.uint64], table: Table) -> str | None:
-    """What is impossible about the counts of a header; None if nothing is. A valid seal alone does not make them true."""
-    sequence, seen, size, high = (int(head[i]) for i in (H_SEQ, H_SEEN, H_SIZE, H_HIGH))
-    if sequence >= _LAST:
-        return f"its number is {sequence}"
-    if not size <= high <= table.max_size:
-        return f"it counts {size} of {table.max_size} rows, up to row {high}"
-    if not size <= seen < 2**STREAM_BITS or ("first" in table.params and not size == high == seen):
-        return f"it has seen {seen} samples and holds {size}"
-    if int(head[H_LOG]) > table.log[1]:
-        return f"its log has {int(head[H_LOG])} of {table.log[1]} entries"
-    if any(int(w) >= 2**63 for w in head[H_POLICY:H_DIGESTS]):
-        return "its policy's numbers are out of range"
-    return None
-
-
 def round_up(n: int, to: int) -> int:
     """The next multiple of `to`."""
     return -(-n // to) * to
 
 
-@dataclass
-class Table:
-    """What never changes in a file: written once, checked whenever it is opened.
+@dataclass(frozen=True)
+class Layout:
+    """What never changes in a file: written once, as the table, and checked whenever the file is
+    opened.
 
-    columns: (fields + 3) pairs of byte offset and bytes per row: the fields, position, group, checksums.
+    columns: (fields + 3) pairs of byte offset and bytes per row: the fields, position, group,
+        checksums.
     log: byte offset and number of entries of the policy's log; (0, 0) without one.
-    journal: byte offset of the seal; row numbers follow it, then the undo records, of `record` bytes each, then freed rows.
-    journal_rows: how many records it holds, which is the most that one commit may overwrite. With a log, any number may be freed.
-    structure: pairs of byte offset and length that hold what HDF5 itself wrote; structure_hash: their blake2b.
+    journal: byte offset of the seal; row numbers follow it, then the undo records, then freed rows.
+    journal_rows: how many records it holds, which is the most that one commit may overwrite. With a
+        log, any number may be freed.
+    structure: pairs of byte offset and length that hold what HDF5 itself wrote; structure_hash:
+        their blake2b.
     """
 
     kind: str
@@ -99,44 +93,65 @@ class Table:
     stream: int
     uuid: str
     schema: Schema
-    columns: list[tuple[int, int]]
+    columns: tuple[tuple[int, int], ...]
     log: tuple[int, int]
     journal: int
     journal_rows: int
     file_size: int
     user_block: int
-    structure: list[tuple[int, int]]
+    structure: tuple[tuple[int, int], ...]
     structure_hash: str
 
-    @property
-    def record(self) -> int:
-        """Bytes of one undo record."""
-        return sum(round_up(size, 8) for _, size in self.columns)
+    @functools.cached_property
+    def fields(self) -> int:
+        """Fields of a sample."""
+        return len(self.schema.fields)
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """Bytes of a row in all columns."""
+        return sum(size for _, size in self.columns)
+
+    @functools.cached_property
+    def max_rows(self) -> int:
+        """The most rows that a commit may overwrite. NO_LIMIT if the journal holds every row."""
+        limit = max(1, min(self.journal_rows, COMMIT_BYTES // self.row_bytes))
+        return limit if limit < self.max_size else NO_LIMIT
 
     @property
-    def list_at(self) -> int:
+    def log_slots(self) -> int:
+        """How many entries the policy's log has room for."""
+        return self.log[1]
+
+    @functools.cached_property
+    def record_bytes(self) -> int:
+        """Bytes of one undo record: a row's bytes in all columns, each padded to 8."""
+        return sum(round_up(size, 8) for _, size in self.columns)
+
+    @functools.cached_property
+    def journal_rows_at(self) -> int:
         """Byte offset of the journal's row numbers."""
         return self.journal + 8 * SEAL_WORDS
 
-    @property
-    def record_at(self) -> int:
+    @functools.cached_property
+    def records_at(self) -> int:
         """Byte offset of the journal's records."""
-        return self.list_at + 8 * self.journal_rows
+        return self.journal_rows_at + 8 * self.journal_rows
 
-    @property
+    @functools.cached_property
     def freed_at(self) -> int:
         """Byte offset of the journal's freed rows."""
-        return self.record_at + self.journal_rows * self.record
+        return self.records_at + self.journal_rows * self.record_bytes
 
-    @property
+    @functools.cached_property
     def journal_end(self) -> int:
         """One past the journal's last byte."""
         return self.freed_at + (24 * self.max_size if self.log[1] else 0)
 
-    @property
-    def tag(self) -> np.uint64:
-        """First word of this file's headers and seals, so that those of another file do not count."""
-        return np.uint64(int(self.uuid[:16], 16))
+    @functools.cached_property
+    def tag(self) -> int:
+        """First word of headers and seals, so that another file's do not count."""
+        return int(self.uuid[:16], 16)
 
     def dataset_names(self) -> list[str]:
         """Names of the datasets of `columns`, in order."""
@@ -148,10 +163,14 @@ class Table:
         parts = [(at, at + size * self.max_size) for at, size in self.columns] + [(self.journal, self.journal_end)]
         return parts + ([(self.log[0], self.log[0] + 16 * self.log[1])] if self.log[1] else [])
 
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"schema": self.schema.to_json()}
+
     def encode(self) -> bytes:
-        """Preamble and table, as the bytes of [0, PAGE) and [TABLE_AT, ...): one string with the headers' pages zero."""
-        value = {**self.__dict__, "schema": self.schema.to_json()}
-        text = json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+        """Preamble and table, as the bytes of [0, PAGE) and [TABLE_AT, ...): one string with the
+        headers' pages zero."""
+        text = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True).encode()
         preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, 0, self.user_block, len(text), _digest(self.user_block, text))
         return preamble.ljust(TABLE_AT, b"\0") + text
 
@@ -168,8 +187,9 @@ def user_block_size(table_length: int) -> int:
     return size
 
 
-def decode(read: Any, file_size: int, path: str) -> Table:
-    """The table of a file, everything in it checked against the file's real size. `read(offset, length)` gives bytes.
+def decode(read: Callable[[int, int], bytes], file_size: int, path: str) -> Layout:
+    """The layout of a file, everything in it checked against the file's real size. `read(offset,
+    length)` gives bytes.
 
     Raises FormatError: not ours, another version, cut short, or inconsistent.
     """
@@ -194,22 +214,21 @@ def decode(read: Any, file_size: int, path: str) -> Table:
         raise FormatError(f"{path}: the table's checksum does not match; restore the file from a copy")
     try:
         value = json.loads(text)
-        table = Table(**{**value, "schema": Schema.from_json(value["schema"])})
-        table.columns = [(c[0], c[1]) for c in table.columns]
-        table.log = (table.log[0], table.log[1])
-        table.structure = [(c[0], c[1]) for c in table.structure]
-        _validate(table, file_size, user_block)
-        if table.schema.to_json() != value["schema"]:
+        pairs = {name: tuple((pair[0], pair[1]) for pair in value[name]) for name in ("columns", "structure")}
+        log = (value["log"][0], value["log"][1])
+        layout = Layout(**{**value, **pairs, "log": log, "schema": Schema.from_json(value["schema"])})
+        _validate(layout, file_size, user_block)
+        if layout.schema.to_json() != value["schema"]:
             raise ValueError("the schema is not written as this release writes it")
-        problem = KINDS[table.kind].table_problem(table) if table.kind in KINDS else None
+        problem = KIND_CHECKS[layout.kind](layout) if layout.kind in KIND_CHECKS else None
         if problem:
             raise ValueError(problem)
     except (ValueError, TypeError, KeyError, IndexError, RecursionError, SchemaError) as error:
         raise FormatError(f"{path}: inconsistent table: {error}") from None
-    return table
+    return layout
 
 
-def _validate(t: Table, file_size: int, user_block: int) -> None:
+def _validate(t: Layout, file_size: int, user_block: int) -> None:
     """Raise ValueError unless every offset and count lies inside the file and nothing overlaps."""
     numbers = [t.max_size, t.stream, t.journal, t.journal_rows, t.file_size, t.user_block]
     numbers += [n for pair in [*t.columns, t.log, *t.structure] for n in pair]

@@ -1,6 +1,7 @@
-"""The system calls behind a store: shared memory, allocation, copies, durable syncs and the writer's lock.
+"""The system calls behind a store: shared memory, maps, allocation, copies, names, durable syncs.
 
-Where a platform lacks one, the nearest that keeps the guarantees stands in for it; each function says which.
+Where a platform lacks one, the nearest that keeps the guarantees stands in for it; each function
+says which.
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ import os
 import re
 import secrets
 import stat
-import struct
 import sys
 import tempfile
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ..errors import ExistsError, FormatError, LeanReplayError, LockedError, StorageError
+from ..errors import ExistsError, FormatError, LeanReplayError, StorageError
+from .layout import round_up
 
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000  # Linux; not named by Python's mmap module before 3.13
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not named by Python's mmap module
@@ -38,10 +37,10 @@ _ZEROS = bytes(2 * HUGE_PAGE)
 # O_NONBLOCK: opening a pipe by mistake must be an error, not a hang. Regular files ignore it.
 # O_NOFOLLOW: paths that users give are resolved before; a link under a name of ours is not ours.
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | NOFOLLOW
-OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _COMMON
-OPEN_WRITE = os.O_RDWR | _COMMON
-OPEN_READ = os.O_RDONLY | _COMMON
+COMMON_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | NOFOLLOW
+OPEN_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | COMMON_FLAGS
+OPEN_WRITE = os.O_RDWR | COMMON_FLAGS
+OPEN_READ = os.O_RDONLY | COMMON_FLAGS
 
 forks = 0  # children that this process has forked so far
 _forking = threading.RLock()
@@ -84,7 +83,7 @@ def memory_size() -> int:
 
 
 def waits_for_disk() -> int | None:
-    """How often this process has waited for a page from a disk so far; None where that is not known."""
+    """How often this process has waited for a page from a disk; None if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -93,7 +92,7 @@ def waits_for_disk() -> int | None:
 
 
 def memory_file(name: str, size: int) -> int:
-    """A descriptor of `size` bytes of zeros in shared memory; an unlinked temporary file where memfd_create is missing."""
+    """A descriptor of `size` zeros in shared memory, or in an unlinked temporary file."""
     if size > memory_size():
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     if hasattr(os, "memfd_create"):
@@ -111,8 +110,8 @@ def memory_file(name: str, size: int) -> int:
 
 
 def map_file(fd: int, size: int, writable: bool, name: str) -> mmap.mmap:
-    """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python 3.13 on, it keeps none of its own.
-    It may be longer than `size`: what lies behind is nothing's.
+    """Map a file. The map needs no descriptor: `fd` may be closed, and on Linux, or from Python
+    3.13 on, it keeps none of its own. It may be longer than `size`: what lies behind is nothing's.
 
     Raises StorageError where the system refuses.
     """
@@ -137,10 +136,11 @@ def _map(fd: int, size: int, writable: bool) -> mmap.mmap:
 
 
 def _map_over(fd: int, size: int, protection: int) -> mmap.mmap:
-    """Python's mmap duplicates the descriptor of a file, but not of memory: so map the file over memory that nobody has touched."""
-    # Only from a multiple of a huge page on can a file be mapped by huge pages, which makes adding three times as fast. Linux gives
-    # such a place to whole huge pages of memory. Older ones hand out places downwards: something small, taken first, moves the next.
-    length = size if size < HUGE_PAGE else -(-size // HUGE_PAGE) * HUGE_PAGE
+    """Map the file over untouched memory, as Python's mmap would duplicate its descriptor."""
+    # Only from a multiple of a huge page on can a file be mapped by huge pages, which makes adding
+    # three times as fast. Linux gives such a place to whole huge pages of memory. Older ones hand
+    # out places downwards: something small, taken first, moves the next.
+    length = size if size < HUGE_PAGE else round_up(size, HUGE_PAGE)
     view = _reserve(length, protection)
     place = np.frombuffer(view, np.uint8).ctypes.data
     if size >= HUGE_PAGE and place % HUGE_PAGE:
@@ -168,7 +168,7 @@ def _libc_mmap() -> Any:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Reserve the file's blocks: a full disk is then an OSError now, not a SIGBUS later. Without fallocate, only extend."""
+    """Reserve the file's blocks: else a full disk is a SIGBUS later, not an OSError now."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -201,7 +201,8 @@ def read_at(fd: int, n: int, at: int) -> bytes:
 
 
 def copy_file(source: int, target: int, size: int) -> str:
-    """Copy `size` bytes between descriptors: shared blocks where the file system can, else in the kernel, else by hand.
+    """Copy `size` bytes between descriptors: shared blocks where the file system can, else in the
+    kernel, else by hand.
 
     Returns which: "reflink", "copy_file_range" or "copy".
     """
@@ -232,7 +233,7 @@ def copy_file(source: int, target: int, size: int) -> str:
 
 
 def sync(fd: int, view: mmap.mmap | None) -> None:
-    """Make the file's bytes durable. On Linux fdatasync covers mapped pages too; elsewhere the map is flushed first."""
+    """Make the file's bytes durable. Only on Linux does that cover mapped pages."""
     with storage_errors("making a commit durable"):
         if sys.platform == "linux":
             os.fdatasync(fd)
@@ -243,7 +244,8 @@ def sync(fd: int, view: mmap.mmap | None) -> None:
 
 
 def sync_folder(path: str, strict: bool = False) -> None:
-    """Make a new, renamed or removed name durable, where a folder can be opened. strict: a failing device is a StorageError.
+    """Make a new, renamed or removed name durable, where a folder can be opened. strict: a failing
+    device is a StorageError.
 
     Not strict is for after the step that counts: what is done must not look as if it were not.
     """
@@ -282,7 +284,7 @@ def write_zeros(fd: int, start: int, stop: int) -> None:
 
 
 def populate(view: mmap.mmap, start: int, stop: int) -> None:
-    """Fault in pages for writing, all at once: half the cost of one fault a page. Does nothing where there is no such advice."""
+    """Fault in pages for writing, all at once: half the cost of one fault a page."""
     start -= start % mmap.PAGESIZE
     if sys.platform == "linux":
         with contextlib.suppress(OSError, ValueError):
@@ -299,7 +301,7 @@ def advise(view: mmap.mmap, advice: str, start: int, stop: int) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether anything stands under a name. Raises StorageError where that cannot be known, which os.path takes for a no."""
+    """Whether anything stands under a name. StorageError where that cannot be known."""
     try:
         with storage_errors(f"looking for {path}"):
             os.lstat(path)
@@ -319,7 +321,7 @@ def status(path: str) -> os.stat_result | None:
 
 
 def refuse_alien(path: str) -> None:
-    """Raise FormatError for anything but a regular file under a name of ours: it is not followed, changed or removed."""
+    """Raise FormatError for what is no regular file under a name of ours."""
     found = status(path)
     if found is not None and not stat.S_ISREG(found.st_mode):
         what = next((name for is_it, name in _ALIENS if is_it(found.st_mode)), "a device")
@@ -330,7 +332,7 @@ _ALIENS = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISDIR, "a folder"), (stat.
 
 
 def open_own(path: str, flags: int) -> int:
-    """Open a file that stands under a name of ours. Raises FormatError for anything but a regular file, and does not touch that."""
+    """Open a file under a name of ours. Raises FormatError for what is no regular file."""
     refuse_alien(path)
     fd = os.open(path, flags)
     try:
@@ -343,7 +345,7 @@ def open_own(path: str, flags: int) -> int:
 
 
 def create(path: str, model: os.stat_result | None) -> int:
-    """Make a file, with mode and owner of another one, if given: who may not read that one cannot read this one at any moment."""
+    """Make a file, from the beginning with mode and owner of another one, if given."""
     fd = os.open(path, OPEN_NEW, 0o666 if model is None else 0o600)
     if model is not None and hasattr(os, "fchown"):
         mode = model.st_mode & 0o777 | 0o600  # its owner is to write to it
@@ -361,14 +363,14 @@ def create(path: str, model: os.stat_result | None) -> int:
 
 
 def temporary(path: str, model: os.stat_result | None = None) -> tuple[int, str]:
-    """A new file beside `path`, which is to take its name once complete; with mode and owner of `model`, or of what stands there."""
+    """A new file beside `path`, to be renamed; with mode and owner of `model`, or its own."""
     folder, name = os.path.split(os.path.abspath(path))
     temp = os.path.join(folder, f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     return create(temp, model or status(path)), temp
 
 
 def remove_temporaries(path: str) -> None:
-    """Remove what killed creators of `path` left, not those of a longer name. Call it with the lock held."""
+    """Remove what killed creators of `path` left. Call it with the lock held."""
     folder, name = os.path.split(os.path.abspath(path))
     for temp in glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.*-*.tmp")):
         rest = os.path.basename(temp)[len(name) + 2 :]
@@ -378,7 +380,7 @@ def remove_temporaries(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder of parts, as far as that can be. What is not ours stays in it, and anything else under its name."""
+    """Remove a folder of parts, as far as that can be. What is not ours stays."""
     found = status(path)
     if found is None or not stat.S_ISDIR(found.st_mode):
         return
@@ -395,53 +397,8 @@ def discard(temp: str) -> None:
         os.unlink(temp)
 
 
-class Users:
-    """Those who save into a folder or load from it share a lock on it, so that who is alone can clear up after killed ones."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def lock(self, how: str) -> bool | None:
-        """Take the lock "SH" or "EX", or let it go, "UN". False where another has it, None where there are no such locks."""
-        try:
-            import fcntl
-
-            fcntl.flock(self._fd, getattr(fcntl, f"LOCK_{how}") | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except (ImportError, OSError):
-            return None
-        return True
-
-    def alone(self, clear: Callable[[], None]) -> None:
-        """Call a function, whose failures do not matter, unless others use the folder."""
-        if self._fd >= 0 and self.lock("EX"):
-            with contextlib.suppress(OSError):
-                clear()
-            self.lock("SH")
-
-
-@contextlib.contextmanager
-def users_of(folder: str) -> Iterator[Users]:
-    """Be one of those who use a folder, for the time of a block."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | _COMMON & ~NOFOLLOW)  # the user's own name for it, which may be a link
-    except OSError:  # Windows
-        fd = -1
-    users = Users(fd)
-    try:
-        deadline = time.monotonic() + 1.0
-        while fd >= 0 and users.lock("SH") is False and time.monotonic() < deadline:
-            time.sleep(0.01)  # another is clearing up
-        yield users
-    finally:
-        if fd >= 0:
-            users.lock("UN")  # a child forked meanwhile has the descriptor too
-            os.close(fd)
-
-
 def publish(temp: str, path: str, replace: bool) -> None:
-    """Give a complete file its name. Without `replace` an existing one is refused, atomically: of two creators one wins."""
+    """Give a complete file its name. Without `replace`, of two creators one wins."""
     if replace:
         refuse_alien(path)
         os.replace(temp, path)
@@ -453,7 +410,8 @@ def publish(temp: str, path: str, replace: bool) -> None:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            # A file system without hard links: claim the name with an empty file, then rename over it.
+            # A file system without hard links: claim the name with an empty file, then rename over
+            # it.
             try:
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
@@ -461,168 +419,3 @@ def publish(temp: str, path: str, replace: bool) -> None:
             os.replace(temp, path)
             return
         discard(temp)
-
-
-def lock(path: str, model: os.stat_result | None = None) -> int:
-    """Take the writer's lock of a name: a descriptor of `path`.lock, a file that is never removed. Raises LockedError if taken.
-
-    model: mode and owner of the lock file, if it has to be made.
-    """
-    name = path + ".lock"
-    try:
-        fd = open_own(name, OPEN_WRITE)
-    except FileNotFoundError:
-        try:
-            fd = create(name, model)
-        except FileExistsError:  # another writer was faster
-            fd = open_own(name, OPEN_WRITE)
-    try:
-        if os.fstat(fd).st_size:
-            raise FormatError(f"{name} is no lock file of leanreplay: it holds something; move it away, or use another path")
-        if not _flock(fd, path, f"lock file {name}"):
-            raise StorageError(
-                errno.ENOLCK,
-                f"{path}: this file system has no locks; give lock=False to go on without, and see to it that there is one writer",
-            )
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _flock(fd: int, path: str, what: str, shared: bool = False) -> bool:
-    """Lock a descriptor; False where there are no locks. Raises LockedError if it is taken. shared: only keep writers away."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        return _no_lock(error, path, what)
-
-
-def _no_lock(error: OSError, path: str, what: str) -> bool:
-    """False for an error that says that there are no locks here; LockedError for one that says that it is taken."""
-    if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-        raise LockedError(f"{path} is open for writing elsewhere ({what}); close that writer, or read with mode='r'") from None
-    if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-        return False
-    raise error
-
-
-class Guard:
-    """The writer's lock of a file itself, whatever names it has; it ends when this is closed or forgotten.
-
-    It belongs to an open file description of its own (Linux), so a forked child ends its share by closing that, and no other close in
-    this process does. It lies on a byte far beyond the end, where HDF5's flock does not see it. Where there are no such locks it keeps
-    nobody out.
-    """
-
-    def __init__(self, path: str, shared: bool = False) -> None:
-        """Raises LockedError if the file has a writer. shared: only keep writers away."""
-        self.fd = -1
-        self.fd = open_own(path, OPEN_READ if shared else OPEN_WRITE)
-        try:
-            if not self._lock(path, shared):
-                self.close()
-            elif not shared:
-                _GUARDS.add(self)
-        except BaseException:
-            self.close()
-            raise
-
-    def _lock(self, path: str, shared: bool) -> bool:
-        if not LINUX or sys.maxsize < 2**32:
-            return False
-        import fcntl
-
-        if not hasattr(fcntl, "F_OFD_SETLK"):
-            return False
-        kind = fcntl.F_RDLCK if shared else fcntl.F_WRLCK
-        try:
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 2**62, 1, 0))
-        except OSError as error:
-            return _no_lock(error, path, "by another name, or its lock file was removed")
-        if not shared:  # a network file system may take both kinds of locks for one, and HDF5's readers come first
-            other = os.open(path, OPEN_READ)
-            try:
-                fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return False
-            finally:
-                os.close(other)
-        return True
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        try:  # noqa: SIM105 - when the interpreter ends, contextlib may be empty already, and os too
-            self.close()
-        except Exception:
-            pass
-
-
-_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
-
-
-def has_writer(path: str) -> bool:
-    """Whether another process has a file open for writing. False where that cannot be known; asking takes no lock, so disturbs nobody."""
-    if not LINUX or sys.maxsize < 2**32:
-        return False
-    import fcntl
-
-    try:
-        fd = os.open(path, OPEN_READ)
-    except OSError:
-        return False
-    try:
-        question = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 2**62, 1, 0)
-        answer = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, question))
-        mine = any(guard.fd >= 0 and os.path.sameopenfile(guard.fd, fd) for guard in list(_GUARDS))  # that would be to wait for oneself
-        return bool(answer[0] != fcntl.F_UNLCK) and not mine
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-
-
-class Patience:
-    """How long a reader waits for a change of a file to end: some seconds, and on as long as the writer lives, however slow its disk is."""
-
-    def __init__(self, path: str | None, seconds: float) -> None:
-        self.path, self.seconds, self._until = path, seconds, time.monotonic() + seconds
-
-    def over(self) -> bool:
-        """Whether it makes no sense to go on waiting."""
-        if time.monotonic() <= self._until:
-            return False
-        if self.path is None or not has_writer(self.path):
-            return True
-        self._until = time.monotonic() + min(self.seconds, 0.1)
-        return False
-
-
-@contextlib.contextmanager
-def replacing(path: str, name: str | None) -> Iterator[None]:
-    """While a file is replaced that may be another buffer's: keep writers away from it. Raises LockedError if it has one.
-
-    name: look at this name's lock too, if there is one.
-    """
-    with contextlib.ExitStack() as held:
-        with storage_errors(f"replacing {path}"):
-            refuse_alien(path)
-            if name is not None and os.path.lexists(name + ".lock"):
-                fd = open_own(name + ".lock", OPEN_READ)
-                held.callback(os.close, fd)
-                _flock(fd, path, f"lock file {name}.lock", shared=True)
-            with contextlib.suppress(FileNotFoundError, PermissionError):
-                held.callback(Guard(path, shared=True).close)
-        yield

@@ -26,9 +26,7 @@ from leanreplay import (
     SchemaError,
 )
 from leanreplay.kernels import rows as kernel
-from leanreplay.storage import (
-    store,
-)
+from leanreplay.storage import writer as writer_module
 
 OPS = st.one_of(
     st.tuples(st.just("feed"), st.integers(0, 40), st.sampled_from(["add", "update", "list"]), st.integers(0, 20)),
@@ -161,7 +159,7 @@ def hooked(step: str, after: int, done: bool, action: Callable[[], None]) -> Ite
     """Do something at the given call of a kernel, before or after it has run."""
     real = getattr(kernel, step)
     calls = 0
-    store._AT_ONCE = step == "commit_rows"
+    writer_module.ONE_CALL = step == "commit_rows"
 
     def call(*args: Any) -> Any:
         nonlocal calls
@@ -177,7 +175,7 @@ def hooked(step: str, after: int, done: bool, action: Callable[[], None]) -> Ite
         yield
     finally:
         setattr(kernel, step, real)
-        store._AT_ONCE = True
+        writer_module.ONE_CALL = True
 
 
 FIXED = settings(derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -221,10 +221,10 @@ def test_mixed_loaders_in_forks() -> None:
 def test_an_unpickled_buffer_in_memory_is_no_other() -> None:
     first = fed("reservoir", None)
     packed = pickle.dumps(first)
-    descriptor = first.current.store._fd
+    descriptor = first.current.store.mapping.file.fd
     first.close()
     with fed("reservoir", None) as other:
-        assert other.current.store._fd == descriptor  # the case
+        assert other.current.store.mapping.file.fd == descriptor  # the case
         with pytest.raises(ModeError, match="another buffer"):
             pickle.loads(packed)
     with pytest.raises(ModeError, match="ended or closed"):
@@ -236,9 +236,9 @@ def test_what_else_may_stand_on_the_descriptor_of_a_buffer_in_memory(tmp_path: P
         ends = os.pipe()
         first = fed("reservoir", None)
         packed = pickle.dumps(first)
-        descriptor = first.current.store._fd
+        descriptor = first.current.store.mapping.file.fd
         first.close()
-        for what, told in ((other.current.store._fd, "another buffer"), (ends[0], "ended or closed")):
+        for what, told in ((other.current.store.mapping.file.fd, "another buffer"), (ends[0], "ended or closed")):
             os.dup2(what, descriptor)
             with pytest.raises(ModeError, match=told):
                 pickle.loads(packed)

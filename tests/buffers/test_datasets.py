@@ -23,7 +23,7 @@ from leanreplay import (  # noqa: E402
     SchemaError,
     SlidingWindowBuffer,
 )
-from leanreplay.storage import store  # noqa: E402
+from leanreplay.storage import writer as writer_module  # noqa: E402
 
 N = 90
 BUFFERS = {
@@ -114,7 +114,7 @@ def test_however_they_lie(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["reservoir", "balanced"])
 def test_what_was_seen_is_skipped(kind: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`at` falls within the tensors, and commits begin anywhere in them."""
-    monkeypatch.setattr(store, "_AT_ONCE", at_once)
+    monkeypatch.setattr(writer_module, "ONE_CALL", at_once)
     monkeypatch.setattr("leanreplay.buffers.feeding.MAX_PLANNED", 7)
     x, y = tensors()
     want = fed(kind, None, [Counted(TensorDataset(x, y))])

@@ -26,14 +26,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def full_groups(buffer: Any) -> list[int]:
-    log = buffer.current.store.log().tolist()
+    log = buffer.current.store.policy_log().tolist()
     ids = [g for what, g in log if what == 0]
     return sorted(ids[g] for what, g in log if what == 1)
 
 
 def state(buffer: Any) -> Any:
     """What must be the same whichever way a buffer was made: rows, index, counts, policy words, groups, which of them are full."""
-    ids = sorted(g for what, g in buffer.current.store.log().tolist() if what == 0)
+    ids = sorted(g for what, g in buffer.current.store.policy_log().tolist() if what == 0)
     return held(buffer), buffer.seen, buffer.current.store.policy, ids, full_groups(buffer)
 
 
@@ -60,7 +60,7 @@ def test_one_policy_that_saw_all(kind: str) -> None:
     """The policy itself, offered all four streams one after the other, holds the same, with the same bounds and groups full."""
     parts = made(kind, None, STREAMS)
     with merge(parts) as buffer:
-        table = buffer.current.store.table
+        table = buffer.current.store.layout
         policy = type(buffer).policy_class(30, SEED, table.params)
         policy.slots = table.log[1]
         policy.load(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -110,7 +110,7 @@ def test_one_input_is_a_copy(kind: str, tmp_path: Path) -> None:
         assert held(buffer) == sorted(held(old)) == expected(kind, {3: 100}, 30)
         assert state(buffer)[1:] == state(old)[1:]
         assert buffer.stream == 0
-        assert buffer.current.store.table.uuid != old.current.store.table.uuid
+        assert buffer.current.store.layout.uuid != old.current.store.layout.uuid
 
 
 @every_kind
@@ -141,9 +141,9 @@ def test_it_goes_on(kind: str, tmp_path: Path) -> None:
         feed(kind, buffer, 338 + 120)
         check(buffer, 120, 18)
         buffer.set_metadata("new", np.zeros(len(buffer)))
-        assert buffer.current.store.table.params["streams"] == [0, 1, 2, 3]
+        assert buffer.current.store.layout.params["streams"] == [0, 1, 2, 3]
     with leanreplay.open(tmp_path / "all.h5") as buffer, merge([buffer]) as again:
-        assert again.current.store.table.params["streams"] == [0, 1, 2, 3, 9]
+        assert again.current.store.layout.params["streams"] == [0, 1, 2, 3, 9]
         assert (again.stream, again.seen) == (4, 458)
         assert held(again) == sorted(held(buffer))
 
@@ -154,7 +154,7 @@ def test_open_buffers_and_paths() -> None:
     empty = ReservoirBuffer(30, seed=SEED, stream=7, schema=parts[0].schema)
     with merge([*parts, empty]) as buffer:
         assert held(buffer) == expected("reservoir", {0: 50, 1: 60, 2: 5}, 30)
-        assert buffer.current.store.table.params["streams"] == [0, 1, 2, 7]
+        assert buffer.current.store.layout.params["streams"] == [0, 1, 2, 7]
         assert buffer.stream == 3
     with merge([empty]) as buffer:
         assert (len(buffer), buffer.seen, buffer.stream) == (0, 0, 0)

@@ -49,14 +49,14 @@ def parts(n, name):
 small, large = parts(500, "small"), parts(rows, "large")
 lr.merge(small, folder + "/warm.h5").close()
 before = peak = anonymous()
-read = lr.store.Store.read
+read = lr.storage.writer.Writer.read
 
 def watched(self, *args):
     global peak
     peak = max(peak, anonymous())
     return read(self, *args)
 
-lr.store.Store.read = watched
+lr.storage.writer.Writer.read = watched
 with lr.merge(large, folder + "/all.h5") as buffer:
     peak = max(peak, anonymous())
     assert len(buffer) == rows, len(buffer)
@@ -91,15 +91,15 @@ def test_killed(mode: str, tmp_path: Path) -> None:
         old = target.read_bytes()
     merge(parts).close()  # compiled
     steps = [
-        ("leanreplay.storage.store", "Store.commit"),
-        ("leanreplay.storage.store", "Store.read"),
+        ("leanreplay.storage.writer", "Writer.commit"),
+        ("leanreplay.storage.reader", "Reader.read"),
         ("leanreplay.storage.system", "publish"),
         ("os", "fsync"),
     ]
     steps += [
         ("leanreplay.storage.system", "allocate"),
         ("leanreplay.storage.system", "sync_folder"),
-        ("leanreplay.storage.store", "Store._write_header"),
+        ("leanreplay.storage.writer", "Writer.publish"),
     ]
     outcomes = set()
     for (where, name), after in itertools.product(steps, (False, True)):
@@ -165,15 +165,15 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
 def test_an_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an exception in the middle there is no file, no temporary and no lock; the inputs stay usable."""
     parts = made("reservoir", None, STREAMS)
-    real = leanreplay.storage.store.Store.commit
+    real = leanreplay.storage.writer.Writer.commit
 
     def failing(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(leanreplay.storage.store.Store, "commit", failing)
+    monkeypatch.setattr(leanreplay.storage.writer.Writer, "commit", failing)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "all.h5")
-    monkeypatch.setattr(leanreplay.storage.store.Store, "commit", real)
+    monkeypatch.setattr(leanreplay.storage.writer.Writer, "commit", real)
     assert [p.name for p in tmp_path.iterdir()] == ["all.h5.lock"]
     with merge(parts, tmp_path / "all.h5") as buffer:
         assert held(buffer) == expected("reservoir", STREAMS, 30)

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -189,8 +188,8 @@ def test_cut_off_input(pair: list[str], tmp_path: Path) -> None:
     if pid == 0:
         try:
             buffer = leanreplay.open(pair[0], "r+")
-            leanreplay.storage.store._AT_ONCE = False
-            leanreplay.storage.store.Store._write_header = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            leanreplay.storage.writer.ONE_CALL = False
+            leanreplay.storage.writer.Writer.publish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
             feed("reservoir", buffer, 200)
         finally:
             os._exit(1)
@@ -204,13 +203,12 @@ def test_cut_off_input(pair: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("column", ["data/x", "metadata/m", "index/position", "index/group", "index/checksum"])
 def test_damaged_input(pair: list[str], column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flipped bit in a row that goes in, or anywhere in the index, is noticed, and no file appears."""
-    for name in ("storage.store", "merge"):
-        monkeypatch.setattr(sys.modules[f"leanreplay.{name}"], "_PATIENCE", 0.02)  # there is no writer to wait for
+    monkeypatch.setattr(leanreplay.storage.locks, "PATIENCE", 0.02)  # there is no writer to wait for
     with merge(pair) as buffer:
         kept = next(p for p in held(buffer) if p < STREAM)
     with leanreplay.open(pair[0]) as source:
         row = int(np.flatnonzero(source.get_metadata("position") == kept)[0])
-        table = source.current.store.table
+        table = source.current.store.layout
     at, size = dict(zip(table.dataset_names(), table.columns, strict=True))[column]
     with open(pair[0], "r+b") as file:
         file.seek(at + row * size + 1)
@@ -257,11 +255,11 @@ def test_input_that_is_written_to(pair: list[str], when: str, tmp_path: Path, mo
             offer = kernel.offer
             monkeypatch.setattr(kernel, "offer", lambda *args: (meanwhile(), offer(*args)))
         elif when == "rows":
-            read = leanreplay.storage.store.Store.read
-            monkeypatch.setattr(leanreplay.storage.store.Store, "read", lambda *args: (meanwhile(), read(*args))[1])
+            read = leanreplay.storage.reader.Reader.read
+            monkeypatch.setattr(leanreplay.storage.reader.Reader, "read", lambda *args: (meanwhile(), read(*args))[1])
         else:
-            commit = leanreplay.storage.store.Store.commit
-            monkeypatch.setattr(leanreplay.storage.store.Store, "commit", lambda *args, **named: (commit(*args, **named), meanwhile())[0])
+            commit = leanreplay.storage.writer.Writer.commit
+            monkeypatch.setattr(leanreplay.storage.writer.Writer, "commit", lambda *args, **named: (commit(*args, **named), meanwhile())[0])
         refuse(ModeError, [pair[0], "written to", "close its writer"], pair, tmp_path / "all.h5")
         assert done
         assert not (tmp_path / "all.h5").exists()

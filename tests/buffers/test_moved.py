@@ -129,7 +129,7 @@ def test_more_than_half_a_commit_is_a_commit_before(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(create, "_JOURNAL_BYTES", 1500)
     buffer = leanreplay.ReservoirBuffer(100)
     buffer.add(**batch(0, 200))
-    assert buffer.current.store.most < 60
+    assert buffer.current.store.max_rows < 60
     rows, positions = buffer.get_metadata("idx"), buffer.get_metadata("position")
     buffer.add(**batch(200, 50), moved=(rows, positions, {"age": np.arange(100, dtype=np.int32)}))
     held = dict(zip(positions.tolist(), range(100), strict=True))

@@ -11,9 +11,9 @@ from grouped_oracle import keyed
 from grouped_oracle import quotas as group_quotas_by_definition
 
 import leanreplay as lr
+from leanreplay.kernels import rows as kernel
 from leanreplay.policies.balanced import group_hash, group_quotas
-from leanreplay.storage import store
-from leanreplay.storage.store import kernel
+from leanreplay.storage import writer as writer_module
 
 
 def data(n, classes, seed=0, d=6):
@@ -429,7 +429,7 @@ def test_an_update_is_whole_or_not_at_all(tmp_path, monkeypatch, step, after):
     whole = lr.ParametricBuffer(20, groupby="class", selection_strategy=lr.HerdingSelection())
     for part in (slice(0, 60), slice(60, 120)):
         whole.add((x[part], y[part]), features=lambda batch: batch[0])
-    monkeypatch.setattr(store, "_AT_ONCE", False)
+    monkeypatch.setattr(writer_module, "ONE_CALL", False)
     original = getattr(kernel, step)
     stopped = 0
     for number in range(40):

@@ -27,8 +27,8 @@ from leanreplay.policies import (
 )
 from leanreplay.storage import (
     create,
-    store,
 )
+from leanreplay.storage import writer as writer_module
 
 pytestmark = [pytest.mark.usefixtures("grouped_kernels", "all_steps"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -175,7 +175,7 @@ def test_stopped_while_recovering(kind: str, tmp_path: Any) -> None:
 
         def run(_: int) -> None:
             setattr(kernel, after, wrapper)
-            store._AT_ONCE = False
+            writer_module.ONE_CALL = False
             with KINDS[kind](os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 
@@ -249,19 +249,19 @@ def test_stopped_at_every_step_of_a_longer_log(tmp_path: Any, monkeypatch: pytes
         feed("class", buffer, 0, 40)
         state = buffer.state_dict()
         feed("class", buffer, 40, 60)
-        slots = buffer.current.store.table.log[1]
+        slots = buffer.current.store.layout.log[1]
 
     def work(arm: Any) -> None:
         with scene.open() as buffer:
             arm()
             buffer.add(**stream("class", 60, 120))
-            assert buffer.current.store.table.log[1] > slots
+            assert buffer.current.store.layout.log[1] > slots
 
     longer = set()
 
     def examine(note: str) -> None:
         with scene.open() as buffer:
-            longer.add(buffer.current.store.table.log[1] > slots)
+            longer.add(buffer.current.store.layout.log[1] > slots)
             seen = buffer.seen
             assert [str(p) for p in buffer.check()] == [], note
             assert 60 <= seen <= 120, note
@@ -316,7 +316,7 @@ def test_readers_of_a_group_get_no_other(tmp_path: Any) -> None:
 
     def work(_: int) -> None:
         with KINDS["class"](path, mode="r+") as buffer:
-            buffer.current.store._write_header = lambda words: killing.die()
+            buffer.current.store.publish = lambda words: killing.die()
             buffer.add(**stream("class", 60, 83))
 
     killed(*child(work))

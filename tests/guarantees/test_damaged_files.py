@@ -303,7 +303,7 @@ def headers(path, **changes):
 )
 def test_headers_that_lie(path, changes, word, monkeypatch):
     """G7: counts in the headers that do not fit the file, under right checksums."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.0)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.0)
     headers(path, **changes)
     for mode in ("r", "r+"):
         with pytest.raises(lr.FormatError, match=word) as caught:
@@ -314,7 +314,7 @@ def test_headers_that_lie(path, changes, word, monkeypatch):
 @pytest.mark.parametrize("count", [lambda n: 4097, lambda n: 2**60, lambda n: 2**63, lambda n: 2**64 - 1])
 def test_headers_that_count_too_many_entries_of_a_log(grouped, count, monkeypatch):
     """G7: a log longer than the file has room for is refused, whatever its hash."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.0)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.0)
     headers(grouped, H_LOG=count)
     for mode in ("r", "r+"):
         with pytest.raises(lr.FormatError, match=r"its log has \d+ of 4096 entries; restore the file"):
@@ -328,7 +328,7 @@ def test_headers_that_count_too_many_entries_of_a_log(grouped, count, monkeypatc
 )
 def test_logs_that_do_not_match(grouped, changes, monkeypatch):
     """G7: a log whose hash is not the header's: rows can be read, but groups and writing are refused, and check() says so."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.0)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.0)
     headers(grouped, **changes)
     for mode in ("r", "r+"):
         with lr.open(grouped, mode) as buffer:
@@ -352,7 +352,7 @@ def snapshot_of(path):
 
 def test_every_byte_of_the_log_is_checked(grouped, monkeypatch):
     """G7: any changed byte of the entries that count is noticed; one behind them does not matter."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.0)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.0)
     at = table_of(grouped).log[0]
     data = snapshot_of(grouped)
     for byte in range(16 * len(LOG) + 16):
@@ -443,7 +443,7 @@ def test_parameters_that_lie(grouped, case):
 
 def test_headers_that_count_too_few(path, monkeypatch):
     """G7: counts that fit the file but not its rows are errors of our own, in any call."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.0)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.0)
     headers(path, H_SIZE=3)
     with lr.open(path) as buffer:
         with pytest.raises(lr.CorruptionError, match="free"):

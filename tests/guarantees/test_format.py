@@ -23,6 +23,7 @@ from paths import DATA
 from stored_files import GROUP_SIZES, LOG, batch, crafted, feed, feed_grouped, groups, logits, overwrite, table_of, write_stored_file
 
 import leanreplay as lr
+from leanreplay.keys import STREAM_BITS
 from leanreplay.samples.schema import Schema
 from leanreplay.storage import layout as fmt
 from leanreplay.storage.create import hash_structure
@@ -225,7 +226,7 @@ def test_stored_file_opens(stored):
         assert type(buffer) is lr.ReservoirBuffer and (buffer.max_size, buffer.seed, buffer.stream, buffer.seen) == (6, 7, 3, 40)
         assert buffer.check() == []
         held, meta = buffer.get(range(6))
-        positions = meta["position"] - (3 << fmt.STREAM_BITS)
+        positions = meta["position"] - (3 << STREAM_BITS)
         assert positions.tolist() == HELD
         for row, p in enumerate(positions.tolist()):
             wanted = batch(p, 1)
@@ -242,12 +243,12 @@ def test_stored_file_goes_on(stored):
         for made in (buffer, anew):
             for start in range(40, 140, 20):
                 feed(made, start, 20)
-        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == AFTER
+        assert (buffer.get_metadata("position") - (3 << STREAM_BITS)).tolist() == AFTER
         for a, b in zip(buffer.current.store.read(np.arange(6))[0], anew.current.store.read(np.arange(6))[0], strict=True):
             assert same(a, b)
         assert buffer.check() == []
         buffer.load_state_dict(state)
-        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == HELD
+        assert (buffer.get_metadata("position") - (3 << STREAM_BITS)).tolist() == HELD
 
 
 def log_of(path):
@@ -271,7 +272,7 @@ def test_grouped_file_opens(grouped):
         assert buffer.group_sizes() == GROUP_SIZES
         rows = buffer.get_metadata("idx")
         held, meta = buffer.get(rows)
-        positions = meta["position"] - (3 << fmt.STREAM_BITS)
+        positions = meta["position"] - (3 << STREAM_BITS)
         assert positions.tolist() == GROUPED_HELD
         for i, p in enumerate(positions.tolist()):
             assert all(same(leaf(held)[i : i + 1], leaf(batch(p, 1))) for leaf in DATASETS.values()), (i, p)
@@ -293,14 +294,14 @@ def test_grouped_file_goes_on(grouped):
                 feed_grouped(made, start, 20) if start < 100 else made.add(
                     batch(start, 20), metadata=logits(start, 20), group=groups(80, 20)
                 )
-        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == GROUPED_AFTER
+        assert (buffer.get_metadata("position") - (3 << STREAM_BITS)).tolist() == GROUPED_AFTER
         assert buffer.group_sizes() == anew.group_sizes() and log_of(grouped) == log_of(again)
         rows = buffer.get_metadata("idx")
         for a, b in zip(buffer.current.store.read(rows)[0], anew.current.store.read(rows)[0], strict=True):
             assert same(a, b)
         assert buffer.check() == []
         buffer.load_state_dict(state)
-        assert (buffer.get_metadata("position") - (3 << fmt.STREAM_BITS)).tolist() == GROUPED_HELD
+        assert (buffer.get_metadata("position") - (3 << STREAM_BITS)).tolist() == GROUPED_HELD
         assert buffer.group_sizes() == GROUP_SIZES and buffer.check() == []
 
 

@@ -214,7 +214,7 @@ def full_growing_undo_file(disk, elsewhere):
             buffer.add(big(0, 60))
         state = made.state_dict()
         disk.fill()
-        before = made.get(range(40))[0].tobytes(), made.seen, made.current.store.mark_name(), made.current.store.policy
+        before = made.get(range(40))[0].tobytes(), made.seen, made.current.store.state_name(), made.current.store.policy
         for _ in range(3):
             try:
                 made.add(big(60, 40))
@@ -222,7 +222,7 @@ def full_growing_undo_file(disk, elsewhere):
                 assert all(word in str(error) for word in FULL), error
             else:
                 raise AssertionError("no error on a full disk")
-            assert (made.get(range(40))[0].tobytes(), made.seen, made.current.store.mark_name(), made.current.store.policy) == before
+            assert (made.get(range(40))[0].tobytes(), made.seen, made.current.store.state_name(), made.current.store.policy) == before
         assert made.check() == []
         made.load_state_dict(state)
         disk.free()

@@ -25,7 +25,8 @@ from nightly import times
 import leanreplay as lr
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
-from leanreplay.storage import store as store_module
+from leanreplay.storage import locks
+from leanreplay.storage import writer as writer_module
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs the mutants in forked children")
 
@@ -89,7 +90,7 @@ class Base:
                 self.states.append(contents(buffer))
             if pending:
                 self._interrupt(buffer, path, fed)
-            self.table, self.logged = buffer.current.store.table, len(buffer.current.store.log())
+            self.table, self.logged = buffer.current.store.layout, len(buffer.current.store.policy_log())
             self.fed, self.seen = fed, fed + then
         for suffix in ("", ".undo.0"):
             if os.path.exists(path + suffix):
@@ -112,13 +113,13 @@ class Base:
             calls.append(1)
             write(*args)
 
-        kernel.write_field, store_module._AT_ONCE = cut, False
+        kernel.write_field, writer_module.ONE_CALL = cut, False
         try:
             feed(buffer, fed, 5)
         except KeyboardInterrupt:
             pass
         finally:
-            kernel.write_field, store_module._AT_ONCE = write, True
+            kernel.write_field, writer_module.ONE_CALL = write, True
         assert self.files[""]
 
     def regions(self):
@@ -133,8 +134,8 @@ class Base:
             "headers": [(at, at + head) for at in fmt.HEADERS],
             "index": [(at, at + size * CAPACITY) for at, size in index],
             "rows": [(at, at + size * CAPACITY) for at, size in data],
-            "journal": [(t.journal, t.record_at + t.journal_rows * t.record)],
-            "seal": [(t.journal, t.list_at + 8 * t.journal_rows)],
+            "journal": [(t.journal, t.records_at + t.journal_rows * t.record_bytes)],
+            "seal": [(t.journal, t.journal_rows_at + 8 * t.journal_rows)],
             "structure": [(at, at + n) for at, n in t.structure],
             "anything": [(0, self.size[""])],
         }
@@ -253,7 +254,7 @@ def mutants(base, region, n, seed):
 def child(base, work, todo, first, progress, results, folder):
     """Work through the mutants from number `first`; one line per mutant that is worth one."""
     # A reader would wait a second for a writer that does not exist; it looks into the journal after some 3 ms.
-    store_module._PATIENCE = 0.01 if base.pending else 0.0
+    locks.PATIENCE = 0.01 if base.pending else 0.0
     path = os.path.join(folder, "replay.h5")
     lay_out(base, path)
     for i in range(first, len(todo)):
@@ -396,7 +397,7 @@ def test_unharmed(bases, tmp_path, name, work):
 @pytest.mark.parametrize("work", [read, write])
 def test_unharmed_interrupted(bases, tmp_path, work, name, monkeypatch):
     """A file cut off in the middle of a commit reads as its last state, and is repaired by a writer."""
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     base, path = bases[name], str(tmp_path / "replay.h5")
     lay_out(base, path)
     with lr.open(path) as buffer:
@@ -469,7 +470,7 @@ def with_journal(base, freed=None, **counts):
     live, count, gone = (int(words[i]) for i in (fmt.J_LIVE, fmt.J_COUNT, fmt.J_FREED))
     if live <= count <= t.journal_rows and gone <= CAPACITY:
         view = np.frombuffer(bytes(data), np.uint8)
-        found = int(kernel.hash_records(view, t.list_at, t.record_at, t.record, live, count)) + int(
+        found = int(kernel.hash_records(view, t.journal_rows_at, t.records_at, t.record_bytes, live, count)) + int(
             kernel.hash_freed(view, t.freed_at, gone)
         )
         words[fmt.J_HASH] = found % 2**64
@@ -559,7 +560,7 @@ def test_crafted_logs_and_journals(bases, tmp_path, case):
         if pid == 0:
             try:
                 signal.alarm(int(STANDSTILL))
-                store_module._PATIENCE = 0.01
+                locks.PATIENCE = 0.01
                 text = look_around(path, mode)
             except lr.LeanReplayError:
                 text = "refused"

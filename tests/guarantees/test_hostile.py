@@ -29,8 +29,7 @@ import leanreplay as lr
 from leanreplay import merge as merge_module
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
-from leanreplay.storage import restore_points as undo_module
-from leanreplay.storage import store as store_module
+from leanreplay.storage import locks, segment
 from leanreplay.storage.create import plan_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="opens hostile files in forked children")
@@ -74,7 +73,7 @@ class Base:
             self.state = buffer.state_dict()
             feed(buffer, 10, 14)
             store = buffer.current.store
-            self.table = getattr(store, "stores", [store])[0].table
+            self.table = getattr(store, "stores", [store])[0].layout
         self.folder = os.path.isdir(path)
         self.main = os.path.join(path, "part-000000.h5") if self.folder else path
         parent = path if self.folder else os.path.dirname(path)
@@ -154,7 +153,7 @@ def survive(base, mutants, work=use):
     chosen = set(random.Random(os.path.basename(os.path.dirname(base.path))).sample(range(count), min(count, times(8, count))))
 
     def run(pipe):
-        store_module._PATIENCE = 0.0
+        locks.PATIENCE = 0.0
         merge_module._PATIENCE = 0.0
         with open("/proc/self/status") as file:
             used = next(int(line.split()[1]) for line in file if line.startswith("VmSize")) * 1024
@@ -192,7 +191,7 @@ def with_table(base, value, user_block=None):
 
 
 def plain(table):
-    return json.loads(json.dumps({**table.__dict__, "schema": table.schema.to_json()}))
+    return json.loads(json.dumps(table.to_json()))
 
 
 def places_in(value, path=()):
@@ -231,7 +230,7 @@ def tables(base):
             yield (path, "missing"), with_table(base, drop(value, path))
     for name in ("unknown", "first", "max_size", "path", "record", "__class__"):
         yield ("top", name), with_table(base, {**value, name: 1})
-    fields = [f.name for f in dataclasses.fields(fmt.Table)]
+    fields = [f.name for f in dataclasses.fields(fmt.Layout)]
     for name in (
         *fields,
         "unknown",
@@ -338,7 +337,7 @@ def test_a_hole(bases, kind):
 def undo_files(base):
     name = f"{base.main}.undo.0"
     data = base.files[name]
-    control, tail = undo_module._CONTROL_WORDS, undo_module._TAIL_WORDS
+    control, tail = segment.CONTROL_WORDS, segment.TAIL_WORDS
     for word in range(2, 2 + fmt.H_DIGESTS + 1):
         for value in WORDS:
 
@@ -349,15 +348,15 @@ def undo_files(base):
                 words[2:-1] = head
 
             yield ("control", word, value), {name: sealed(data, 0, control, 0, change)}
-    for at in undo_module._TAILS:
+    for at in segment.TAILS:
         for word in range(2, tail - 1):
             for value in (*WORDS, 2**64 - 2, 3, 57):
                 made = sealed(data, at, tail, 0, lambda words, word=word, value=value: words.__setitem__(word, value))
                 yield ("tail", at, word, value), {name: made}
-    for word in range(undo_module._FRAME_WORDS - 1):
+    for word in range(segment.FRAME_WORDS - 1):
         for value in WORDS:
             made = sealed(
-                data, undo_module._FRAMES, undo_module._FRAME_WORDS, 0, lambda words, word=word, value=value: words.__setitem__(word, value)
+                data, segment.FRAMES, segment.FRAME_WORDS, 0, lambda words, word=word, value=value: words.__setitem__(word, value)
             )
             yield ("frame", word, value), {name: made}
 
@@ -443,7 +442,7 @@ def test_load_looks_at_the_table_too(tmp_path):
     with lr.ReservoirBuffer(CAPACITY, path) as buffer:
         feed(buffer, 0, 30)
         buffer.save(folder)
-        table, copied = buffer.current.store.table, os.path.join(folder, "buffer.h5")
+        table, copied = buffer.current.store.layout, os.path.join(folder, "buffer.h5")
         text = dataclasses.replace(table, params={"max_size": 1}).encode()
         with open(copied, "r+b") as file:
             file.write(text[: fmt.PAGE])
@@ -482,7 +481,7 @@ def test_state_of_a_copy(tmp_path, cls, text):
 @pytest.mark.parametrize("free", [0, 1, 2**21, 2**22 - 5])
 def test_a_sparse_file(tmp_path, monkeypatch, free):
     """A file of 80 KB on disk that claims 2**22 rows makes a reader get no memory for them."""
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
     path, rows = str(tmp_path / "replay.h5"), 2**22
     schema = lr.Schema.from_sample((np.zeros(1, np.uint8), np.uint8(1)))
     table, pieces = plan_file("ReservoirBuffer", {}, rows, 0, 0, schema)

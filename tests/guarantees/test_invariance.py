@@ -26,7 +26,8 @@ import leanreplay
 from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer
 from leanreplay.buffers import feeding
 from leanreplay.kernels import rows as kernel
-from leanreplay.storage import create, store
+from leanreplay.storage import create
+from leanreplay.storage import writer as writer_module
 
 END = 120
 KINDS: dict[str, Callable[..., Any]] = {
@@ -71,8 +72,8 @@ def image(buffer: Any) -> list[Any]:
     for part in getattr(whole, "stores", [whole]):
         if part.seen:
             rows = np.flatnonzero(part.index()[0] >= 0)
-            found += [part.mark_name(), rows.tolist()]
-            found += [part._mem[at : at + n * part.table.max_size].reshape(-1, n)[rows].tobytes() for at, n in part.table.columns]
+            found += [part.state_name(), rows.tolist()]
+            found += [part.mapping.mem[at : at + n * part.layout.max_size].reshape(-1, n)[rows].tobytes() for at, n in part.layout.columns]
     return found
 
 
@@ -115,14 +116,14 @@ def interrupted(step: str, after: int, done: bool) -> Iterator[None]:
         return real(*args)
 
     setattr(kernel, step, call)
-    store._AT_ONCE = step == "commit_rows"
+    writer_module.ONE_CALL = step == "commit_rows"
     try:
         yield
     except KeyboardInterrupt:
         pass
     finally:
         setattr(kernel, step, real)
-        store._AT_ONCE = True
+        writer_module.ONE_CALL = True
 
 
 class History:
@@ -318,6 +319,6 @@ def test_small_journals_are_small() -> None:
     with tiny(1, 1 << 16), ReservoirBuffer(17) as buffer:
         s = Samples(0, 30)
         buffer.add(s.batch, metadata=s.metadata)
-        assert isinstance(buffer.current.store, store.Store)
-        assert buffer.current.store.most == 4
+        assert isinstance(buffer.current.store, writer_module.Writer)
+        assert buffer.current.store.max_rows == 4
         assert buffer.current.store.sequence >= 5

@@ -17,9 +17,7 @@ from leanreplay import (
     StateError,
 )
 from leanreplay.kernels import rows as kernel
-from leanreplay.storage import (
-    store,
-)
+from leanreplay.storage import writer as writer_module
 
 pytestmark = [pytest.mark.usefixtures("kill_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -137,7 +135,7 @@ def test_stopped_while_recovering(tmp_path: Any) -> None:
 
         def run(_: int) -> None:
             setattr(kernel, after, wrapper)
-            store._AT_ONCE = False
+            writer_module.ONE_CALL = False
             with ReservoirBuffer(path=os.path.join(scene.base, "b.h5"), mode="r+") as buffer:
                 action(buffer)
 

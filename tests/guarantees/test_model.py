@@ -40,8 +40,8 @@ from leanreplay.kernels import rows as kernel
 from leanreplay.keys import key_pair
 from leanreplay.storage import (
     create,
-    store,
 )
+from leanreplay.storage import writer as writer_module
 
 M64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -427,7 +427,7 @@ class Pair:
                         os.kill(os.getpid(), signal.SIGKILL)
                     real(*args)
 
-                kernel.write_field, store._AT_ONCE = die, False
+                kernel.write_field, writer_module.ONE_CALL = die, False
                 self.buffer.add(batch(seen, seen + n), metadata={"z": values(seen, seen + n), **extra})
                 os.kill(os.getpid(), signal.SIGKILL)
             finally:

@@ -149,7 +149,7 @@ def write(contents: dict[str, bytes]) -> None:
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers wait a second for a writer to end its commit; here there is none."""
-    monkeypatch.setattr("leanreplay.storage.store._PATIENCE", 0.01)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.01)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_lost_page_of_the_log(folder: str) -> None:
         buffer.flush()
         old = snapshot(path)
         feed(buffer, 200)
-        new, at = snapshot(path), buffer.current.store.table.log[0]
+        new, at = snapshot(path), buffer.current.store.layout.log[0]
     assert (path, at // PAGE) in differing(old, new)
     write(mix(old, new, lambda name, page: page == at // PAGE))
     for mode in ("r", "r+"):
@@ -340,7 +340,7 @@ def test_power_cut_while_recovering(kind: str, stop: int, folder: str, monkeypat
         with monkeypatch.context() as patched:
             syncs.install(patched)
             feed(buffer, stop)
-        at = buffer.current.store.table.journal
+        at = buffer.current.store.layout.journal
     cut_off = syncs.moments[-2][1]  # journal and rows are there, the header is not
     seal = np.frombuffer(cut_off[path], np.uint64, fmt.SEAL_WORDS, at)
     assert bool(seal[fmt.J_FREED]) == (kind == "balanced")

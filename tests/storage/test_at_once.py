@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import random
 import signal
@@ -32,10 +33,12 @@ from leanreplay import (
 )
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
-    store,
     system,
 )
+from leanreplay.storage import writer as writer_module
+from leanreplay.storage.store import Change
 
+STEPS = (kernel.__file__, *glob.glob(os.path.join(os.path.dirname(system.__file__), "*.py")))
 KINDS = [ReservoirBuffer, SlidingWindowBuffer, GreedyClassBalancingBuffer, ClassBalancedBuffer]
 METADATA = {0: (), 1: ("a",), 2: ("a", "b"), 3: ("a", "b", "c")}
 
@@ -76,7 +79,7 @@ def test_the_same_bytes(kind: Any, fields: int, tmp_path: Path, monkeypatch: pyt
     with kind(40, paths[0], seed=1) as once, kind(40, paths[1], seed=1) as steps:
         for start in range(0, 300, 12):
             for at_once, buffer in ((True, once), (False, steps)):
-                monkeypatch.setattr(store, "_AT_ONCE", at_once)
+                monkeypatch.setattr(writer_module, "ONE_CALL", at_once)
                 before = len(calls)
                 buffer.add(**stream(start, start + 12, names))
                 assert at_once or len(calls) == before
@@ -147,7 +150,7 @@ def test_rows_that_become_free_want_the_steps(tmp_path: Path, calls: list[int]) 
         one = np.array([3]), np.array([20]), np.array([0])
         buffer.feeder.forget_policy()
         before = len(calls)
-        inside.commit(store.Change(21, inside.policy, *one, sources, np.array([7])))
+        inside.commit(Change(21, inside.policy, *one, sources, np.array([7])))
         assert len(calls) == before
         assert len(buffer) == 19
         assert [str(p) for p in buffer.check()] == []
@@ -211,7 +214,7 @@ def leave_copies(kind: str, path: str, copies: str) -> None:
 
     def step(frame: Any, event: str, _: Any) -> Any:
         nonlocal last, count
-        if frame.f_code.co_filename not in (kernel.__file__, store.__file__, system.__file__):
+        if frame.f_code.co_filename not in STEPS:
             return None
         now = Path(path).read_bytes()
         if now != last:
@@ -287,7 +290,7 @@ def test_killed_within(kind: Any, tmp_path: Path) -> None:
     with kind(BIG, seed=2) as twin:
         with kind(BIG, path, seed=2) as buffer:
             feed(buffer, 2 * BIG)  # and compiles
-            assert buffer.current.store.most > BIG  # a batch is one commit
+            assert buffer.current.store.max_rows > BIG  # a batch is one commit
         trial = 0
         while trial < times(8, 20) or (undone < 4 and trial < 5000):  # on a busy machine most of them may come elsewhere
             trial += 1
@@ -332,8 +335,8 @@ USES = {
 @pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedBuffer])
 def test_a_signal_handler(kind: Any, use: str, at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever one comes within `add` and uses the buffer, that is refused, or done as a whole before or after: as if there were none."""
-    monkeypatch.setattr(store, "_AT_ONCE", at_once)
-    files = {f.__code__.co_filename for f in (store.Store.commit, kind.add, kind.policy_class.plan)}
+    monkeypatch.setattr(writer_module, "ONE_CALL", at_once)
+    files = {f.__code__.co_filename for f in (writer_module.Writer.commit, kind.add, kind.policy_class.plan)}
     outcomes: set[str] = set()
 
     def run(n: int) -> bool:
@@ -403,17 +406,17 @@ def test_pages_of_the_journal(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "b.h5"
     with kind(40, path, seed=1) as buffer:
         buffer.add(**stream(0, 40))
-        table, start = buffer.current.store.table, 40
+        table, start = buffer.current.store.layout, 40
         size, extended = path.stat().st_size, []
         for n in (3, 5, 25, 26, 39, 40, 80):
             before = np.fromfile(path, np.uint8)
-            ready = buffer.current.store._journal_ready
-            buffer.current.store._extend_journal(min(n, 40))
-            extended.append(buffer.current.store._journal_ready)
+            ready = buffer.current.store.pages.journal_ready
+            buffer.current.store.pages.extend_journal(min(n, 40))
+            extended.append(buffer.current.store.pages.journal_ready)
             assert extended[-1] >= min(40, n, ready or 40)
             changed = np.flatnonzero(np.fromfile(path, np.uint8) != before)
             assert path.stat().st_size == size
-            assert not changed.size or (table.list_at <= changed[0] and changed[-1] < table.freed_at)
+            assert not changed.size or (table.journal_rows_at <= changed[0] and changed[-1] < table.freed_at)
             buffer.add(**stream(start, start + n))
             start += n
             assert buffer.check() == []
@@ -458,7 +461,7 @@ def test_fork_between_two_headers(tmp_path: Path) -> None:
             return [len(buffer), buffer.seen, int(meta["position"].min()), len(y)]
 
         def step(frame: Any, event: str, _: Any) -> Any:
-            if frame.f_code is not store.Store._take_over.__code__:
+            if frame.f_code is not writer_module.Writer.swap_headers.__code__:
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False  # it is one line
             if event == "opcode":
@@ -487,7 +490,7 @@ def test_what_a_plan_leaves(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def cut_off(self: Any, *args: Any) -> int:
         plan(self, *args)
-        buffer.current.store.scratch[:] = 3
+        buffer.current.store.scratch()[:] = 3
         raise KeyboardInterrupt
 
     with kind(20, seed=1) as buffer, kind(20, seed=1) as twin:
@@ -518,7 +521,7 @@ def test_what_a_policy_remembers(kind: Any, call: str, monkeypatch: pytest.Monke
             one.add(**stream(0, 10))
         for start in range(10, 130, 10):
             with monkeypatch.context() as patch:
-                patch.setattr(store, "_AT_ONCE", call == "commit_rows")
+                patch.setattr(writer_module, "ONE_CALL", call == "commit_rows")
                 patch.setattr(kernel, call, cut_off)
                 with contextlib.suppress(KeyboardInterrupt):  # or nothing stays, which is no commit of rows
                     buffer.add(**stream(start, start + 10))
@@ -526,4 +529,4 @@ def test_what_a_policy_remembers(kind: Any, call: str, monkeypatch: pytest.Monke
                 buffer.add(**stream(start, start + 10))
             twin.add(**stream(start, start + 10))
             assert buffer.current.store.policy == twin.current.store.policy
-            assert buffer.current.store.mark_name() == twin.current.store.mark_name()
+            assert buffer.current.store.state_name() == twin.current.store.state_name()

@@ -26,6 +26,7 @@ from leanreplay.buffers import (
     infinite,
 )
 from leanreplay.kernels import rows as kernel
+from leanreplay.storage import parts as storage_parts
 from leanreplay.storage.layout import H_HIGH, H_SEEN, H_SIZE, HEADER_WORDS, HEADERS, PAGE
 
 
@@ -79,7 +80,7 @@ def test_wrong_parts_are_refused(tmp_path: Path, mode: str) -> None:
     """G7: a missing part, swapped parts, a part twice, and a part of another buffer."""
     parts(tmp_path / "b", 14).close()
     parts(tmp_path / "other", 14, seed=1).close()
-    part = infinite.part_path
+    part = storage_parts.part_path
 
     def broken(name: str) -> str:
         return str(shutil.copytree(tmp_path / "b", tmp_path / f"{name}{mode[-1]}"))
@@ -148,7 +149,7 @@ def test_a_damaged_position_is_reported_soon(tmp_path: Path) -> None:
     """G7, never hangs: a reader waits for a commit under way once, not for each of its attempts."""
     with ReservoirBuffer(10, tmp_path / "r.h5") as buffer:
         buffer.add(np.arange(10.0))
-        position = buffer.current.store.table.columns[-3][0]
+        position = buffer.current.store.layout.columns[-3][0]
     with open(tmp_path / "r.h5", "r+b") as file:
         file.seek(position + 7)
         file.write(b"\x80")
@@ -204,7 +205,7 @@ def test_an_interrupted_save_leaves_the_older_copy(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("step", range(12))
 def test_a_load_cut_off_anywhere_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Stopped before its n-th change of a name, `load` has happened or has not; the next writer ends it."""
-    monkeypatch.setattr("leanreplay.buffers.infinite._PATIENCE", 0.02)
+    monkeypatch.setattr("leanreplay.storage.locks.PATIENCE", 0.02)
     parts(tmp_path / "new", 11, start=100).close()
     with leanreplay.open(tmp_path / "new") as new:
         new.save(tmp_path / "copy")
@@ -345,7 +346,7 @@ def test_a_count_that_the_parts_belie(tmp_path: Path, count: str, moved: int) ->
     fresh.mkdir()
     for number in range(2):
         target = tmp_path / "b" if number < moved else fresh
-        shutil.copy(infinite.part_path(str(tmp_path / "copied"), number), target)
+        shutil.copy(storage_parts.part_path(str(tmp_path / "copied"), number), target)
     (fresh / "count").write_text(count, encoding="utf-8")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     for mode in ("r+", "a"):

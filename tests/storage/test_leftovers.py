@@ -16,7 +16,7 @@ from test_faults import Faults, batch, contents, make, temporaries
 
 import leanreplay
 from leanreplay import ReservoirBuffer
-from leanreplay.storage import system
+from leanreplay.storage import locks
 
 pytest.importorskip("fcntl")
 
@@ -89,7 +89,7 @@ def test_a_copy_behind_the_living(tmp_path: Any) -> None:
         stranger = copy / ".buffer.h5.saved.mine.tmp"
         for path in (begun, stranger):
             path.touch()
-        with system.users_of(str(copy)):
+        with locks.users_of(str(copy)):
             buffer.save(copy)
             assert begun.exists()
         buffer.save(copy)

@@ -28,6 +28,7 @@ from leanreplay import (
 from leanreplay.buffers import (
     infinite,
 )
+from leanreplay.storage import parts as storage_parts
 from leanreplay.storage import (
     system,
 )
@@ -338,7 +339,7 @@ def test_readers_of_a_gap_say_so(tmp_path: Path) -> None:
 def test_metadata_over_two_parts_is_a_commit_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the docstring says: each part changes whole or not at all. With positions, as without."""
     with parts(tmp_path / "b", 8) as buffer:
-        commit = leanreplay.storage.store.Store.commit
+        commit = leanreplay.storage.writer.Writer.commit
         calls: list[int] = []
 
         def second_fails(self: Any, *a: Any, **k: Any) -> None:
@@ -347,7 +348,7 @@ def test_metadata_over_two_parts_is_a_commit_each(tmp_path: Path, monkeypatch: p
                 raise StorageError(28, "no space")
             commit(self, *a, **k)
 
-        monkeypatch.setattr(leanreplay.storage.store.Store, "commit", second_fails)
+        monkeypatch.setattr(leanreplay.storage.writer.Writer, "commit", second_fails)
         with pytest.raises(StorageError):
             buffer.set_metadata("z", np.arange(1.0, 5.0), rows=[2, 3, 4, 5], positions=[2, 3, 4, 5])
         monkeypatch.undo()
@@ -371,7 +372,7 @@ def test_other_buffers_are_not_parts(tmp_path: Path) -> None:
     for mode in ("r", "r+"):
         with pytest.raises(FormatError, match="not part 1"):
             leanreplay.open(tmp_path / "b", mode=mode)
-    assert infinite.parts_there(str(tmp_path / "b")) == 2
+    assert storage_parts.parts_there(str(tmp_path / "b")) == 2
 
 
 def test_a_reader_opens_while_parts_come_and_go(tmp_path, monkeypatch):
@@ -380,7 +381,7 @@ def test_a_reader_opens_while_parts_come_and_go(tmp_path, monkeypatch):
         writer.add(np.arange(6))
         state = writer.state_dict()
         writer.add(np.arange(6, 20))
-        real, done = infinite.open_part, []
+        real, done = storage_parts.open_part, []
 
         def open_part(path, number, *arguments, **options):
             if number == 3 and not done:

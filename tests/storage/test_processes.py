@@ -29,8 +29,10 @@ from leanreplay import (
 )
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
-    store,
+    locks,
 )
+from leanreplay.storage import reader as reader_module
+from leanreplay.storage import writer as writer_module
 
 pytestmark = [pytest.mark.usefixtures("shared_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 FORKS = times(10, 30)  # per place, while a thread is busy
@@ -69,7 +71,7 @@ def between_fields(monkeypatch: pytest.MonkeyPatch, reader: Any, cut: int, act: 
     plain = kernel.read_rows
 
     def slow(view: Any, cols: Any, first: int, last: int, rows: Any, out: Any, places: Any, index: Any, sums: Any, bad: Any) -> int:
-        if reader.current.store._view is not view or rows.shape[0] == 1:
+        if reader.current.store.mapping.view is not view or rows.shape[0] == 1:
             return int(plain(view, cols, first, last, rows, out, places, index, sums, bad))
         monkeypatch.setattr(kernel, "read_rows", plain)
         plain(view, cols, first, cut, rows, out, places, index, sums, bad)
@@ -128,21 +130,21 @@ def test_a_commit_while_a_reader_takes_the_header(path: str, monkeypatch: pytest
         add()
         with leanreplay.open(path) as reader:
             add()
-            newest = reader.current.store._newest
+            newest = reader_module.newest_state
 
-            def late() -> Any:
-                found = newest()
-                monkeypatch.setattr(reader.current.store, "_newest", newest)
+            def late(*args: Any, **named: Any) -> Any:
+                found = newest(*args, **named)
+                monkeypatch.setattr(reader_module, "newest_state", newest)
                 add()
                 return found
 
-            monkeypatch.setattr(reader.current.store, "_newest", late)
+            monkeypatch.setattr(reader_module, "newest_state", late)
             assert reader.seen == 2 and reader.seen == writer.seen == 3
 
 
 def test_a_rollback_that_was_cut_off_stays_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader says each time that the file is to be opened for writing once, and then reads on."""
-    monkeypatch.setattr(store, "_PATIENCE", 0.1)
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
 
     def add(buffer: Any, value: float) -> None:
         buffer.add((np.full((5, 2), value), np.zeros(5, int)))
@@ -156,7 +158,7 @@ def test_a_rollback_that_was_cut_off_stays_so(path: str, monkeypatch: pytest.Mon
             with SlidingWindowBuffer(5, path, mode="r+") as writer:
                 state = writer.state_dict()
                 add(writer, 1.0)
-                store.Store._apply_rollback = lambda *_: os._exit(0)  # type: ignore[assignment, method-assign]
+                writer_module.Writer.apply_rollback = lambda *_: os._exit(0)  # type: ignore[assignment, method-assign]
                 writer.load_state_dict(state)
             os._exit(1)
         assert os.waitpid(pid, 0)[1] == 0

@@ -16,7 +16,8 @@ from children import child, result
 import leanreplay
 from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
 from leanreplay.kernels import rows as kernel
-from leanreplay.storage import store
+from leanreplay.storage import audit, columns, locks, store
+from leanreplay.storage import writer as writer_module
 
 SIZE = 300
 KINDS = {
@@ -40,7 +41,7 @@ def test_beside_a_busy_writer(kind: str, tmp_path: Path) -> None:
         ready, tell = os.pipe()
 
         def read(_: int) -> Any:
-            store._PATIENCE = 0.05
+            locks.PATIENCE = 0.05
             os.write(tell, b"!")
             with leanreplay.open(path) as reader:
                 return [str(problem) for _ in range(25) for problem in reader.check()]
@@ -66,11 +67,11 @@ def test_damage_is_found_by_writers_and_readers(kind: str, what: str, tmp_path: 
         feed(writer, 90)
         part = writer.current.store.stores[0] if kind == "infinite" else writer.current.store
         if what == "row":
-            part._mem[part.table.columns[0][0] + 5 * part.table.columns[0][1]] ^= 1
+            part.mapping.mem[part.layout.columns[0][0] + 5 * part.layout.columns[0][1]] ^= 1
         elif what == "index":
-            part._mem[part.table.columns[-1][0] + 16 * 5] ^= 1
+            part.mapping.mem[part.layout.columns[-1][0] + 16 * 5] ^= 1
         else:
-            part._positions[5] = part._positions[6] if what == "position" else 10**6
+            part.mapping.positions[5] = part.mapping.positions[6] if what == "position" else 10**6
         with leanreplay.open(path) as reader:
             for buffer in (writer, reader):
                 named = {p.what.replace("part 0: ", "").split(" ")[0]: p.rows for p in buffer.check()}
@@ -83,7 +84,7 @@ def test_damage_is_found_by_writers_and_readers(kind: str, what: str, tmp_path: 
 
 def test_damage_beside_a_writer_that_never_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong row is found all the same; it takes one moment in which no commit changes that one."""
-    monkeypatch.setattr(store, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     with ReservoirBuffer(SIZE, tmp_path / "b") as writer, ReservoirBuffer(SIZE) as twin:
         feed(writer, SIZE)
         feed(twin, SIZE)
@@ -105,16 +106,16 @@ def test_damage_beside_a_writer_that_never_pauses(tmp_path: Path, monkeypatch: p
 
             monkeypatch.setattr(kernel, "scan_index", busy_too)
             assert reader.check() == []
-            row = int(np.argmax(writer.current.store._positions < SIZE))
-            writer.current.store._mem[writer.current.store.table.columns[0][0] + row * 50] ^= 1
+            row = int(np.argmax(writer.current.store.mapping.positions < SIZE))
+            writer.current.store.mapping.mem[writer.current.store.layout.columns[0][0] + row * 50] ^= 1
             problems = reader.check()
             assert [p.what for p in problems] == ["bytes do not match their checksums"]
             assert problems[0].rows == (row,)
 
 
 def test_a_commit_that_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_PATIENCE", 0.02)
-    monkeypatch.setattr(store, "_AT_ONCE", False)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
+    monkeypatch.setattr(writer_module, "ONE_CALL", False)
     path = tmp_path / "b"
     with ReservoirBuffer(SIZE, path) as writer:
         feed(writer, SIZE)
@@ -175,22 +176,22 @@ def test_nothing_is_as_long_as_the_index(read: str, tmp_path: Path, monkeypatch:
                 "group_sizes": lambda b: b.group_sizes(),
             }[read]
             wanted = work(writer)
-            monkeypatch.setattr(store, "_PIECE", 1000)
-            monkeypatch.setattr(store, "_SORTED", 3000)
+            monkeypatch.setattr(columns, "PIECE", 1000)
+            monkeypatch.setattr(audit, "SORTED", 3000)
             with monkeypatch.context() as watched:
                 peak = Peak(watched)
                 assert work(reader) == wanted
             assert 0 < peak.rows < rows // 3
             if read == "check":
                 reader_of_damaged = writer.current.store
-                reader_of_damaged._positions[[7, 11_111, 13_000]] = reader_of_damaged._positions[5]
+                reader_of_damaged.mapping.positions[[7, 11_111, 13_000]] = reader_of_damaged.mapping.positions[5]
                 twice = {p.what: p.rows for p in reader.check()}["positions held twice"]
                 assert twice == (5, 7, 11_111, 13_000)
 
 
 def test_a_draw_beside_free_rows_is_that_of_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a commit under way has freed already is live for a reader, and what it has taken is not."""
-    monkeypatch.setattr(store, "_AT_ONCE", False)
+    monkeypatch.setattr(writer_module, "ONE_CALL", False)
 
     def made(where: Path | None) -> Any:
         buffer = ClassBalancedBuffer(90, where, seed=1)
@@ -209,7 +210,7 @@ def test_a_draw_beside_free_rows_is_that_of_the_state(tmp_path: Path, monkeypatc
 
             def look(*arguments: Any) -> Any:
                 reader.draws.begin(0, 0)
-                reader.current.store._live_rows = reader._sizes_by_group = None
+                reader.current.store.live.known = reader._sizes_by_group = None
                 drawn = [reader.sample(8)[1]["idx"].tolist() for _ in range(3)]
                 found.append((drawn, reader.group_sizes(), reader.current.store.live_rows().tolist()))
                 return step(*arguments)

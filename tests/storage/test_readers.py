@@ -26,8 +26,9 @@ from leanreplay import (
 )
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
-    store,
+    locks,
 )
+from leanreplay.storage import writer as writer_module
 
 pytestmark = [pytest.mark.usefixtures("shared_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -152,7 +153,7 @@ def test_readers_follow_a_resize(path: str) -> None:
 @pytest.mark.parametrize("kind", ["reservoir", "window", "greedy"])
 def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between the writes of two fields: a reader gets the old rows from the journal, or RecoveryError, never torn ones."""
-    monkeypatch.setattr(store, "_PATIENCE", 0.02)  # nobody will end what it began
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)  # nobody will end what it began
     with KINDS[kind](path) as buffer:
         feed(buffer, 100)
         rows = buffer.get_metadata("idx")
@@ -173,7 +174,7 @@ def test_reading_after_a_writer_was_killed_within_a_commit(kind: str, calls: int
                 time.sleep(60)
 
         with leanreplay.open(path, mode="r+") as writer:
-            kernel.write_field, store._AT_ONCE = write_field, False
+            kernel.write_field, writer_module.ONE_CALL = write_field, False
             writer.add(**stream(100, 130))
 
     killed(*child(work))
@@ -271,7 +272,7 @@ STAGES = ["seal", "field 0", "field 2", "index", "log"]
 @pytest.mark.parametrize("kind", GROUPED)
 def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the journal, a field, the index with the freed rows, or the log: a reader gets the old rows and groups."""
-    monkeypatch.setattr(store, "_PATIENCE", 0.02)  # nobody will end what it began
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)  # nobody will end what it began
     with GROUPED[kind](path) as buffer:
         feed_groups(buffer, 158)
         rows, sizes = buffer.get_metadata("idx"), buffer.group_sizes()
@@ -280,7 +281,7 @@ def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str,
     assert group(164) not in sizes
 
     def work(_: int) -> None:
-        write_field, seal_block, append_log, fields = kernel.write_field, kernel.seal_block, store.Store._append_log, 0
+        write_field, seal_block, append_log, fields = kernel.write_field, kernel.seal_block, writer_module.Writer.append_log, 0
 
         def die(here: str) -> None:
             if here == stage:
@@ -302,9 +303,9 @@ def test_groups_after_a_writer_was_killed_within_a_commit(kind: str, stage: str,
             append_log(*args)
             die("log")
 
-        store._AT_ONCE = False
+        writer_module.ONE_CALL = False
         with leanreplay.open(path, mode="r+") as writer:
-            kernel.write_field, kernel.seal_block, store.Store._append_log = writing, sealing, logging  # type: ignore[method-assign]
+            kernel.write_field, kernel.seal_block, writer_module.Writer.append_log = writing, sealing, logging  # type: ignore[method-assign]
             feed_groups(writer, 170)
 
     killed(*child(work))

@@ -14,8 +14,8 @@ from test_faults import batch, contents, make
 import leanreplay
 from leanreplay import RecoveryError, merge
 from leanreplay.kernels import rows as kernel
-from leanreplay.storage import store as store_module
-from leanreplay.storage import system
+from leanreplay.storage import locks, system
+from leanreplay.storage import writer as writer_module
 
 pytest.importorskip("fcntl")
 pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.skipif(not system.LINUX, reason="locks of open files")]
@@ -28,7 +28,7 @@ def stopped_writer(kind: str, path: str) -> tuple[int, int, Any]:
         wanted = contents(buffer)
 
     def work(_: int) -> int:
-        real = store_module.Store._apply_rollback
+        real = writer_module.Writer.apply_rollback
 
         def apply(*arguments: Any) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -37,7 +37,7 @@ def stopped_writer(kind: str, path: str) -> tuple[int, int, Any]:
         with leanreplay.open(path, mode="r+") as buffer:
             state = buffer.state_dict()
             buffer.add(batch(30, 40))
-            store_module.Store._apply_rollback = apply  # type: ignore[method-assign]
+            writer_module.Writer.apply_rollback = apply  # type: ignore[method-assign]
             buffer.load_state_dict(state)
             return buffer.seen
 
@@ -49,7 +49,7 @@ def stopped_writer(kind: str, path: str) -> tuple[int, int, Any]:
 @pytest.mark.parametrize("kind", ["reservoir", "balanced", "infinite"])
 def test_a_writer_that_is_slow(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer stands still in the middle of a rollback for many times the patience: a reader waits, and gets the right rows."""
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     path = str(tmp_path / "b.h5")
     pid, pipe, wanted = stopped_writer(kind, path)
     later = threading.Timer(0.4, os.kill, (pid, signal.SIGCONT))
@@ -65,7 +65,7 @@ def test_a_writer_that_is_slow(kind: str, tmp_path: Any, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("ends", [signal.SIGCONT, signal.SIGKILL])
 def test_check_within_a_commit(kind: str, ends: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer stands still within a commit: rows are read as they were, and check() waits for its end, or says that none will come."""
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     path = str(tmp_path / "b.h5")
     with make(kind, path) as buffer:
         buffer.add(batch(0, 30))
@@ -102,7 +102,7 @@ def test_check_within_a_commit(kind: str, ends: int, tmp_path: Any, monkeypatch:
 @pytest.mark.parametrize("kind", ["reservoir", "infinite"])
 def test_a_writer_that_is_killed(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody will end that rollback: an error says who could."""
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     path = str(tmp_path / "b.h5")
     pid, pipe, wanted = stopped_writer(kind, path)
     os.kill(pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ def test_a_writer_that_is_killed(kind: str, tmp_path: Any, monkeypatch: pytest.M
 
 
 def test_merge_waits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_PATIENCE", 0.02)
+    monkeypatch.setattr(locks, "PATIENCE", 0.02)
     path = str(tmp_path / "b.h5")
     pid, pipe, wanted = stopped_writer("reservoir", path)
     later = threading.Timer(0.4, os.kill, (pid, signal.SIGCONT))
@@ -130,7 +130,7 @@ def test_who_has_a_writer(tmp_path: Any) -> None:
     path = str(tmp_path / "b.h5")
     with make("reservoir", path) as buffer:
         buffer.add(batch(0, 9))
-        assert not system.has_writer(path)
-        assert result(*child(lambda _: system.has_writer(path)))
-        assert not system.has_writer(str(tmp_path / "other"))
-    assert not result(*child(lambda _: system.has_writer(path)))
+        assert not locks.has_writer(path)
+        assert result(*child(lambda _: locks.has_writer(path)))
+        assert not locks.has_writer(str(tmp_path / "other"))
+    assert not result(*child(lambda _: locks.has_writer(path)))

@@ -14,7 +14,8 @@ import pytest
 from children import child, result
 
 import leanreplay as lr
-from leanreplay.storage import store, system
+from leanreplay.storage import mapping as mapping_module
+from leanreplay.storage import system
 
 KINDS = {
     "reservoir": lambda path=None, **k: lr.ReservoirBuffer(50, path, **k),
@@ -182,7 +183,7 @@ def test_a_lock_that_hdf5_would_see_is_let_go(tmp_path, monkeypatch):
     before = descriptors()
     with lr.ReservoirBuffer(50, path) as buffer:
         feed(buffer)
-        assert buffer.current.store._guard.fd == -1
+        assert buffer.current.store.guard.fd == -1
         with pytest.raises(lr.LockedError):
             lr.open(path, "r+")
     assert descriptors() == before
@@ -294,7 +295,7 @@ WRITES = {
 @pytest.mark.parametrize("how", [removed, renamed, replaced, replaced_at_once])
 def test_a_writer_whose_file_is_gone_says_so(kind, how, tmp_path, monkeypatch):
     """The next write is refused, and touches nothing that stands there by now; what was added can still be read and saved."""
-    monkeypatch.setattr(store, "_LOOK", 0.0)
+    monkeypatch.setattr(mapping_module, "LOOK", 0.0)
     path = str(tmp_path / "b")
     buffer = KINDS[kind](path)
     state = None
@@ -340,7 +341,7 @@ def test_a_writer_goes_on_once_its_file_is_back(kind, tmp_path):
 
 
 def test_a_next_part_does_not_come_into_another_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_LOOK", 0.0)
+    monkeypatch.setattr(mapping_module, "LOOK", 0.0)
     with KINDS["infinite"](tmp_path / "b") as buffer:
         feed(buffer, 16)
         os.rename(tmp_path / "b", tmp_path / "c")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from leanreplay.storage import store
+from leanreplay.storage import locks
 
 
 def child(work: Callable[[int], Any], limit: int = 60) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def child(work: Callable[[int], Any], limit: int = 60) -> tuple[int, int]:
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(limit)
-        store._PATIENCE = limit / 2  # on a busy machine a writer may stand still for long
+        locks.PATIENCE = limit / 2  # on a busy machine a writer may stand still for long
         os.close(read)
         result = work(write)
         if result is not None:

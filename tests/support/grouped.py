@@ -129,5 +129,5 @@ def image(buffer: Any) -> list[Any]:
     """All live bytes: state, row numbers, fields, index, checksums, log."""
     store = buffer.current.reading()
     rows = np.flatnonzero(store.index()[0] >= 0)
-    found = [store.mark_name(), buffer.seen, rows.tolist(), store.log().tolist()]
-    return found + [store._mem[at : at + n * store.table.max_size].reshape(-1, n)[rows].tobytes() for at, n in store.table.columns]
+    found = [store.state_name(), buffer.seen, rows.tolist(), store.policy_log().tolist()]
+    return found + [store.mapping.mem[at : at + n * store.layout.max_size].reshape(-1, n)[rows].tobytes() for at, n in store.layout.columns]

@@ -19,24 +19,22 @@ import numpy as np
 from children import child, killed, result
 from paths import in_memory
 
+import leanreplay
 from leanreplay import (
     GreedyClassBalancingBuffer,
     InfiniteBuffer,
     ReservoirBuffer,
     SlidingWindowBuffer,
 )
-from leanreplay.buffers import base, checkpoint, copies, current, feeding, infinite, location, rewriting
 from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import (
-    restore_points as undo,
-)
-from leanreplay.storage import (
-    store,
+    paging,
+    restore_points,
     system,
 )
+from leanreplay.storage import writer as writer_module
 
-WRITING = (base, checkpoint, copies, current, feeding, infinite, location, rewriting)  # modules that change files
 ROWS = 48
 BATCH = 30
 KINDS = {
@@ -128,7 +126,9 @@ class Steps:
     leaves; one run gives all copies. With `at`, the process is killed indeed, at that step.
     """
 
-    FILES = (store.__file__, undo.__file__, system.__file__, *(module.__file__ for module in WRITING))
+    FILES = tuple(glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "storage", "*.py"))) + tuple(
+        glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "buffers", "*.py"))
+    )
 
     def __init__(self, folder: str, copies: str, at: int | None = None) -> None:
         self.folder, self.copies, self.at, self.count = folder, copies, at, 0
@@ -146,13 +146,13 @@ class Steps:
 
     def install(self) -> None:
         gc.disable()  # which might run a destructor in between
-        store._AT_ONCE = False  # a commit in steps, each a call
-        store._COLD = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
+        writer_module.ONE_CALL = False  # a commit in steps, each a call
+        paging.SLOW_ROW = 1e9  # a read that is slow because it is traced must not count as one from a cold file, and take other steps
         for name, target in (("save_rows", 0), ("seal_block", 0), ("write_field", 0), ("write_index", 0), ("restore_rows", -1)):
             setattr(kernel, name, self._kernel(getattr(kernel, name), target))
         for module, name in (
             (system, "write_all"), (system, "allocate"), (system, "copy_file"), (system, "publish"), (os, "unlink"), (os, "replace"),
-            (os, "link"), (os, "fsync"), (os, "ftruncate"), (store.Store, "_write_header"), (undo.UndoLog, "append"),
+            (os, "link"), (os, "fsync"), (os, "ftruncate"), (writer_module.Writer, "publish"), (restore_points.RestorePoints, "keep"),
         ):  # fmt: skip
             setattr(module, name, self._call(getattr(module, name)))
         sys.settrace(self._trace)
@@ -326,4 +326,4 @@ def interrupted(action: Callable[[], Any], *after: int) -> bool:
 
 def place(buffer: Any) -> str:
     """Where the bytes of a buffer are: its path, or its shared memory."""
-    return buffer.path or buffer.current.store.link
+    return buffer.path or buffer.current.store.mapping.link

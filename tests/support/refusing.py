@@ -41,7 +41,7 @@ def snapshot(buffer):
     (x, y), meta = buffer.get(rows)
     index = store.index()
     held = [a.tobytes() for a in (x, y, meta["logits"], meta["idx"], meta["position"], index[0], index[1])]
-    return held, buffer.seen, len(buffer), store.mark_name(), buffer.draws.drawn, store.policy, buffer.max_size, str(buffer.schema)
+    return held, buffer.seen, len(buffer), store.state_name(), buffer.draws.drawn, store.policy, buffer.max_size, str(buffer.schema)
 
 
 def refuses(buffer, error, words, action):

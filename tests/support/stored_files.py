@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import os
 
 import numpy as np
@@ -72,7 +72,4 @@ def overwrite(path, at, data):
 
 def crafted(table, **changes):
     """The table with changes, checksummed as if a hostile program had written it."""
-    made = copy.copy(table)
-    for name, value in changes.items():
-        setattr(made, name, value)
-    return made.encode()
+    return dataclasses.replace(table, **changes).encode()

@@ -26,7 +26,8 @@ from learner_oracle import (
 
 from leanreplay import ArgumentError, ReservoirBuffer, Schema, StateError, StorageError
 from leanreplay.buffers import feeding
-from leanreplay.storage import store, system
+from leanreplay.storage import system
+from leanreplay.storage import writer as writer_module
 from leanreplay.torch import (
     CLSLearner,
     Consistency,
@@ -368,7 +369,7 @@ def test_a_disk_that_fills_between_commits(commits, monkeypatch):
     monkeypatch.setattr(feeding, "MAX_PLANNED", 4)
     model = dense()
     learner = ReplayLearner(model, sgd(model), ReservoirBuffer(40), terms=[Anchor()])
-    plain, made = store.Store.commit_planned, [0]
+    plain, made = writer_module.Writer.commit_planned, [0]
 
     def full(self, *args):
         if made[0] == commits:
@@ -382,7 +383,7 @@ def test_a_disk_that_fills_between_commits(commits, monkeypatch):
     learner.loss(x, y)
     learner.loss(x1, y1)
     with monkeypatch.context() as patch:
-        patch.setattr(store.Store, "commit_planned", full)
+        patch.setattr(writer_module.Writer, "commit_planned", full)
         if commits < 3:
             with pytest.raises(StorageError):
                 learner.after_step()

@@ -165,7 +165,7 @@ def test_a_corrupted_row(prefetch, settled, tmp_path):
     order = [next(expected) for _ in range(10)]
     rows = [np.frombuffer(batch[1]["idx"][2], np.int64) for batch in order]
     row = int(next(r for r in rows[4] if not any(r in earlier for earlier in rows[:4])))
-    at = buffer.current.store.table.columns[0][0] + 20 * row
+    at = buffer.current.store.layout.columns[0][0] + 20 * row
     with open(buffer.path, "r+b", buffering=0) as file, ReplayLoader(buffer, SIZE, prefetch=prefetch) as loader:
 
         def flip():
@@ -193,7 +193,7 @@ def test_a_row_damaged_after_its_copy(tmp_path):
     with open(buffer.path, "r+b", buffering=0) as file, ReplayLoader(buffer, SIZE) as loader:
         assert plain(next(loader)) == next(oracle)
         finish(loader)
-        at, nbytes = buffer.current.store.table.columns[0][0], 20 * 40
+        at, nbytes = buffer.current.store.layout.columns[0][0], 20 * 40
         whole = os.pread(file.fileno(), nbytes, at)
         os.pwrite(file.fileno(), bytes(nbytes), at)
         loader._settle()  # as before an `add`
@@ -291,7 +291,7 @@ def test_beside_data_loader_workers():
 @pytest.mark.parametrize("kind", ["window", "infinite"])
 def test_reader_beside_a_writer(kind, tmp_path, monkeypatch):
     """A loader of a reader: samples are whole and distinct while another process adds, rolls back and resizes, and new ones come."""
-    monkeypatch.setattr(leanreplay.storage.store, "_PATIENCE", PATIENCE / 2)  # on a busy machine a writer may stand still for long
+    monkeypatch.setattr(leanreplay.storage.locks, "PATIENCE", PATIENCE / 2)  # on a busy machine a writer may stand still for long
     writer = script(
         """
         kind, path = sys.argv[1:]

@@ -61,7 +61,7 @@ class _Job:
             try:
                 if self._rows is None:
                     self._rows = self._plan()
-                return (store.table.schema, *store.read(self._rows), self._rows)
+                return (store.layout.schema, *store.read(self._rows), self._rows)
             except RowError:
                 if store.writable:
                     raise
@@ -289,7 +289,7 @@ class ReplayLoader:
         known = self._groups
         if known is None or known[0] is not store or known[1] != store.sequence:
             sequence = store.sequence
-            schema = store.table.schema
+            schema = store.layout.schema
             rows = all_rows(store)
             if self.balance == "class" and "class" not in schema.metadata_names:
                 field = schema.label_field
