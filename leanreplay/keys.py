@@ -3,6 +3,7 @@ and no state."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -11,6 +12,7 @@ STREAM_BITS = 48  # of a position: the stream's number stands in the bits above 
 MAX_STREAM = 2**15 - 1
 
 
+@functools.lru_cache(1024)
 def key_pair(purpose: str, seed: int) -> tuple[np.uint64, np.uint64]:
     """Two 64-bit keys for one purpose: blake2b of the purpose and the 128-bit seed.
 

@@ -24,6 +24,7 @@ from ..policies.balanced import (
 from ..policies.exemplars import ParametricPolicy
 from ..storage.store import Store
 from .base import DataBuffer
+from .feeding import Moved
 from .reading import Reach, parse_indices
 
 
@@ -315,39 +316,50 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         self._given(num_experiences, adaptive_size=adaptive_size, borrow=borrow)
         super().__init__(max_size, path, **options)
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         batch: Any,
         *,
         metadata: Mapping[str, Any] | None = None,
+        group: object = None,
         experience: int | Ints | None = None,
         at: int | None = None,
-        moved: tuple[Any, Any, Mapping[str, Any]] | None = None,
+        moved: Moved | None = None,
     ) -> None:
-        """As `DataBuffer.add`. experience: number of the experience that the batch is of, or an
-        array of one for each sample; None: the newest, at first 0."""
+        """As `DataBuffer.add`. experience: number of the experience that the batch is of, or one
+        for each sample;
+        None: the newest, at first 0. No `group`."""
+        _refuse_group(group)
         with self.lock:
             super().add(batch, metadata=metadata, group=self.experience_number(experience, at, 0), at=at, moved=moved)
 
-    def check_batch(  # type: ignore[override]
-        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, experience: int | None = None
+    def check_batch(
+        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: object = None, experience: int | None = None
     ) -> None:
         """As `DataBuffer.check_batch`."""
+        _refuse_group(group)
         with self.lock:
             super().check_batch(batch, metadata=metadata, group=self.experience_number(experience, None, 0))
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         dataset: Any,
         *,
         metadata: Mapping[str, Any] | None = None,
+        group: object = None,
         experience: int | None = None,
         at: int | None = None,
     ) -> None:
         """As `DataBuffer.update`. experience: number of the experience that the dataset is; None:
-        the next one, from 0 on."""
+        the next, from 0 on."""
+        _refuse_group(group)
         with self.lock:
             super().update(dataset, metadata=metadata, group=self.experience_number(experience, at, 1), at=at)
+
+
+def _refuse_group(group: object) -> None:
+    if group is not None:
+        raise ArgumentError("this buffer groups samples by experience: give its number, experience=..., not group=...")
 
 
 class ClassBalancingReservoirBuffer(BalancedBuffer):

@@ -22,7 +22,7 @@ from ..samples.schema import Schema
 from ..storage.layout import Layout
 from ..storage.store import Store, WritableStore
 from .balanced import BalancedBuffer
-from .feeding import skipped
+from .feeding import Moved, skipped
 from .rewriting import lengthen_log
 from .units import RANK, Unit, ranks_of, read_exemplars, with_rank, without_rank
 
@@ -130,24 +130,27 @@ class ParametricBuffer(BalancedBuffer):
 
     # -- feeding -----------------------------------------------------------------------------------------------------
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         batch: Any,
         *,
         features: Any = None,
         metadata: Mapping[str, Any] | None = None,
-        group: Any = None,
+        group: object = None,
         experience: int | None = None,
         at: int | None = None,
+        moved: Moved | None = None,
     ) -> None:
         """Feed a batch as one unit. features: (n, d), or a function of a batch of samples as
         stored, (B, ...) -> (B, d)."""
+        if moved is not None:
+            raise ArgumentError("this buffer takes no moved=...: overwrite metadata with set_metadata before the batch is added")
         with self.lock:
             schema, checked, groups = self._unit(batch, metadata, group, experience, at)
             self._feed_unit(schema, checked.n, checked.fetch, features, groups, at)
 
-    def check_batch(  # type: ignore[override]
-        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: Any = None, experience: int | None = None
+    def check_batch(
+        self, batch: Any, *, metadata: Mapping[str, Any] | None = None, group: object = None, experience: int | None = None
     ) -> None:
         """As `DataBuffer.check_batch`; features are not looked at."""
         with self.lock:
@@ -165,13 +168,13 @@ class ParametricBuffer(BalancedBuffer):
             group = self._default_group(schema, lambda field: leaves[field], experience, at, 0)
         return schema, checked, integers(group, checked.n, "group")
 
-    def update(  # type: ignore[override]
+    def update(
         self,
         dataset: Any,
         *,
         features: Any = None,
         metadata: Mapping[str, Any] | None = None,
-        group: Any = None,
+        group: object = None,
         experience: int | None = None,
         at: int | None = None,
     ) -> None:
@@ -214,7 +217,8 @@ class ParametricBuffer(BalancedBuffer):
         return leaf(field)
 
     def _feed_unit(self, schema: Schema, n: int, fetch: Fetch, features: Any, groups: Ints, at: int | None) -> None:
-        """Rank the samples of each group in the unit together with those held, and commit what changes."""
+        """Rank the samples of each group in the unit together with those held, and commit what
+        changes."""
         store, strategy = cast(WritableStore, self.current.store), self.selection_strategy
         if strategy is None:
             raise ArgumentError(f"give selection_strategy={self.parameters.own['selection_strategy']} when opening this buffer to feed it")
@@ -227,7 +231,8 @@ class ParametricBuffer(BalancedBuffer):
         assert isinstance(policy, ParametricPolicy)
         start = (self.stream << STREAM_BITS) + store.seen
         unit = Unit(schema, n, skip, fetch, features, strategy, self.seed, start)
-        unit.store, sequence = store, store.sequence
+        unit.stand_beside(store)
+        sequence = store.sequence
         held = read_exemplars(store)
         choice = policy.choose(held, groups[skip:], unit.rank)
         if self.current.store is not store or store.sequence != sequence:
@@ -236,7 +241,8 @@ class ParametricBuffer(BalancedBuffer):
             )
         slots = store.layout.log[1]
         if store.policy_log().shape[0] + choice.log.shape[0] > slots:
-            unit.store = store = lengthen_log(self.current, store, max(4 * slots, 4 * choice.known.shape[0]))
+            store = lengthen_log(self.current, store, max(4 * slots, 4 * choice.known.shape[0]))
+            unit.stand_beside(store)
         store.commit(unit.change(choice, held, store.seen + n - skip))
         policy.accept(choice)
         self.feeder.keep_policy(policy, store)

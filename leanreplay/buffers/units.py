@@ -66,7 +66,12 @@ class Unit:
             if given.ndim != 2 or given.shape[0] != n:
                 raise SchemaError(f"features: expected an array of shape ({n}, d), got {given.dtype} of shape {given.shape}")
             self.features = given[skip:]
-        self.store: Store
+        self._store: Store
+        self._positions: Ints
+
+    def stand_beside(self, store: Store) -> None:
+        """Take the samples that this unit is ranked with from a store."""
+        self._store, self._positions = store, store.index()[0]
 
     def load(self, samples: Ints) -> Arrays:
         """Return the fields of new samples."""
@@ -79,14 +84,14 @@ class Unit:
 
     def read(self, rows: Ints) -> Arrays:
         """Return the fields of rows of the buffer, without the rank."""
-        arrays, _ = self.store.read(rows)
-        del arrays[self.store.layout.schema.fields.index(RANK)]
+        arrays, _ = self._store.read(rows)
+        del arrays[self._store.layout.schema.fields.index(RANK)]
         return arrays
 
     def rank(self, rows: Ints, samples: Ints, quota: int) -> Ints:
         """Return the order that the strategy gives to rows of the buffer and new samples of one
         group, the best first."""
-        positions = np.concatenate([self.store.index()[0][rows], samples + self.start])
+        positions = np.concatenate([self._positions[rows], samples + self.start])
         order = self.strategy.order(Candidates(self, rows, samples, positions), quota)
         return checked_order(order, positions.shape[0], self.strategy)
 
@@ -96,7 +101,7 @@ class Unit:
 
         seen: samples that the buffer has seen afterwards.
         """
-        store, k = self.store, choice.samples.shape[0]
+        store, k = self._store, choice.samples.shape[0]
         free = np.ones(store.layout.max_size, bool)
         free[held.rows] = False
         free[choice.dropped] = True

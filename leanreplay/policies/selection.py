@@ -253,7 +253,7 @@ def checked_order(order: object, n: int, strategy: object) -> Ints:
     """Return the order that a strategy gave for n samples, (k,) int64. ArgumentError unless it is
     distinct integers from 0 to n - 1."""
     name = type(strategy).__name__
-    array = plain_array(order, f"the order from {name}", ArgumentError)
+    array = order if type(order) is np.ndarray else plain_array(order, f"the order from {name}", ArgumentError)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ArgumentError(f"{name} must give the indices of samples, (k,) integers, got {array.dtype} of shape {array.shape}")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < n:
@@ -302,6 +302,8 @@ def _top(x: Floats) -> float:
 
 def _checked_count(count: int | None, n: int) -> int:
     """Return how many of n indices are wanted."""
+    if type(count) is int and 0 <= count <= n:
+        return count
     return n if count is None else min(n, required("count", count, 0, 2**63 - 1))
 
 

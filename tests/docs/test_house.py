@@ -24,7 +24,7 @@ TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if fo
 
 # Numbers that only go down. The library was 14,257 lines before the redesign, and shall be no longer.
 LIBRARY_LINES = 18900  # while rooms are rebuilt
-PRIVATE_NAMES_IN_TESTS = 157
+PRIVATE_NAMES_IN_TESTS = 68
 
 # Parameters that hold contents of samples, and functions that return such contents: of any type.
 CONTENTS = {
@@ -34,12 +34,10 @@ CONTENTS = {
 RETURN_CONTENTS = {"__getitem__", "__getitems__", "__iter__", "dataset", "get", "get_metadata", "leaf", "sample", "state_dict"}
 
 EXCEPTIONS = {
-    "long_files": 8,
-    "long_classes": 2,
-    "any_in_signatures": 72,
-    "ignored_overrides": 2,
-    "private_names_of_others": 2,
-    "wide_prose": 744,
+    "long_files": 2,
+    "any_in_signatures": 47,
+    "private_names_of_others": 1,
+    "wide_prose": 430,
 }
 
 
