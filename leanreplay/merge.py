@@ -321,7 +321,7 @@ def _fill(made: DataBuffer, inputs: Sequence[_Input], size: int, stream: int) ->
 
     here, replace = made.location, made.mode == "w"
     with here.replacing() if replace else contextlib.nullcontext():
-        made.current.store = create_file(here.where, table, pieces, here.options, replace=replace, fill=fill)
+        made.current.store = create_file(here.file, table, pieces, here.options, replace=replace, fill=fill)
     made.parameters.forget()
     made.parameters.adopt(table, None, made.path)
 

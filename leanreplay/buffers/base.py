@@ -20,11 +20,12 @@ from ..storage.layout import KIND_CHECKS, Layout
 from ..storage.opening import Options
 from ..storage.store import Problem, WritableStore
 from . import rewriting
-from .checkpoint import Checkpoints, State
+from .checkpoint import Checkpoints
+from .copies import State
 from .current import Current, LockType, Packed
 from .drawing import Draws
 from .feeding import Feeder, Moved
-from .location import InMemory, Location, OneFile, checked_path
+from .location import Location, OneFile, checked_path
 from .parameters import Kind, Parameters
 from .reading import Array, Reach, Transform, Transforms, View, all_rows, parse_rows
 from .tag import Label
@@ -139,8 +140,8 @@ class DataBuffer:
             function_or_none(name, function, "a function of a sample's element")
         parameters = Parameters(self._declared(), max_size, seed, stream, dict(self._params))
         options = Options(bool(durable), integer("restore_points", restore_points, 2, 2**20) or 2, bool(lock))
-        file = None if path is None else checked_path(path, mode)
-        self._compose(parameters, file, os.path.realpath(file or ""), options, mode, (transform, target_transform))
+        given = None if path is None else checked_path(path, mode)
+        self._compose(parameters, given, os.path.realpath(given or ""), options, mode, (transform, target_transform))
         self.current.begin(schema)
 
     def _compose(self, parameters: Parameters, path: str | None, where: str, options: Options, mode: str, transforms: Transforms) -> None:
@@ -170,7 +171,7 @@ class DataBuffer:
 
     @staticmethod
     def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:
-        return InMemory(options, parameters) if path is None else OneFile(path, where, options, parameters)
+        return (Location if path is None else OneFile)(path, where, options, parameters)
 
     def _rows_to_keep(self, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:
         """Return which of the live rows `resize` keeps, as numbers into `live`."""

@@ -12,12 +12,12 @@ from typing import Any
 from ..errors import LockedError, ModeError, StateError, VolatileStateWarning
 from ..storage import locks, system
 from ..storage.state import empty_state
-from .copies import counts, is_same_copy, remove_leftovers, saved_states
+from .copies import State, counts, is_same_copy, remove_leftovers, saved_states
 from .current import Current
 from .feeding import Feeder
 from .rewriting import outside
 
-State = Mapping[str, Any]  # of plain values
+Described = dict[str, Any]  # the same, new
 
 
 class Checkpoints:
@@ -30,7 +30,7 @@ class Checkpoints:
         self._current, self._feeder, self._parameters, self._draws = current, feeder, current.parameters, current.draws
         self.may_warn = True
 
-    def mark(self) -> dict[str, Any]:
+    def mark(self) -> Described:
         """Mark a restore point; see `DataBuffer.state_dict`."""
         store = self._current.writing()
         if self._current.location.path is None and self.may_warn and store.seen:
@@ -45,7 +45,7 @@ class Checkpoints:
         name = empty_state() if store.schema is None else store.mark()
         return self._described(name) | {"seen": store.seen, "max_size": self._parameters.max_size or 0}
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _described(self, name: str) -> Described:
         """Describe the present state, which has this name."""
         return {
             "format": 1,

@@ -99,13 +99,13 @@ def saved_file(folder: str, where: str | None, parameters: Parameters, old: Stor
         saved.close()
 
 
-def save_file(store: Reader | Writer, folder: str, state: dict[str, Any]) -> None:
+def save_file(store: Reader | Writer, folder: str, state: State) -> None:
     """Save a single file. Until it has its name, state.json describes the old copy too."""
     path = os.path.join(folder, "buffer.h5")
     temp = copy_aside(store, path + ".saved", store.status)
     try:
         older = [s for s in saved_states(folder) if not is_same_copy(s, state)]
-        write_state(folder, state | {"older": older}, store.status)
+        write_state(folder, {**state, "older": older}, store.status)
     except BaseException:
         system.discard(temp)
         raise
@@ -115,8 +115,9 @@ def save_file(store: Reader | Writer, folder: str, state: dict[str, Any]) -> Non
             write_state(folder, state, store.status)
 
 
-def saved_states(folder: str, strict: bool = False) -> list[dict[str, Any]]:
-    """The states in state.json, the last copy's first. strict: raise if it is missing or damaged."""
+def saved_states(folder: str, strict: bool = False) -> list[State]:
+    """The states in state.json, the last copy's first. strict: raise if it is missing or
+    damaged."""
     try:
         opener = lambda path, _: system.open_own(path, system.OPEN_READ)  # noqa: E731
         with open(os.path.join(folder, "state.json"), encoding="utf-8", opener=opener) as file:

@@ -127,11 +127,11 @@ class Current:
 
     def _writer_here(self, path: str | None = None) -> Current | None:
         """The buffer of this process that writes to the file under a path, or to this one's."""
-        mine = self.location.locked_file
+        mine = self.location.file
         path = path or mine
         found = None if path is None else system.status(path)
         for other in list(_LIVING):
-            theirs = other.location.locked_file
+            theirs = other.location.file
             if theirs is None or (other is self and path == mine) or other.closed or other.mode == "r":
                 continue
             status = other.store.status
@@ -222,9 +222,10 @@ class Current:
                 cast(WritableStore, old).unguard()  # the file may be the same
                 self.store = here.open(True)
                 old.close()
-                self.parameters.take_size(self.store.layout)
             else:
                 self.store = EmptyStore()
+        if self.store.schema is not None:
+            self.parameters.take_size(self.store.layout)
         self._replacing = False
 
     # -- copies ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,19 @@ from .tag import Label
 Moved = tuple[object, object, Mapping[str, Any]]  # rows, their positions, values by name
 
 MAX_PLANNED = 1 << 16  # samples in one plan
+
+
+class Fed(NamedTuple):
+    """What is fed: n samples. fetch: loads some of them, for the commits that want more than a
+    kernel call.
+
+    tags: of all; None if `fetch` finds them. data: the bytes of all, if they are at hand.
+    """
+
+    n: int
+    tags: Ints | None
+    fetch: Fetch
+    data: Sequence[Bytes] | None
 
 
 class Feeder:
@@ -100,7 +113,7 @@ class Feeder:
                 self.commit_update(store, update)
             return
         self.begin(store, schema, tags[skip:])
-        self.feed(n, skip, tags, checked.fetch, update, checked.data if checked.simple else None)
+        self.feed(Fed(n, tags, checked.fetch, checked.data if checked.simple else None), skip, update)
 
     def check(self, batch: Any, metadata: Any, group: object) -> None:
         """Raise what `add` would raise for this batch because of what it is."""
@@ -130,7 +143,7 @@ class Feeder:
         if n == skip:
             return
         self.begin(store, items.schema, None if tags is None else tags[skip:])
-        self.feed(n, skip, tags, items.fetch(tags), data=None if tags is None else items.data)
+        self.feed(Fed(n, tags, items.fetch(tags), None if tags is None else items.data), skip)
 
     def begin(self, store: WritableStore, schema: Schema, tags: Ints | None) -> None:
         """Make the store of a new buffer, unless the policy refuses these tags."""
@@ -139,39 +152,24 @@ class Feeder:
                 self._parameters.new_policy().check_groups(tags)
             self._current.create(schema)
 
-    def feed(
-        self,
-        n: int,
-        skip: int,
-        tags: Ints | None,
-        fetch: Fetch,
-        update: MetadataUpdate | None = None,
-        data: Sequence[Bytes] | None = None,
-    ) -> None:
-        """Plan and commit samples skip to n. `update` goes with the first commit.
-
-        tags: of all samples; None if `fetch` finds them. data: the bytes of all samples, if they
-        are at hand: a commit then is mostly one kernel call, and `fetch` serves for the others.
-        """
-        store = cast(WritableStore, self._current.store)
-        policy_class = self._parameters.kind.policy_class
-        if tags is not None and policy_class.check_groups is not Policy.check_groups:
-            self.policy(store).check_groups(tags[skip:])
+    def feed(self, fed: Fed, skip: int, update: MetadataUpdate | None = None) -> None:
+        """Plan and commit all samples but the first `skip`. `update` goes with the first commit."""
+        store, n, tags = cast(WritableStore, self._current.store), fed.n, fed.tags
         if tags is None:
-            data = None
             if not self._no_tags.shape[0]:
                 self._no_tags = np.zeros(MAX_PLANNED, np.int64)
-        elif not tags.flags.carray:
-            tags = tags.copy()  # for other memory the kernels would be compiled once more
+        else:
+            if self._parameters.kind.policy_class.check_groups is not Policy.check_groups:
+                self.policy(store).check_groups(tags[skip:])
+            if not tags.flags.carray:  # for other memory the kernels would be compiled once more
+                tags = tags.copy()
         if update is not None and 2 * update.rows.shape[0] > store.max_rows:
             self.commit_update(store, update)
             update = None
-        done, first_position = skip, self._parameters.stream << STREAM_BITS
+        done, stream = skip, self._parameters.stream << STREAM_BITS
         while done < n:
-            seen = store.seen
-            policy = self.take_policy(store)
-            m = min(n - done, MAX_PLANNED)
-            start = first_position + seen
+            seen, policy = store.seen, self.take_policy(store)
+            m, start = min(n - done, MAX_PLANNED), stream + seen
             max_rows = store.max_rows if update is None else store.max_rows - update.rows.shape[0]
             plan = policy.plan(start, self._no_tags[:m] if tags is None else tags[done : done + m], max_rows)
             check_plan(policy, plan)
@@ -180,10 +178,10 @@ class Feeder:
                 continue
             used = plan.rows.shape[0]
             if not (
-                data is not None and tags is not None and update is None and 0 < used <= m and not len(plan.freed) and not len(plan.log)
-                and store.commit_planned(PlannedBatch(seen, policy.state, plan.rows, start, tags, done, data, max_rows))
+                fed.data is not None and tags is not None and update is None and 0 < used <= m and not len(plan.freed) and not len(plan.log)
+                and store.commit_planned(PlannedBatch(seen, policy.state, plan.rows, start, tags, done, fed.data, max_rows))
             ):  # fmt: skip
-                store.commit(self._change(store, policy, plan, start, m, max_rows, fetch, done, update))
+                store.commit(self._change(store, policy, plan, fed.fetch, done, m, max_rows, update))
                 update = None
             self.keep_policy(policy, store)
             done += used
@@ -193,18 +191,16 @@ class Feeder:
         store: WritableStore,
         policy: Policy,
         plan: Plan,
-        start: int,
-        m: int,
-        max_rows: int,
         fetch: Fetch,
         done: int,
+        m: int,
+        max_rows: int,
         update: MetadataUpdate | None,
     ) -> Change:
-        """Turn a plan for m samples into a change, and load what stays.
-
-        The first sample has stream position `start`, and is number `done` of what is fed.
-        """
+        """Turn a plan for m samples, of which the first is number `done` of what is fed, into a
+        change."""
         used, freed, seen, name = plan.rows.shape[0], plan.freed, store.seen, type(policy).__name__
+        start = (self._parameters.stream << STREAM_BITS) + seen
         kept = store.survivors(plan.rows, freed, start) if 0 < used <= m else None
         count = -1 if kept is None else kept.n
         if count == -2:

@@ -1,4 +1,5 @@
-"""The buffer without a size: a folder of parts, each a complete buffer file of a fixed number of rows."""
+"""The buffer without a size: a folder of parts, each a complete buffer file of a fixed number of
+rows."""
 
 from __future__ import annotations
 
@@ -31,77 +32,88 @@ from ..storage.reader import Reader
 from ..storage.store import Store, WritableStore
 from ..storage.writer import Writer
 from .base import DataBuffer
-from .copies import copy_store, is_left_over, write_state
-from .location import Claim, Location, new_store
+from .copies import State, copy_store, is_left_over, write_state
+from .location import Location, new_store
 from .parameters import Parameters, Pieces
 
+_IS_COPY = re.compile("parts-[0-9a-f]{8}").fullmatch
 
-class PartsInMemory:
+
+class PartsInMemory(Location):
     """An InfiniteBuffer in shared memory."""
-
-    path: str | None = None
-    where: str | None = None
-    locked_file: str | None = None
-
-    def __init__(self, options: Options, parameters: Parameters) -> None:
-        self.options, self._parameters, self.marked = options, parameters, False
-
-    def exists(self) -> bool:
-        return False
-
-    def absent(self) -> str:
-        return "a buffer in memory is new"
-
-    taken = absent
-
-    def lock(self, create: bool) -> int | None:
-        return None
-
-    def remove_leftovers(self) -> None:
-        pass
-
-    def open(self, writable: bool) -> Store:
-        raise ModeError("the buffer in memory was replaced; send it to this process again")
 
     def create(self, schema: Schema, replace: bool) -> WritableStore:
         make = functools.partial(self._new_part, schema)
         return Folder(None, [make(0)], make)
 
     def _new_part(self, schema: Schema, number: int) -> Writer:
-        store = new_store(None, *_plan_part(self._parameters, schema, number), self.options, self.marked, False)
+        store = new_store(None, *self._plan_part(schema, number), self.options, self.marked, False)
         store.release()
         return store
 
-    def replacing(self) -> Claim:
-        return contextlib.nullcontext()
-
-    def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        return _saved_in(folder)
+    def _plan_part(self, schema: Schema, number: int) -> tuple[Layout, Pieces]:
+        parameters = self._parameters
+        return parameters.plan_file(schema, own=parameters.own | {"first": number * parameters.capacity})
 
     def sendable(self, store: Store) -> str:
         raise ModeError("an InfiniteBuffer in memory cannot be sent to another process; give it a path, or fork")
 
-    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        _save(store, folder, state)
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        if self.path is not None and os.path.realpath(folder) == self.where:
+            raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
+        copies = [os.path.join(folder, name) for name in os.listdir(folder) if _IS_COPY(name)]
+        return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in copies if own_folder(copy)]
 
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
-        with _saved_parts(folder, state, self._parameters, old) as saved:
+    def save(self, store: Store, folder: str, state: State) -> None:
+        """Copy all parts into a subfolder of its own, which state.json will name: an older copy
+        stays till then."""
+        name = f"parts-{secrets.token_hex(4)}"
+        fresh = os.path.join(folder, name)
+        os.mkdir(fresh)
+        try:
+            for i, part in enumerate(cast(Folder, store).stores):
+                copy_store(part, part_path(fresh, i), store.status)
+            write_state(folder, {**state, "parts": name}, store.status)
+        except BaseException:
+            system.remove_folder(fresh)
+            raise
+
+    def load(self, old: Store, folder: str, state: State) -> WritableStore:
+        with self._saved_parts(folder, state, old) as saved:
             stores = []
             for part in saved:
                 stores.append(copy_to_memory(part, self.options))
                 stores[-1].release()
             return Folder(None, stores, functools.partial(self._new_part, saved[0].layout.schema))
 
+    @contextlib.contextmanager
+    def _saved_parts(self, folder: str, state: State, old: Store) -> Iterator[list[Reader | Writer]]:
+        """Open the parts of a copy. Raises MismatchError unless they fit the buffer."""
+        name = str(state.get("parts"))
+        source = os.path.join(folder, name)
+        if not _IS_COPY(name) or not own_folder(source):
+            raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
+        saved: list[Reader | Writer] = []
+        try:
+            for number in range(parts_there(source)):
+                path = part_path(source, number)
+                saved.append(open_part(path, number, saved[0] if saved else None, None))
+                saved[-1].release()
+                self._parameters.compare(saved[-1].layout, old.schema, path)
+            if not saved:
+                raise MissingError(f"{part_path(source, 0)} is missing: the copy in {folder} is not complete")
+            yield saved
+        finally:
+            for part in saved:
+                part.close()
 
-class PartsInFolder:
-    """An InfiniteBuffer in a folder. The lock beside its parts stands for all of them, as does the one of the first part."""
 
-    def __init__(self, path: str, where: str, options: Options, parameters: Parameters) -> None:
-        self.path, self.where = path, where
-        self.options, self._parameters, self.marked = options, parameters, False
+class PartsInFolder(PartsInMemory):
+    """An InfiniteBuffer in a folder. The locks beside its parts, and of the first, stand for
+    all."""
 
     @property
-    def locked_file(self) -> str:
+    def file(self) -> str:
         return part_path(self.where, 0)
 
     def exists(self) -> bool:
@@ -125,17 +137,12 @@ class PartsInFolder:
             system.make_folders(self.where)
         if not self.options.guard or not os.path.isdir(self.where):
             return None
-        return locks.lock(os.path.join(self.where, "parts"), system.status(self.locked_file))
+        return locks.lock(os.path.join(self.where, "parts"), system.status(self.file))
 
     def remove_leftovers(self) -> None:
         system.remove_folder(os.path.join(self.where, LOADING + ".tmp"))
         for number in (n := parts_there(self.where)) - 1, n:  # a kill right after a part got its name leaves its other one
             system.remove_temporaries(part_path(self.where, number))
-
-    def replacing(self) -> Claim:
-        return locks.replacing(self.locked_file, None) if self.options.guard else contextlib.nullcontext()
-
-    # -- opening and making ------------------------------------------------------------------------------------------
 
     def open(self, writable: bool) -> Store:
         if writable:
@@ -160,7 +167,7 @@ class PartsInFolder:
                 if not writable or len(stores) < there:
                     stores[-1].release()
             if not stores:
-                raise MissingError(f"{self.locked_file} is missing; restore the folder from a copy")
+                raise MissingError(f"{self.file} is missing; restore the folder from a copy")
             found = Folder(self.where, stores, functools.partial(self._new_part, stores[0].layout.schema))
             if writable and (problem := found.gap()) is not None:
                 raise CorruptionError(
@@ -175,7 +182,7 @@ class PartsInFolder:
 
     def _await_loading(self) -> None:
         """For a reader: wait until a load has ended."""
-        waiting = locks.Patience(self.locked_file)
+        waiting = locks.Patience(self.file)
         while is_loading(self.where) and system.exists(os.path.join(self.where, LOADING, "count")):
             if waiting.over() and not locks.has_writer(part_path(os.path.join(self.where, LOADING), 0)):
                 raise RecoveryError(f"{self.path}: a load was cut off; open it for writing once, to finish it")
@@ -202,11 +209,11 @@ class PartsInFolder:
         if not ours and system.exists(path):
             raise FormatError(f"{path} is where the next part goes, and it is none of this buffer; move it away, nothing was changed")
         options = self.options._replace(guard=self.options.guard and number == 0)
-        planned, model = _plan_part(self._parameters, schema, number), system.status(self.locked_file)
+        planned, model = self._plan_part(schema, number), system.status(self.file)
         return new_store(path, *planned, options, self.marked, ours, model)
 
     def _replace_parts(self, count: int, make: Callable[[str], None]) -> WritableStore:
-        """Put others in place of all parts: made in a subfolder first, complete. From the moment that this gets its name they count."""
+        """Put others in place of all parts. They count once their subfolder gets its name."""
         fresh = os.path.join(self.where, LOADING)
         with system.storage_errors(f"replacing the parts in {self.path}"):
             finish_loading(self.where)
@@ -226,85 +233,32 @@ class PartsInFolder:
             system.sync_folder(fresh)
         return self._open(True)
 
-    # -- copies ------------------------------------------------------------------------------------------------------
-
-    def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        if os.path.realpath(folder) == self.where:
-            raise ArgumentError(f"save to another folder: {folder} is this buffer itself")
-        return _saved_in(folder)
-
     def sendable(self, store: Store) -> str:
         return self.where
 
-    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        _save(store, folder, state)
-
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
+    def load(self, old: Store, folder: str, state: State) -> WritableStore:
         def copy(fresh: str) -> None:
             for i, part in enumerate(saved):
                 copy_store(part, part_path(fresh, i), old.status)
 
-        with _saved_parts(folder, state, self._parameters, old) as saved:
+        with self._saved_parts(folder, state, old) as saved:
             return self._replace_parts(len(saved), copy)
 
 
-def _plan_part(parameters: Parameters, schema: Schema, number: int) -> tuple[Layout, Pieces]:
-    return parameters.plan_file(schema, own=parameters.own | {"first": number * parameters.capacity})
-
-
-def _saved_in(folder: str) -> list[tuple[str, str]]:
-    found = [os.path.join(folder, name) for name in os.listdir(folder) if re.fullmatch("parts-[0-9a-f]{8}", name)]
-    return [(part_path(copy, 0), os.path.join(copy, "parts")) for copy in found if own_folder(copy)]
-
-
-def _save(store: Store, folder: str, state: dict[str, Any]) -> None:
-    """Copy all parts into a subfolder of its own, which state.json will name: until then an older copy stays as it is."""
-    name = f"parts-{secrets.token_hex(4)}"
-    fresh = os.path.join(folder, name)
-    os.mkdir(fresh)
-    try:
-        for i, part in enumerate(cast(Folder, store).stores):
-            copy_store(part, part_path(fresh, i), store.status)
-        write_state(folder, state | {"parts": name}, store.status)
-    except BaseException:
-        system.remove_folder(fresh)
-        raise
-
-
-@contextlib.contextmanager
-def _saved_parts(folder: str, state: dict[str, Any], parameters: Parameters, old: Store) -> Iterator[list[Reader | Writer]]:
-    """Open the parts of a copy in a folder, for the time of a block. Raises MismatchError unless they fit the buffer."""
-    source = os.path.join(folder, str(state.get("parts")))
-    if not re.fullmatch("parts-[0-9a-f]{8}", str(state.get("parts"))) or not own_folder(source):
-        raise MissingError(f"{folder} holds no copy of an InfiniteBuffer")
-    saved: list[Reader | Writer] = []
-    try:
-        for number in range(parts_there(source)):
-            path = part_path(source, number)
-            saved.append(open_part(path, number, saved[0] if saved else None, None))
-            saved[-1].release()
-            parameters.compare(saved[-1].layout, old.schema, path)
-        if not saved:
-            raise MissingError(f"{part_path(source, 0)} is missing: the copy in {folder} is not complete")
-        yield saved
-    finally:
-        for part in saved:
-            part.close()
-
-
 class InfiniteBuffer(DataBuffer):
-    """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the last is full.
+    """Keeps every sample: a folder of parts of `rows_per_part` rows, the next one made when the
+    last is full.
 
-    path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and no
-    `resize`.
+    path: the folder. rows_per_part: of every part, 65,536 unless given. There is no `max_size`, and
+    no `resize`.
 
-    All parts are mapped, while descriptors are kept of the last one only, and in memory of none. (Before
-    Python 3.13 each costs one where it is not Linux.) Linux maps 65,530 pieces for a process unless
-    vm.max_map_count says otherwise, and a part takes about four: beyond 10,000 parts choose larger ones.
-    A folder whose parts are not all there is refused (FormatError), and for writing one with a part that
-    is not full before the last, as a power cut may leave it (CorruptionError); a reader says so for the
-    rows that are missing. With mode="w" the old parts stay until the first batch, or with `schema` go at
-    once.
+    All parts are mapped, while descriptors are kept of the last one only, and in memory of none.
+    (Before Python 3.13 each costs one where it is not Linux.) Linux maps 65,530 pieces for a
+    process unless vm.max_map_count says otherwise, and a part takes about four: beyond 10,000 parts
+    choose larger ones. A folder whose parts are not all there is refused (FormatError), and for
+    writing one with a part that is not full before the last, as a power cut may leave it
+    (CorruptionError); a reader says so for the rows that are missing. With mode="w" the old parts
+    stay until the first batch, or with `schema` go at once.
 
     >>> import numpy as np
     >>> from leanreplay import InfiniteBuffer
@@ -325,7 +279,7 @@ class InfiniteBuffer(DataBuffer):
 
     @staticmethod
     def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:
-        return PartsInMemory(options, parameters) if path is None else PartsInFolder(path, where, options, parameters)
+        return (PartsInMemory if path is None else PartsInFolder)(path, where, options, parameters)
 
     def resize(self, max_size: int) -> None:
         """Always an error: there is nothing to resize."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import Any, Protocol, cast
+from typing import cast
 
 from ..arguments import as_path
 from ..errors import ArgumentError, ModeError
@@ -16,69 +16,13 @@ from ..storage.opening import Options, copy_to_memory, create_file, open_for_wri
 from ..storage.reader import Reader
 from ..storage.store import Store, WritableStore
 from ..storage.writer import Writer
-from .copies import copy_aside, is_left_over, save_file, saved_file
+from .copies import State, copy_aside, is_left_over, save_file, saved_file
 from .parameters import Parameters, Pieces
 
 # What other libraries take as the second argument. Nobody means a file by it.
 _NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
 
 Claim = contextlib.AbstractContextManager[None]
-
-
-class Location(Protocol):
-    """Where a buffer is kept. marked: new stores begin with a restore point."""
-
-    options: Options
-    marked: bool
-
-    @property
-    def path(self) -> str | None:
-        """The path as the user wrote it; None in memory."""
-
-    @property
-    def where(self) -> str | None:
-        """The path that does not depend on the current folder; None in memory."""
-
-    @property
-    def locked_file(self) -> str | None:
-        """The file whose lock stands for the whole buffer; None in memory."""
-
-    def exists(self) -> bool:
-        """Whether there is a buffer to open."""
-
-    def absent(self) -> str:
-        """Say that there is nothing to open."""
-
-    def taken(self) -> str:
-        """Say that a buffer is in the way of a new one."""
-
-    def lock(self, create: bool) -> int | None:
-        """Take the writer's lock; return its descriptor. create: there may be no buffer yet."""
-
-    def remove_leftovers(self) -> None:
-        """Remove what killed writers left. The lock is held."""
-
-    def open(self, writable: bool) -> Store:
-        """Open what is there."""
-
-    def create(self, schema: Schema, replace: bool) -> WritableStore:
-        """Make a store, whole before it appears. replace: it takes the place of what is there."""
-
-    def replacing(self) -> Claim:
-        """Keep writers away from what is to be replaced. LockedError if it has one."""
-
-    def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        """Return the names of both locks of the writer of each copy that a save replaces."""
-
-    def sendable(self, store: Store) -> str:
-        """Return a name by which another process finds the store, or raise ModeError."""
-
-    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        """Make a copy in a folder, with this state in its state.json."""
-
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
-        """Replace the old store by a copy that `save` made. MismatchError for one of other
-        parameters."""
 
 
 def new_store(
@@ -95,76 +39,88 @@ def new_store(
     return store
 
 
-class InMemory:
-    """Shared memory."""
+class Location:
+    """Where a buffer is kept: here in shared memory. A place on the disk overrides what differs.
 
-    path: str | None = None
-    where: str | None = None
-    locked_file: str | None = None
+    path: as the user wrote it, None in memory. where: that path, whatever the current folder is.
+    marked: new stores begin with a restore point.
+    """
 
-    def __init__(self, options: Options, parameters: Parameters) -> None:
-        self.options, self._parameters, self.marked = options, parameters, False
+    def __init__(self, path: str | None, where: str, options: Options, parameters: Parameters) -> None:
+        self.path, self.where, self.options, self.marked = path, where, options, False
+        self._parameters = parameters
+
+    @property
+    def file(self) -> str | None:
+        """The buffer's file, or that of its first part, whose lock stands for all; None in memory."""
+        return None
 
     def exists(self) -> bool:
+        """Whether there is a buffer to open."""
         return False
 
     def absent(self) -> str:
-        return "a buffer in memory is new"
+        """Say that there is nothing to open."""
+        return f"{self.path} does not exist; create it with mode='x' or 'a'"
 
-    taken = absent
+    def taken(self) -> str:
+        """Say that a buffer is in the way of a new one."""
+        return f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'"
 
     def lock(self, create: bool) -> int | None:
+        """Take the writer's lock; return its descriptor. create: there may be no buffer yet."""
         return None
 
     def remove_leftovers(self) -> None:
-        pass
+        """Remove what killed writers left. The lock is held."""
 
     def open(self, writable: bool) -> Store:
+        """Open what is there."""
         raise ModeError("the buffer in memory was resized; send it to this process again")
 
     def create(self, schema: Schema, replace: bool) -> WritableStore:
+        """Make a store, whole before it appears. replace: it takes the place of what is there."""
         return new_store(None, *self._parameters.plan_file(schema), self.options, self.marked, False)
 
     def replacing(self) -> Claim:
-        return contextlib.nullcontext()
-
-    def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        return [(os.path.join(folder, "buffer.h5"),) * 2]
+        """Keep writers away from what is to be replaced. LockedError if it has one."""
+        guarded = self.file if self.options.guard else None
+        return contextlib.nullcontext() if guarded is None else locks.replacing(guarded, None)
 
     def sendable(self, store: Store) -> str:
+        """Return a name by which another process finds the store, or raise ModeError."""
         if store.schema is None:
             raise ModeError(
                 "an empty buffer in memory cannot be sent to another process before its first batch; give it a schema, or a path"
             )
         return cast(Writer, store).mapping.link
 
-    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
+    def saved_in(self, folder: str) -> list[tuple[str, str]]:
+        """Return the names of both locks of the writer of each copy that a save replaces."""
+        path = os.path.join(folder, "buffer.h5")
+        if self.path is not None and os.path.realpath(path) == self.where:
+            raise ArgumentError(f"save to another folder: {path} is this buffer itself")
+        return [(path, path)]
+
+    def save(self, store: Store, folder: str, state: State) -> None:
+        """Make a copy in a folder, with this state in its state.json."""
         save_file(cast("Reader | Writer", store), folder, state)
 
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
+    def load(self, old: Store, folder: str, state: State) -> WritableStore:
+        """Replace the old store by a copy of `save`, or raise MismatchError."""
         with saved_file(folder, None, self._parameters, old) as saved:
             return copy_to_memory(saved, self.options)
 
 
-class OneFile:
+class OneFile(Location):
     """One file. Beside it stand the writer's lock and, for restore points, undo files."""
 
-    def __init__(self, path: str, where: str, options: Options, parameters: Parameters) -> None:
-        self.path, self.where = path, where
-        self.options, self._parameters, self.marked = options, parameters, False
-
     @property
-    def locked_file(self) -> str:
+    def file(self) -> str:
         return self.where
 
     def exists(self) -> bool:
         return system.exists(self.where)
-
-    def absent(self) -> str:
-        return f"{self.path} does not exist; create it with mode='x' or 'a'"
-
-    def taken(self) -> str:
-        return f"{self.path} exists; open it with mode='r+' or 'a', or replace it with mode='w'"
 
     def lock(self, create: bool) -> int | None:
         return locks.lock(self.where, system.status(self.where)) if self.options.guard else None
@@ -184,22 +140,10 @@ class OneFile:
         with self.replacing() if replace else contextlib.nullcontext():
             return new_store(self.where, table, pieces, self.options, self.marked, replace)
 
-    def replacing(self) -> Claim:
-        return locks.replacing(self.where, None) if self.options.guard else contextlib.nullcontext()
-
-    def saved_in(self, folder: str) -> list[tuple[str, str]]:
-        path = os.path.join(folder, "buffer.h5")
-        if os.path.realpath(path) == self.where:
-            raise ArgumentError(f"save to another folder: {path} is this buffer itself")
-        return [(path, path)]
-
     def sendable(self, store: Store) -> str:
         return self.where
 
-    def save(self, store: Store, folder: str, state: dict[str, Any]) -> None:
-        save_file(cast("Reader | Writer", store), folder, state)
-
-    def load(self, old: Store, folder: str, state: dict[str, Any]) -> WritableStore:
+    def load(self, old: Store, folder: str, state: State) -> WritableStore:
         with saved_file(folder, self.where, self._parameters, old) as saved:
             temp = copy_aside(saved, self.where, system.status(self.where) or saved.status)
             try:  # mapped and locked before it has its name: from then on nothing can fail

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from ..arguments import as_path, choice
 from ..errors import ArgumentError, MismatchError, MissingError
@@ -11,7 +11,7 @@ from ..storage.mapping import read_layout
 from .base import KINDS, MODES, DataBuffer
 
 
-def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -> DataBuffer:
+def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: object) -> DataBuffer:
     """Open an existing buffer with the class that its file names. options: as for `DataBuffer`.
 
     Mode "a" is "r+": it creates nothing. A class of your own must have been imported before.
@@ -37,7 +37,7 @@ def open_buffer(path: str | os.PathLike[str], mode: str = "r", **options: Any) -
     kind = "InfiniteBuffer" if os.path.isdir(where) else read_layout(where).kind
     if kind not in KINDS:
         raise unknown(where, kind)
-    return KINDS[kind](path=path, mode="r+" if mode == "a" else mode, **options)
+    return KINDS[kind](path=path, mode="r+" if mode == "a" else mode, **cast("dict[str, Any]", options))
 
 
 def unknown(name: str, kind: str) -> MismatchError:

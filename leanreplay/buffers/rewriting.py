@@ -20,7 +20,7 @@ from ..storage.opening import create_file
 from ..storage.store import Change, WritableStore
 from ..storage.writer import Writer
 from .current import Current
-from .reading import all_rows
+from .reading import Array, all_rows
 
 
 def rewrite(
@@ -33,7 +33,7 @@ def rewrite(
     log: Ints,
     slots: int = 0,
     schema: Schema | None = None,
-    extra: tuple[Field, np.ndarray[Any, Any]] | None = None,
+    extra: tuple[Field, Array] | None = None,
     keep_points: bool = False,
 ) -> None:
     """Replace the store by one of another size, schema or log: rows[i] becomes new_rows[i].
@@ -62,7 +62,7 @@ def rewrite(
 
     def make() -> Writer:
         heir_of = cast(Writer, store) if keep_points else None
-        created = create_file(here.where, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
+        created = create_file(here.file, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
         if heir_of is not None:
             heir_of.give_away_points()
         return created
