@@ -20,10 +20,12 @@ from .reading import Reader, piece
 
 
 class Evaluation:
-    """Accuracies a[i, j] on task j after learning task i, and what the literature makes of them. All are fractions from 0 to 1.
+    """Accuracies a[i, j] on task j after learning task i, and what the literature makes of them.
+    All are fractions from 0 to 1.
 
-    matrix: (rows, tasks), a row for each call of `evaluate`, NaN where a task was not evaluated. Row i is meant to be taken after the
-    i-th task in the order of columns; there are at most as many rows as columns. To keep one: `evaluation.matrix.tolist()`.
+    matrix: (rows, tasks), a row for each call of `evaluate`, NaN where a task was not evaluated.
+    Row i is meant to be taken after the i-th task in the order of columns; there are at most as
+    many rows as columns. To keep one: `evaluation.matrix.tolist()`.
 
     >>> from leanreplay.torch import Evaluation
     >>> evaluation = Evaluation([[0.9, 0.1, 0.0], [0.6, 0.8, 0.1], [0.5, 0.7, 0.9]])
@@ -52,33 +54,39 @@ class Evaluation:
     def average_accuracy(self) -> float:
         """Mean of the last row, over the tasks evaluated in it.
 
-        With all T tasks learned this is ACC of Lopez-Paz and Ranzato 2017, 1/T * sum_j a[T, j]. For A_k of Chaudhry et al. 2018 in
-        between (the mean over the k tasks learned so far), evaluate on those: `evaluate(model, tasks[:k], previous)`.
+        With all T tasks learned this is ACC of Lopez-Paz and Ranzato 2017, 1/T * sum_j a[T, j]. For
+        A_k of Chaudhry et al. 2018 in between (the mean over the k tasks learned so far), evaluate
+        on those: `evaluate(model, tasks[:k], previous)`.
         """
         last = self.matrix[-1]
         return math.nan if np.isnan(last).all() else float(np.nanmean(last))
 
     @property
     def forgetting(self) -> float:
-        """F_k of Chaudhry et al. 2018 ("Riemannian Walk for Incremental Learning"), k being the number of rows; NaN for k = 1.
+        """F_k of Chaudhry et al. 2018 ("Riemannian Walk for Incremental Learning"), k being the
+        number of rows; NaN for k = 1.
 
-        F_k = 1/(k-1) * sum over j < k of (max over l < k of a[l, j] - a[k, j]): how far tasks before the last one lie below their best
-        so far. From -1 to 1, lower is better. Rows that lack a task do not count for its maximum.
+        F_k = 1/(k-1) * sum over j < k of (max over l < k of a[l, j] - a[k, j]): how far tasks
+        before the last one lie below their best so far. From -1 to 1, lower is better. Rows that
+        lack a task do not count for its maximum.
         """
         earlier, last = self._past()
         return float(np.mean([np.nanmax(column) - now for column, now in zip(earlier.T, last, strict=True)])) if last.size else np.nan
 
     @property
     def backward_transfer(self) -> float:
-        """BWT of Lopez-Paz and Ranzato 2017 ("Gradient Episodic Memory"), after k tasks, k being the number of rows; NaN for k = 1.
+        """BWT of Lopez-Paz and Ranzato 2017 ("Gradient Episodic Memory"), after k tasks, k being
+        the number of rows; NaN for k = 1.
 
-        BWT = 1/(k-1) * sum over i < k of (a[k, i] - a[i, i]): what later tasks did to earlier ones. From -1 to 1, higher is better.
+        BWT = 1/(k-1) * sum over i < k of (a[k, i] - a[i, i]): what later tasks did to earlier ones.
+        From -1 to 1, higher is better.
         """
         earlier, last = self._past()
         return float(np.mean(last - np.diagonal(earlier))) if last.size else np.nan
 
     def _past(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Of the tasks before the last one: all rows but the last, (k-1, k-1), and the last one, (k-1,)."""
+        """Of the tasks before the last one: all rows but the last, (k-1, k-1), and the last one,
+        (k-1,)."""
         k = self.matrix.shape[0]
         past = self.matrix[:, : k - 1]
         missing = [j for j in range(k - 1) if np.isnan(past[j, j]) or np.isnan(past[-1, j])]
@@ -110,19 +118,25 @@ def evaluate(
     threshold: float | None = None,
     device: torch.device | str | None = None,
 ) -> Evaluation:
-    """The accuracy of a model on each of a list of tasks, as a new row below the rows of `previous`.
+    """The accuracy of a model on each of a list of tasks, as a new row below the rows of
+    `previous`.
 
-    tasks: a list of map-style datasets of pairs, or of pairs (x, y) of tensors or arrays. The first k of all tasks will do, too: the row
-    has NaN for the rest. The model gives (n, classes), or (n, classes, ...) for targets (n, ...), segmentation say; its answer is the
-    largest of all classes, and each target counts as much as another.
-    ignore_index: targets of this value do not count, as in torch's cross_entropy; None: there is none. A task of such targets only has NaN.
-    threshold: for a model that gives one number a sample, (n,) or (n, 1), and targets 0 and 1: its answer is 1 where that is larger.
-    There is no default: it is 0.0 for logits, and 0.5 for probabilities.
-    transform, target_transform: of the x and of the y of each sample, as tensors, like those of a learner; then batch_transform, of the
-    x of a batch, (n, ...). collate_fn: of a list of samples, gives (x, y). device: default: where the model's first parameter is.
+    tasks: a list of map-style datasets of pairs, or of pairs (x, y) of tensors or arrays. The first
+    k of all tasks will do, too: the row has NaN for the rest. The model gives (n, classes), or (n,
+    classes, ...) for targets (n, ...), segmentation say; its answer is the largest of all classes,
+    and each target counts as much as another.
+    ignore_index: targets of this value do not count, as in torch's cross_entropy; None: there is
+    none. A task of such targets only has NaN.
+    threshold: for a model that gives one number a sample, (n,) or (n, 1), and targets 0 and 1: its
+    answer is 1 where that is larger. There is no default: it is 0.0 for logits, and 0.5 for
+    probabilities.
+    transform, target_transform: of the x and of the y of each sample, as tensors, like those of a
+    learner; then batch_transform, of the x of a batch, (n, ...). collate_fn: of a list of samples,
+    gives (x, y). device: default: where the model's first parameter is.
 
-    The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass over all samples.
-    Raises ArgumentError for tasks, outputs or targets of another kind, and for targets that are no class of the model's.
+    The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass
+    over all samples. Raises ArgumentError for tasks, outputs or targets of another kind, and for
+    targets that are no class of the model's.
 
     >>> import torch
     >>> from leanreplay.torch import evaluate
@@ -199,8 +213,8 @@ def validate(
 ) -> dict[str, float]:
     """Compute loss and metrics on the whole set, as "val_<name>".
 
-    Each rank computes the outputs of its part, and all get the same numbers. cast: makes the context of
-    the forward passes.
+    Each rank computes the outputs of its part, and all get the same numbers. cast: makes the
+    context of the forward passes.
     """
     rank, ranks = rank_and_size()
     with evaluating(model):
@@ -219,7 +233,7 @@ def validate(
                 f"targets of shape {tuple(targets.shape)}: {str(error).splitlines()[0]:.200}; map them with test_target_transform"
             ) from error
         for name, function in metrics.items():
-            value = function(outputs.clone(), targets.clone())  # it may work in place, as may the loss
+            value = function(outputs.clone(), targets.clone())  # it may work in place
             try:
                 values[f"val_{name}"] = float(value)
             except (TypeError, ValueError, RuntimeError):
@@ -257,7 +271,8 @@ def _accuracy(
 
 
 def _answers(name: str, outputs: torch.Tensor, targets: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, int]:
-    """The model's answer for each target, and how many there could be. NaN answers nothing (-1): it would be class 0 otherwise."""
+    """The model's answer for each target, and how many there could be. NaN answers nothing (-1): it
+    would be class 0 otherwise."""
     shape, kinds = outputs.shape[:1] + outputs.shape[2:], f"outputs of shape {tuple(outputs.shape)} and {targets.dtype} targets of shape"
     single = outputs.ndim == 1 or outputs.shape[1] == 1
     if threshold is not None and single and not (targets.is_complex() or outputs.is_complex()) and targets.shape in (shape, outputs.shape):

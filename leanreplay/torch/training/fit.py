@@ -1,4 +1,5 @@
-"""fit: a short loop around `learner.step`, for people who have none; resumed exactly after a kill."""
+"""fit: a short loop around `learner.step`, for people who have none; resumed exactly after a
+kill."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ from .states import StateFolder
 class History:
     """What `fit` saw, epoch by epoch. `history["loss"]` is one quantity over the epochs.
 
-    records: a dict for each epoch: "epoch" (from 0), "lr" (of the first parameter group, at the epoch's
-    end), "loss" and "loss/<term>" (means over the new samples, of the losses before each step), and with
-    a validation set "val_loss" and "val_<metric>". monitor, mode: the quantity that early stopping looks
-    at, if any. stopped_early: whether training ended before `max_epochs`.
+    records: a dict for each epoch: "epoch" (from 0), "lr" (of the first parameter group, at the
+    epoch's end), "loss" and "loss/<term>" (means over the new samples, of the losses before each
+    step), and with a validation set "val_loss" and "val_<metric>". monitor, mode: the quantity that
+    early stopping looks at, if any. stopped_early: whether training ended before `max_epochs`.
     """
 
     task_id: TaskId = None
@@ -56,7 +57,8 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """The first epoch with the best value of the monitored quantity; None without one. NaN is never best."""
+        """The first epoch with the best value of the monitored quantity; None without one. NaN is
+        never best."""
         if self.monitor is None:
             return None
         sign = 1 if self.mode == "min" else -1
@@ -104,7 +106,8 @@ def fit(
     save_every: int | None = 500,
     save_buffer: bool = False,
 ) -> History:
-    """Train a learner on one task: a loop around `learner.step`, with validation and states to resume from.
+    """Train a learner on one task: a loop around `learner.step`, with validation and states to
+    resume from.
 
     >>> import torch
     >>> from leanreplay import ReservoirBuffer
@@ -119,63 +122,67 @@ def fit(
     **Batches.** train_dataset: a map-style dataset of pairs, or a pair (x, y) of tensors.
     train_collate_fn: makes (x, y) of a list of samples. batch_size: of the whole step. The share
     `batch_memory_frac` of it is replayed, rounded but at least one sample (0: none); it is the
-    `replay_batch_size` of each draw during the call. None: batch_size new samples, and the learner's
-    own `replay_batch_size` on top. An epoch is cut into as few batches as that allows, of sizes that
-    differ by at most one: each sample comes once. Orders depend on (seed, task_id, epoch) alone.
+    `replay_batch_size` of each draw during the call. None: batch_size new samples, and the
+    learner's own `replay_batch_size` on top. An epoch is cut into as few batches as that allows, of
+    sizes that differ by at most one: each sample comes once. Orders depend on (seed, task_id,
+    epoch) alone.
 
-    **What is stored.** store: "first epoch": each sample is offered to the buffer once, in the first
-    epoch of this task; later epochs only replay. "every epoch": once in each epoch, so after k epochs
-    the buffer has seen each sample k times. False: nothing, so the buffer may be one of exemplars, or
-    open for reading. A learner with store=False overrules this. Data that are rows of the learner's own
-    buffer, in a BufferDataset say, need store=False, or would be offered to it again.
+    **What is stored.** store: "first epoch": each sample is offered to the buffer once, in the
+    first epoch of this task; later epochs only replay. "every epoch": once in each epoch, so after
+    k epochs the buffer has seen each sample k times. False: nothing, so the buffer may be one of
+    exemplars, or open for reading. A learner with store=False overrules this. Data that are rows of
+    the learner's own buffer, in a BufferDataset say, need store=False, or would be offered to it
+    again.
 
-    **Optimisation.** scheduler: a torch scheduler of the learner's optimizer, stepped after each "epoch"
-    or "step"; ReduceLROnPlateau gets the metric. gradient_clip_algorithm: "norm" (the default) or
-    "value", with `gradient_clip_val`. precision: "bf16" makes each step and the validation in
-    torch.autocast; bfloat16 needs no scaler. deterministic: use torch's deterministic algorithms during
-    the call. A model in eval mode is in train mode during the call; single layers in eval mode stay in it.
+    **Optimisation.** scheduler: a torch scheduler of the learner's optimizer, stepped after each
+    "epoch" or "step"; ReduceLROnPlateau gets the metric. gradient_clip_algorithm: "norm" (the
+    default) or "value", with `gradient_clip_val`. precision: "bf16" makes each step and the
+    validation in torch.autocast; bfloat16 needs no scaler. deterministic: use torch's deterministic
+    algorithms during the call. A model in eval mode is in train mode during the call; single layers
+    in eval mode stay in it.
 
-    **Validation** of `learner.model` on val_dataset after each epoch, in eval mode. metrics: name ->
-    function(outputs, targets) -> number. They and the learner's `loss_fn` get the whole set at once,
-    never as bfloat16. test_transform, test_target_transform: of the x and of the y of each sample;
-    test_batch_transform: then, of the x of a batch. The learner's own transforms are for training only.
-    val_collate_fn: as train_collate_fn. metric: what is watched, "loss" (of validation) or a name in
-    `metrics`; mode: whether "min" or "max" is good. early_stopping: end after so many epochs in a row
-    without a better metric (True: 5). The weights are those of the last epoch; the best epoch's are in
-    `best.pt` in the output folder. restore_best=True puts the best weights back in the end, with the
-    model's buffers (batch norm's statistics); the optimizer, and a learner's copies of the model, stay.
-    Without `metric` it looks at the validation loss. Each state then holds these weights too.
+    **Validation** of `learner.model` on val_dataset after each epoch, in eval mode. metrics: name
+    -> function(outputs, targets) -> number. They and the learner's `loss_fn` get the whole set at
+    once, never as bfloat16. test_transform, test_target_transform: of the x and of the y of each
+    sample; test_batch_transform: then, of the x of a batch. The learner's own transforms are for
+    training only. val_collate_fn: as train_collate_fn. metric: what is watched, "loss" (of
+    validation) or a name in `metrics`; mode: whether "min" or "max" is good. early_stopping: end
+    after so many epochs in a row without a better metric (True: 5). The weights are those of the
+    last epoch; the best epoch's are in `best.pt` in the output folder. restore_best=True puts the
+    best weights back in the end, with the model's buffers (batch norm's statistics); the optimizer,
+    and a learner's copies of the model, stay. Without `metric` it looks at the validation loss.
+    Each state then holds these weights too.
 
-    **States.** output_state_folder: where to keep the newest state, written at the start, after every
-    `save_every` steps of an epoch (None: not), after each epoch, and at the end. It holds model,
-    optimizer, scheduler, learner, position, history, and the states of the global generators of torch,
-    NumPy and Python, so that random transforms and dropout go on as they would have. The buffer is not
-    copied: its restore points bring it back (after a power cut only if it is `durable`).
-    save_buffer=True copies it with each state, for use without its file. A state costs writing model
-    and optimizer, reading them back, and an fsync.
+    **States.** output_state_folder: where to keep the newest state, written at the start, after
+    every `save_every` steps of an epoch (None: not), after each epoch, and at the end. It holds
+    model, optimizer, scheduler, learner, position, history, and the states of the global generators
+    of torch, NumPy and Python, so that random transforms and dropout go on as they would have. The
+    buffer is not copied: its restore points bring it back (after a power cut only if it is
+    `durable`). save_buffer=True copies it with each state, for use without its file. A state costs
+    writing model and optimizer, reading them back, and an fsync.
 
-    input_state_folder: the state to go on from. A state of this task is loaded and continued, unless
-    the task was finished. A finished state of another task is loaded, and this task begins from there -
-    unless this learner itself wrote or loaded it last: so what you change between tasks counts (a new
-    optimizer, a larger head).
+    input_state_folder: the state to go on from. A state of this task is loaded and continued,
+    unless the task was finished. A finished state of another task is loaded, and this task begins
+    from there - unless this learner itself wrote or loaded it last: so what you change between
+    tasks counts (a new optimizer, a larger head).
 
-    With both folders the same, a first start finds no state and begins anew. A run that was killed is
-    simply started again, with the buffer opened in mode "a", and ends with the same weights, bit for
-    bit on a CPU. For several tasks see `saved_task`.
+    With both folders the same, a first start finds no state and begins anew. A run that was killed
+    is simply started again, with the buffer opened in mode "a", and ends with the same weights, bit
+    for bit on a CPU. For several tasks see `saved_task`.
 
-    **Several processes** under torchrun: each calls `fit` with the same arguments and its own learner,
-    with equal weights and a buffer of its own (`stream=rank`, the same seed). batch_size is that of one
-    process. The samples of an epoch are divided among them, the model is in a DistributedDataParallel
-    during the call, and all return the same history.
+    **Several processes** under torchrun: each calls `fit` with the same arguments and its own
+    learner, with equal weights and a buffer of its own (`stream=rank`, the same seed). batch_size
+    is that of one process. The samples of an epoch are divided among them, the model is in a
+    DistributedDataParallel during the call, and all return the same history.
 
-    logger: rank 0 calls it with each epoch's record and task_id; `print` for instance. After a kill an
-    epoch may be logged twice. progress: a bar on stderr, if tqdm is installed. task_id: a name for the
-    task, passed to `learner.on_task_start`.
+    logger: rank 0 calls it with each epoch's record and task_id; `print` for instance. After a kill
+    an epoch may be logged twice. progress: a bar on stderr, if tqdm is installed. task_id: a name
+    for the task, passed to `learner.on_task_start`.
 
-    Raises ArgumentError, before anything is trained, for an argument that is out of range or does not
-    fit the others; ExistsError for an output folder whose state would be lost; MissingError if there is
-    no state to load; StateError for one that does not fit; and what a step raises, LossError for
-    instance: the learner is then as after the last whole step.
+    Raises ArgumentError, before anything is trained, for an argument that is out of range or does
+    not fit the others; ExistsError for an output folder whose state would be lost; MissingError if
+    there is no state to load; StateError for one that does not fit; and what a step raises,
+    LossError for instance: the learner is then as after the last whole step.
     """
     instance(learner, ReplayLearner, "learner must be a ReplayLearner, such as ERLearner")
     task_id = task_id if isinstance(task_id, str) else integer("task_id", task_id, -(2**63), 2**63 - 1)
@@ -238,7 +245,7 @@ class Run:
         with _prepared(self.settings):
             if found is None:
                 self.begin_task()
-            self.save()  # a kill before the next state must not leave a buffer that is ahead of every state
+            self.save()  # else a kill could leave a buffer ahead of every state
             while self.position.epoch < self.settings.max_epochs and not self.has_waited():
                 self.train_epoch()
                 self.end_epoch()
@@ -310,7 +317,7 @@ class Run:
         if output is None:
             return
         with warnings.catch_warnings():
-            if self.settings.save_buffer:  # a buffer in memory warns that its state is without its samples
+            if self.settings.save_buffer:  # then its samples are kept too
                 warnings.filterwarnings("ignore", "the state of a buffer in memory")
             state = state_of(self.settings, self.position)
         number = output.save(state, buffer if self.settings.save_buffer and len(buffer) else None)

@@ -51,7 +51,7 @@ class Reader:
 
     def _read(self, indices: Ints) -> tuple[Any, Any]:
         if self.collate is None and type(self.dataset) is TensorDataset and len(self.dataset.tensors) == 2:
-            rows = torch.from_numpy(indices)  # gives what collating would, without a loop over samples
+            rows = torch.from_numpy(indices)  # as collating would, but at once
             return self.dataset.tensors[0][rows], self.dataset.tensors[1][rows]
         # Like DataLoader, read several samples at once where the dataset can do that.
         several: Any = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
@@ -74,8 +74,8 @@ class Reader:
 class EpochBatches:
     """The batches of each epoch that one rank trains on.
 
-    An order is cut into steps * ranks pieces, whose sizes differ by at most one. size: of the largest.
-    name: orders depend on (seed, name, epoch) alone.
+    An order is cut into steps * ranks pieces, whose sizes differ by at most one. size: of the
+    largest. name: orders depend on (seed, name, epoch) alone.
     """
 
     def __init__(self, reader: Reader, size: int, seed: int, name: str) -> None:
@@ -104,7 +104,8 @@ def piece(order: Ints, i: int, pieces: int) -> Ints:
 
 
 def _pair(name: str, arrays: tuple[Any, Any]) -> TensorDataset:
-    """Make a dataset of (x, y). Arrays become tensors, in the machine's byte order, without negative strides."""
+    """Make a dataset of (x, y). Arrays become tensors, in the machine's byte order, without
+    negative strides."""
     try:
         x, y = (v if isinstance(v, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(v, v.dtype.newbyteorder("="))) for v in arrays)
     except (TypeError, ValueError) as error:

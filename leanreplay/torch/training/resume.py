@@ -17,7 +17,8 @@ from ..learners import ReplayLearner
 from .settings import Settings, TaskId
 from .states import StateFolder
 
-_KINDS = {"format": int, "settings": dict, "learner": dict, "model": dict, "optimizer": dict, "random": dict}  # in a state
+# What a state holds besides a position.
+_KINDS = {"format": int, "settings": dict, "learner": dict, "model": dict, "optimizer": dict, "random": dict}
 
 # The state that each learner wrote or loaded last: its folder and number.
 _latest: weakref.WeakKeyDictionary[ReplayLearner, tuple[str, int]] = weakref.WeakKeyDictionary()
@@ -41,10 +42,11 @@ class Position:
 
 
 def saved_task(folder: str | os.PathLike[str]) -> TaskId:
-    """Return the task of the state in a folder that `fit` wrote, begun or finished; None without a state.
+    """Return the task of the state in a folder that `fit` wrote, begun or finished; None without a
+    state.
 
-    Under torchrun all ranks must call it. With it, a run of several tasks that was killed at any time
-    is simply started again (tasks being numbers):
+    Under torchrun all ranks must call it. With it, a run of several tasks that was killed at any
+    time is simply started again (tasks being numbers):
 
         for task in range(saved_task("run") or 0, 5):
             fit(learner, datasets[task], task_id=task, input_state_folder="run", output_state_folder="run")

@@ -50,9 +50,9 @@ class Watch:
 class Settings:
     """The arguments of `fit`, checked. What is not explained here has the name that it has there.
 
-    replayed: samples of each draw. batches: those of one epoch. store: False if the learner says so.
-    validation: the reader of `val_dataset`. clip: what is called before each step of the optimizer.
-    cast: makes the context of each forward pass.
+    replayed: samples of each draw. batches: those of one epoch. store: False if the learner says
+    so. validation: the reader of `val_dataset`. clip: what is called before each step of the
+    optimizer. cast: makes the context of each forward pass.
     """
 
     learner: ReplayLearner
@@ -112,7 +112,8 @@ class Settings:
         return parts if self.scheduler is None else {**parts, "scheduler": self.scheduler}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same where a run goes on from a state, by the names that errors give it."""
+        """What must be the same where a run goes on from a state, by the names that errors give
+        it."""
         return {
             "seed": self.seed,
             "samples": len(self.batches.reader),
@@ -128,7 +129,8 @@ class Settings:
 
 
 def shares(batch_size: Any, fraction: Any, own: int) -> tuple[int, int]:
-    """How many samples of a step are new, and how many replayed. own: the learner's replayed ones."""
+    """How many samples of a step are new, and how many replayed. own: the learner's replayed
+    ones."""
     size = required("batch_size", batch_size, 1, 2**40)
     if fraction is None:
         return size, own
@@ -144,8 +146,9 @@ def shares(batch_size: Any, fraction: Any, own: int) -> tuple[int, int]:
 def reads_buffer(dataset: Any, buffer: DataBuffer) -> bool:
     """Whether samples of a dataset are this buffer's, read through this object or another one.
 
-    They are where the dataset is the buffer, or a view of it, or has such a view in an attribute, at
-    any depth. A buffer in an attribute of any other dataset may serve another purpose: it does not count.
+    They are where the dataset is the buffer, or a view of it, or has such a view in an attribute,
+    at any depth. A buffer in an attribute of any other dataset may serve another purpose: it does
+    not count.
     """
     seen: dict[int, Any] = {}
     waiting = [(dataset, True)]  # and whether a buffer there is where samples come from
@@ -208,7 +211,8 @@ def clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> Ca
 def watching(
     metric: Any, mode: Any, early_stopping: Any, restore_best: Any, metrics: Any, validation: Reader | None, scheduler: Any
 ) -> Watch:
-    """What to watch. Raises ArgumentError where something is to be watched without a validation set."""
+    """What to watch. Raises ArgumentError where something is to be watched without a validation
+    set."""
     choice("mode", mode, ("min", "max"))
     if metrics is not None and (
         not isinstance(metrics, Mapping) or not all(isinstance(name, str) and callable(f) for name, f in metrics.items())

@@ -1,8 +1,8 @@
 """State folders: checkpoints of a training run that appear whole, on all ranks or on none.
 
 A rank writes `state-<number>.rank<rank>.pt`: aside, synced, then renamed. Older states are removed
-only when all ranks have the number. So there is always a state that all ranks have, and it is one of
-the last two. Every buffer has that many restore points.
+only when all ranks have the number. So there is always a state that all ranks have, and it is one
+of the last two. Every buffer has that many restore points.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class StateFolder:
     def save(self, state: Mapping[str, Any], buffer: DataBuffer | None = None) -> int:
         """Write a state, with a copy of the buffer if one is given, and remove older states.
 
-        Returns its number. All ranks must call it. Raises StateError, and leaves older states, for a
-        state that could not be loaded.
+        Returns its number. All ranks must call it. Raises StateError, and leaves older states, for
+        a state that could not be loaded.
         """
         if self._next is None:
             self._next = 1 + max(n for numbers in gather(self._numbers()) for n in [0, *numbers])
@@ -101,7 +101,8 @@ class StateFolder:
 
 
 def _write(path: str, state: Any) -> None:
-    """Save a state so that a kill leaves the old file or the new one, and that `weights_only` takes it."""
+    """Save a state so that a kill leaves the old file or the new one, and that `weights_only` takes
+    it."""
     system.remove_temporaries(path)
     fd, temp = system.temporary(path)
     try:
