@@ -1,7 +1,6 @@
-"""`DataBuffer`: what every buffer does. It is put together from objects that each do one thing.
+"""`DataBuffer`: what every buffer does. It is put together from objects that each do one thing:
 
-current (the store, modes, lock) | location | parameters | tag | feeder (the way in) | draws | view
-(the way out) | checkpoints
+current (the store) | location | parameters | feeder (way in) | draws | view (way out) | checkpoints
 """
 
 from __future__ import annotations
@@ -351,7 +350,7 @@ class DataBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
-        return self.view.sample(n, replace)  # type: ignore[return-value]  # it is None for `at_most` only
+        return self.view.sample(n, replace)  # type: ignore[return-value]  # it is no None here
 
     def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""
@@ -379,9 +378,9 @@ class DataBuffer:
         return self.view.metadata(name, rows)
 
     def resize(self, max_size: int) -> None:
-        """Change the number of rows: a new file is written and takes the name of the old one.
+        """Change the number of rows: copy the samples to a new file, which takes the name.
 
-        Costs a copy of the samples, and ends all restore points. Too many samples are dropped as the policy says (a reservoir keeps
+        Ends all restore points. Too many samples are dropped as the policy says (a reservoir keeps
         its largest keys, so stays uniform). A reservoir that has dropped or rejected samples cannot
         use additional rows (the capacity rule), and says so in a CapacityWarning.
         """

@@ -67,7 +67,7 @@ class Checkpoints:
             self._current.location.marked = True  # the way back here must be there again
         else:
             if name != store.state_name():
-                self._feeder.forget_policy()  # the sequence of a folder is a sum, which may come out the same
+                self._feeder.forget_policy()  # a folder's sequence, a sum, may come out equal
             store.rollback(name, seen)
             store.mark()
         self._draws.begin(*counts(state))
@@ -90,7 +90,7 @@ class Checkpoints:
             raise StateError(f"not a state of a buffer: {state!r:.200}")
         if not re.fullmatch("[0-9a-f]{16}" if kind.sized else "[0-9a-f]{16}(,[0-9a-f]{16})*", state["state"]):
             raise StateError(f"not a state of a buffer: {state['state']!r:.200}")
-        if state["uuid"] != identity and state["state"] != empty_state():  # every buffer begins in that one
+        if state["uuid"] != identity and state["state"] != empty_state():  # where all begin
             raise StateError(f"the state of another buffer (uuid {state['uuid']}, this one's is {identity})")
         if state["max_size"] != (max_size or 0):
             raise StateError(f"the state of this buffer with max_size {state['max_size']}, but it was resized to {max_size}")

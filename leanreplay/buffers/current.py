@@ -54,7 +54,7 @@ class Current:
         self._lock_fd: int | None = None
         _LIVING.add(self)
 
-    # -- opening and closing -----------------------------------------------------------------------------------------
+    # -- opening and closing -----------------------------------------------------------------------
 
     def begin(self, schema: Schema | None) -> None:
         """Open what is there, or begin a new buffer, with a store if there is a schema."""
@@ -139,7 +139,7 @@ class Current:
                 return other
         return None
 
-    # -- using it ----------------------------------------------------------------------------------------------------
+    # -- using it ----------------------------------------------------------------------------------
 
     def reading(self) -> Store:
         """Return the store, its state that of the file."""
@@ -176,7 +176,7 @@ class Current:
         if self.mode != "r" or not self.location.exists():
             return store
         found = self.location.open(False)
-        if self.awaits not in (None, found.layout.uuid):  # a file that the writer will replace with its first batch
+        if self.awaits not in (None, found.layout.uuid):  # to be replaced
             found.close()
             return store
         self.store = found
@@ -217,7 +217,7 @@ class Current:
         """After an exception within `replace`: what stands under the name counts, old or new."""
         refuse_within(self, {Current.replace.__code__}, self.location.path)
         old, here = self.store, self.location
-        if here.path is not None and not (old.schema is None and self.mode == "w"):  # that the first batch replaces
+        if here.path is not None and not (old.schema is None and self.mode == "w"):  # still to go
             if here.exists():
                 cast(WritableStore, old).unguard()  # the file may be the same
                 self.store = here.open(True)
@@ -228,7 +228,7 @@ class Current:
             self.parameters.take_size(self.store.layout)
         self._replacing = False
 
-    # -- copies ------------------------------------------------------------------------------------------------------
+    # -- copies ------------------------------------------------------------------------------------
 
     def become_reader(self) -> None:
         """In a forked child: the parent writes on, so this copy reads, and drops the lock."""

@@ -128,7 +128,7 @@ class ParametricBuffer(BalancedBuffer):
         name = self.parameters.own["groupby"]
         return None if name == "nothing" else name
 
-    # -- feeding -----------------------------------------------------------------------------------------------------
+    # -- feeding -----------------------------------------------------------------------------------
 
     def add(
         self,

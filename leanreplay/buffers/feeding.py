@@ -57,7 +57,7 @@ class Feeder:
         self._sequence = -1
         self._no_tags: Ints = np.zeros(0, np.int64)
 
-    # -- the policy --------------------------------------------------------------------------------------------------
+    # -- the policy --------------------------------------------------------------------------------
 
     def policy(self, store: WritableStore) -> Policy:
         """The policy in the state of the store, to look at."""
@@ -97,7 +97,7 @@ class Feeder:
             raise StorageError(errno.ENOMEM, f"no memory for the policy of {layout.max_size} rows; read with mode='r'") from None
         return policy
 
-    # -- batches and datasets ----------------------------------------------------------------------------------------
+    # -- batches and datasets ----------------------------------------------------------------------
 
     def add(self, batch: Any, metadata: Any, group: object, at: int | None, moved: Moved | None) -> None:
         """Feed a batch; see `DataBuffer.add`."""
@@ -224,7 +224,7 @@ class Feeder:
             raise ModeError("the dataset changed the buffer that it was feeding, which stops here; feed it from elsewhere")
         return Change(after, policy.state, kept.rows, kept.positions, tags, sources, freed, plan.log, update, seen)
 
-    # -- metadata ----------------------------------------------------------------------------------------------------
+    # -- metadata ----------------------------------------------------------------------------------
 
     def set_metadata(self, store: WritableStore, name: str, values: Any, rows: Ints, positions: object) -> None:
         """Overwrite a metadata field of rows; see `DataBuffer.set_metadata`."""
@@ -237,7 +237,7 @@ class Feeder:
             raise RowError("set_metadata: some of these rows are free; the live ones are in meta['idx'] of a sample")
         store.verify_index()
         for start in range(0, rows.shape[0], store.max_rows):
-            store.read(rows[start : start + store.max_rows], field)  # a damaged row must not get a checksum that fits it
+            store.read(rows[start : start + store.max_rows], field)  # no new checksum for damage
         self.commit_update(store, MetadataUpdate(rows, {field: (data, samples)}))
 
     def _parse_update(self, store: WritableStore, moved: Moved) -> MetadataUpdate | None:
@@ -257,7 +257,7 @@ class Feeder:
             return None
         store.verify_index()
         for field in fields:
-            store.read(found, field)  # a damaged row must not get a checksum that fits it
+            store.read(found, field)  # no new checksum for damage
         return MetadataUpdate(found, {f: (data, samples) for f, data in sources.items()})
 
     def commit_update(self, store: WritableStore, update: MetadataUpdate) -> None:

@@ -141,7 +141,7 @@ class PartsInFolder(PartsInMemory):
 
     def remove_leftovers(self) -> None:
         system.remove_folder(os.path.join(self.where, LOADING + ".tmp"))
-        for number in (n := parts_there(self.where)) - 1, n:  # a kill right after a part got its name leaves its other one
+        for number in (n := parts_there(self.where)) - 1, n:  # a kill may leave both names
             system.remove_temporaries(part_path(self.where, number))
 
     def open(self, writable: bool) -> Store:
@@ -271,11 +271,11 @@ class InfiniteBuffer(DataBuffer):
     policy_class = AppendPolicy
     sized = False
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, rows_per_part: int | None = None, **options: object) -> None:
         if "max_size" in options:
             raise ArgumentError("an InfiniteBuffer has no max_size; rows_per_part is the size of its files")
         self._params = {"rows_per_part": integer("rows_per_part", rows_per_part, 1, 2**40)}
-        super().__init__(None, path, **options)
+        super().__init__(None, path, **cast("dict[str, Any]", options))
 
     @staticmethod
     def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:

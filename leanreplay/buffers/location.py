@@ -52,7 +52,7 @@ class Location:
 
     @property
     def file(self) -> str | None:
-        """The buffer's file, or that of its first part, whose lock stands for all; None in memory."""
+        """The file, or first part, whose lock stands for the buffer; None in memory."""
         return None
 
     def exists(self) -> bool:
@@ -127,7 +127,7 @@ class OneFile(Location):
 
     def remove_leftovers(self) -> None:
         system.remove_temporaries(self.where)
-        if os.path.basename(self.where) == "buffer.h5":  # a copy, beside which a killed saver may have left another one
+        if os.path.basename(self.where) == "buffer.h5":  # a copy: maybe of a killed saver
             with locks.users_of(os.path.dirname(self.where)) as users:
                 users.alone(lambda: system.remove_temporaries(self.where + ".saved"))
 

@@ -66,7 +66,7 @@ class View:
                     rows = current.draws.rows(store, n, bool(replace), "sample", number)
                     arrays, index = store.read(rows)
                     return self.batch(store.layout.schema, arrays, index, rows, convert)
-                except RowError as error:  # a reader may have met a rollback or resize that freed rows
+                except RowError as error:  # a reader met a rollback or a resize
                     if store.schema is None:
                         raise
                     old, store = store, current.reading()
@@ -92,7 +92,7 @@ class View:
         """The i-th live samples. reach: as of `parse_indices`."""
         current = self._current
         if current.mode == "r" and current.location.path is None and not current.parameters.kind.sized:
-            reach = 0  # a forked copy in memory does not see parts that are made later: nothing stands in for their samples
+            reach = 0  # a forked copy in memory does not see later parts: nothing stands in for them
         with current.lock:
             for _ in range(_TRIES):
                 store = current.reading()
@@ -165,7 +165,7 @@ def _apply(function: Transform | None, value: Any, path: str, schema: Schema, co
     """Return what a transform makes of an element."""
     if function is None:
         return value
-    if convert is None and _takes_tensors(function):  # torchvision's, for instance, hand arrays back as they are
+    if convert is None and _takes_tensors(function):  # torchvision hands arrays back
         convert = importlib.import_module("leanreplay.torch.data").to_torch
     return call(f"the transform of {path}", function, value if convert is None else convert(value, schema.bfloat16, None, path))
 
