@@ -15,6 +15,7 @@ from ..samples.schema import Schema
 from ..storage import system
 from ..storage.reader import Reader
 from ..storage.store import EmptyStore, Store, WritableStore, refuse_within
+from ..storage.writer import Writer
 from .drawing import PROCESS, Draws
 from .location import Location
 from .parameters import Parameters
@@ -203,11 +204,16 @@ class Current:
             self.draws.begin(0, self.draws.copies)
         return fresh
 
-    def replace(self, make: Callable[[], WritableStore]) -> None:
-        """Put another store in place of the present one. `make` does so on the disk, or raises."""
+    def replace(self, make: Callable[[], WritableStore], keep_points: bool = False) -> None:
+        """Put another store in place of the present one. `make` does so on the disk, or raises.
+
+        keep_points: the new one has taken the restore points over. Until it counts both have them.
+        """
         old = self.store
         self._replacing = True
         self.store = made = make()
+        if isinstance(old, Writer) and keep_points:
+            old.give_away_points()
         self.parameters.take_size(made.layout)
         self._replacing = False
         cast(WritableStore, old).mark_gone()

@@ -62,13 +62,10 @@ def rewrite(
 
     def make() -> Writer:
         heir_of = cast(Writer, store) if keep_points else None
-        created = create_file(here.file, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
-        if heir_of is not None:
-            heir_of.give_away_points()
-        return created
+        return create_file(here.file, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
 
     store.stay()
-    current.replace(make)
+    current.replace(make, keep_points)
 
 
 def resize(
