@@ -92,7 +92,7 @@ class View:
         """The i-th live samples. reach: as of `parse_indices`."""
         current = self._current
         if current.mode == "r" and current.location.path is None and not current.parameters.kind.sized:
-            reach = 0  # a forked copy in memory does not see later parts: nothing stands in for them
+            reach = 0  # a forked copy in memory does not see later parts: nothing stands in
         with current.lock:
             for _ in range(_TRIES):
                 store = current.reading()
