@@ -247,7 +247,8 @@ class Current:
         if self.location.path is not None or begun:
             self.mode = "r"
         self.unlock()
-        self.store = self.store.as_reader()
+        if not self.closed:  # a closed store has no map to read from
+            self.store = self.store.as_reader()
 
     def pack(self) -> Packed:
         """Return what another process needs to read the same."""
