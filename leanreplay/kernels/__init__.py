@@ -1,4 +1,8 @@
-"""Numba kernels: plain functions on NumPy arrays, which import nothing else of the library."""
+"""Numba kernels: plain functions on NumPy arrays. They import nothing else of the library.
+
+Python calls kernels, made by `compile_kernel`. Only kernels call the other functions here:
+those made by `helper`, `reordered` and `inlined`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ import numba
 from numba.core.compiler_lock import global_compiler_lock
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+_HELPER: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True}
 
 if hasattr(os, "register_at_fork"):
-    # A child that is forked while another thread compiles would wait for Numba's lock for ever. So a fork waits for the compiler.
+    # A child that is forked while another thread compiles would wait for Numba's lock for ever.
+    # So a fork waits for the compiler.
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
@@ -20,33 +26,37 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def njit(function: Any) -> Any:
-    """`numba.njit` as all kernels are compiled: without the interpreter's lock, dividing as NumPy does, cached on disk.
-
-    A name with an underscore in front makes it a helper. Where a cache cannot be had, kernels work without.
-    """
-    return helper(function) if function.__name__.startswith("_") else entry(function)
-
-
 def helper(function: Any) -> Any:
-    """A function for kernels alone. It has no entry from Python and no place in the cache, which would be half of its compile time."""
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True)(function)  # type: ignore[call-overload]
+    """Make a function for kernels alone.
+
+    Python cannot call it, and the cache does not hold it: these would be half of its compile time.
+    """
+    return numba.njit(**_HELPER)(function)
 
 
 def reordered(function: Any) -> Any:
-    """A helper whose sums may be added up in any order, and whose numbers are no NaN: so they run in vector registers."""
-    loose = {"reassoc", "contract", "nnan", "nsz"}
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True, fastmath=loose)(function)  # type: ignore[call-overload]
+    """Make a helper whose sums may be added in any order, and whose numbers are never NaN.
+
+    So its loops run in vector registers.
+    """
+    return numba.njit(**_HELPER, fastmath={"reassoc", "contract", "nnan", "nsz"})(function)
 
 
 def inlined(function: Any) -> Any:
-    """A helper that becomes part of the kernel before that is compiled, not after: for a long one with a single caller, half the time."""
-    return numba.njit(**_OPTIONS, no_cpython_wrapper=True, inline="always")(function)  # type: ignore[call-overload]
+    """Make a helper that becomes part of its kernel before the kernel is compiled, not after.
+
+    A long helper with a single caller compiles in half the time so.
+    """
+    return numba.njit(**_HELPER, inline="always")(function)
 
 
-def entry(helper: Any) -> Any:
-    """A helper as a kernel of its own, for callers that want it alone; those that never do, never compile it."""
-    function = getattr(helper, "py_func", helper)
+def compile_kernel(function: Any) -> Any:
+    """Make a kernel, or from a helper a kernel of its own. Its first call compiles it.
+
+    Kernels run without the interpreter's lock, divide as NumPy does, and are cached on disk. Where
+    a cache cannot be had, kernels work without.
+    """
+    function = getattr(function, "py_func", function)
     try:
         kernel = numba.njit(cache=True, **_OPTIONS)(function)
         if hasattr(kernel, "_cache"):  # private; and with NUMBA_DISABLE_JIT there is none
@@ -59,21 +69,24 @@ def entry(helper: Any) -> Any:
 
 
 def _stamp_of(folder: str) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of every source file in a folder."""
+    """Return name, time and size of every source file in a folder."""
     with os.scandir(folder) as entries:
-        found = [(e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if e.name.endswith(".py")]
-    return tuple(sorted(found))
+        sources = [(e.name, e.stat()) for e in entries if e.name.endswith(".py")]
+    return tuple(sorted((name, stat.st_mtime_ns, stat.st_size) for name, stat in sources))
 
 
 def _watch_folder(cache: Any) -> None:
-    """Let a change in any file of this folder void a cached kernel: Numba looks at the kernel's own file, but helpers stand in others."""
+    """Let a change in any file of this folder void a cached kernel.
+
+    Numba looks at the kernel's own file only, but its helpers stand in others.
+    """
     file: Any = getattr(cache, "_cache_file", None)
     if hasattr(file, "_source_stamp"):  # private
         file._source_stamp = (file._source_stamp, _stamp_of(os.path.dirname(__file__)))
 
 
 class _Cache:
-    """Numba's cache of one kernel. What goes wrong with its files, at the kernel's first call, ends nothing: then it is compiled."""
+    """Numba's cache of one kernel. Where its files fail, the kernel is compiled, and no call fails."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import njit
+from . import compile_kernel, helper
 from .hashing import key_of, scramble
 
 # Columns of `groups`. FULL: the group dropped or rejected a sample, and may not grow again. EXTRA: it has one row of the remainder.
@@ -24,7 +24,7 @@ _RECENT = 64
 QUOTA, BORROW, LARGEST = range(3)
 
 
-@njit
+@helper
 def _find(groups, table, group, hashed):
     """Where in `table` a group stands, or would."""
     mask = np.uint64(table.shape[0] - 1)
@@ -34,7 +34,7 @@ def _find(groups, table, group, hashed):
     return at
 
 
-@njit
+@helper
 def _merge(keys, links, a, b):
     """Root of the union of two skew heaps. O(log n) amortised."""
     if a < 0:
@@ -56,7 +56,7 @@ def _merge(keys, links, a, b):
         a = right
 
 
-@njit
+@helper
 def _insert(keys, links, groups, g, row, key):
     keys[row] = key
     links[row, 0] = links[row, 1] = -1
@@ -65,7 +65,7 @@ def _insert(keys, links, groups, g, row, key):
     groups[g, HELD] += 1
 
 
-@njit
+@helper
 def _remove_least(keys, links, groups, g):
     """Take the row of the smallest key from a group that has rows."""
     row = groups[g, ROOT]
@@ -76,7 +76,7 @@ def _remove_least(keys, links, groups, g):
     return row
 
 
-@njit
+@helper
 def _replace_least(keys, links, groups, g, key):
     """Give the row of the smallest key another one, and let it sink to where it belongs; that row. A third of removing and inserting."""
     row = groups[g, ROOT]
@@ -99,14 +99,14 @@ def _replace_least(keys, links, groups, g, key):
     return row
 
 
-@njit
+@helper
 def _add_free(keys, links, counters, row):
     keys[row] = np.uint64(row)
     links[row, 0] = links[row, 1] = -1
     counters[FREE] = _merge(keys, links, counters[FREE] - 1, row) + 1
 
 
-@njit
+@helper
 def _take_free(keys, links, counters, capacity):
     """The lowest free row, or -1."""
     row = counters[FREE] - 1
@@ -120,7 +120,7 @@ def _take_free(keys, links, counters, capacity):
     return row
 
 
-@njit
+@helper
 def _rest_push(groups, rest, counters, g, most):
     """Give group g one row of the remainder if its hash is among the `most` smallest; the group that loses it, or -1.
 
@@ -144,7 +144,7 @@ def _rest_push(groups, rest, counters, g, most):
     return loser
 
 
-@njit
+@helper
 def _rest_pop(groups, rest, counters):
     """Take its row of the remainder from the group of the largest hash; that group."""
     loser = rest[0]
@@ -156,7 +156,7 @@ def _rest_pop(groups, rest, counters):
     return loser
 
 
-@njit
+@helper
 def _rest_sink(groups, rest, n, g):
     """Put group g on top of a heap of n in place of what is there, and let it sink."""
     h = np.uint64(groups[g, HASH])
@@ -172,7 +172,7 @@ def _rest_sink(groups, rest, n, g):
     rest[i] = g
 
 
-@njit
+@compile_kernel
 def share(groups, rest, counters, capacity):
     """Work out SHARE and EXTRA of all groups anew: capacity // groups, the remainder to the smallest hashes. O(groups log groups)."""
     n = counters[GROUPS]
@@ -184,7 +184,7 @@ def share(groups, rest, counters, capacity):
         _rest_push(groups, rest, counters, g, capacity % n)
 
 
-@njit
+@helper
 def _log(groups, counters, log, g):
     """Note that group g may not grow any more."""
     if groups[g, FULL] == 0:
@@ -193,7 +193,7 @@ def _log(groups, counters, log, g):
         counters[LOGGED] += 1
 
 
-@njit
+@helper
 def _visit(holder, visited, counters, row, live):
     """Note, on the first touch of a row in this plan, whether it was live before: as row, or as ~row if it was free."""
     if holder[row] == 0:
@@ -201,7 +201,7 @@ def _visit(holder, visited, counters, row, live):
         counters[VISITED] += 1
 
 
-@njit
+@helper
 def _cut(keys, links, holder, visited, groups, counters, log, g, out):
     """Drop the smallest keys of a group that has more rows than its quota."""
     while groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
@@ -214,7 +214,7 @@ def _cut(keys, links, holder, visited, groups, counters, log, g, out):
         _add_free(keys, links, counters, row)
 
 
-@njit
+@helper
 def largest_excess(groups, n, share, salt):
     """The group with most rows beyond its quota. Of several the one of the smallest hash, mixed with `salt` unless that is 0. O(groups)."""
     best, excess, least = np.int64(0), np.int64(0), np.uint64(0)
@@ -230,7 +230,7 @@ def largest_excess(groups, n, share, salt):
     return best
 
 
-@njit
+@compile_kernel
 def load_groups(log, groups, table, counters, g0, g1):
     """Fill `groups` and `table` (all -1) from the entries of a log, (n, 2) int64. False if it is not a log of groups."""
     for i in range(log.shape[0]):
@@ -253,14 +253,14 @@ def load_groups(log, groups, table, counters, g0, g1):
     return True
 
 
-@njit
+@compile_kernel
 def index_groups(groups, table, count):
     """Enter the first `count` groups into an empty table (all -1)."""
     for g in range(count):
         table[_find(groups, table, groups[g, ID], np.uint64(groups[g, HASH]))] = g
 
 
-@njit
+@compile_kernel
 def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, g1):
     """Put all live rows into the heaps of their groups, the others into that of free rows. False if one is of a group that is not there."""
     counters[FRESH] = positions.shape[0]
@@ -276,14 +276,14 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
     return True
 
 
-@njit
+@compile_kernel
 def hash_groups(ids, g0, g1, out):
     """out[i] (uint64) = hash of the group ids[i] (int64): who gets the remainder."""
     for i in range(ids.shape[0]):
         out[i] = key_of(ids[i], g0, g1)
 
 
-@njit
+@compile_kernel
 def plan_balanced(
     keys, links, holder, groups, room, table, rest, counters, log,
     mode, fixed, capacity, k0, k1, g0, g1, start, most, ids, out,
@@ -389,7 +389,7 @@ def plan_balanced(
     return used, visited[:freed]
 
 
-@njit
+@compile_kernel
 def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
     """For a smaller `capacity`: take rows of the smallest keys away, into `lost` (int64), as the mode says; their number.
 

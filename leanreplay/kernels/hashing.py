@@ -1,4 +1,4 @@
-"""Keys of stream positions and ids of groups: the finaliser of splitmix64, which all reservoirs share."""
+"""Hashes of integers: keys of stream positions and ids of groups, which all reservoirs share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _31 = np.uint64(31)
 
 @helper
 def scramble(x):
-    """Scramble a uint64 by the finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection."""
+    """Scramble a uint64 by the finaliser of splitmix64, a bijection.
+
+    Source: Steele, Lea and Flood, OOPSLA 2014.
+    """
     x = (x ^ (x >> _30)) * _S0
     x = (x ^ (x >> _27)) * _S1
     return x ^ (x >> _31)
@@ -24,5 +27,8 @@ def scramble(x):
 
 @helper
 def key_of(position, k0, k1):
-    """The key of a position, or the hash of a group's id: two rounds with a key between them. A bijection, so keys never tie."""
+    """Return the key of a position, or the hash of a group's id (uint64).
+
+    It takes two rounds with a key between them. This is a bijection, so keys never tie.
+    """
     return scramble(scramble(np.uint64(position) * GOLDEN + k0) + k1)

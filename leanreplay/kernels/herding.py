@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import njit, reordered
+from . import compile_kernel, helper, reordered
 
 _LANES = 64  # the least score of every 64th row is kept: a minimum lane by lane runs in vector registers, one over all does not
 _TINY = 2.0**-53  # rounding of float64
@@ -38,7 +38,7 @@ def _square_moved(row, mean):
     return total
 
 
-@njit
+@compile_kernel
 def measure(phi, mean, direction, squares, marks):
     """For each row w of phi - mean, in one pass: squares[i] = |w|^2, and marks[i] = w . direction, of which equal rows have equal ones."""
     for i in range(phi.shape[0]):
@@ -46,7 +46,7 @@ def measure(phi, mean, direction, squares, marks):
         marks[i] = _dot_moved(phi[i], mean, direction)
 
 
-@njit
+@compile_kernel
 def make_rows(phi, mean, lengths, rows):
     """rows (float32 or float64) = (phi - mean) / lengths, |phi - mean|: of length 1, or 0."""
     for i in range(phi.shape[0]):
@@ -55,7 +55,7 @@ def make_rows(phi, mean, lengths, rows):
             out[c] = (row[c] - mean[c]) / length if length > 0.0 else 0.0
 
 
-@njit
+@helper
 def _bounds(left, dots, margins, share, lanes):
     """The least that a score left[i] + 2 dots[i] may be at most, off as it is by share * margins[i]; lanes[l] becomes the least that those
     of rows l, l + _LANES, ... may be."""
@@ -78,7 +78,7 @@ def _bounds(left, dots, margins, share, lanes):
     return least
 
 
-@njit
+@compile_kernel
 def herd(
     phi, mean, lengths, squares, rows, products, twin, left, dots, total, moved, error, order, done, count, chosen,
     rough, far, allowed, close,

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import njit
+from . import compile_kernel, helper
 from .hashing import GOLDEN, key_of, scramble
+from .heaps import sink
 
 
-@njit
+@compile_kernel
 def position_keys(positions, k0, k1, out):
     """out[i] = key of positions[i]. positions: (n,) int64; out: (n,) uint64."""
     for i in range(positions.shape[0]):
         out[i] = key_of(positions[i], k0, k1)
 
 
-@njit
-def _sift_down(keys, rows, size, i):
-    key, row = keys[i], rows[i]
-    while True:
-        child = 2 * i + 1
-        if child >= size:
-            break
-        if child + 1 < size and keys[child + 1] < keys[child]:
-            child += 1
-        if keys[child] >= key:
-            break
-        keys[i], rows[i] = keys[child], rows[child]
-        i = child
-    keys[i], rows[i] = key, row
-
-
-@njit
+@compile_kernel
 def build_heap(positions, k0, k1, keys, rows):
     """Make the min-heap (keys, rows) of all live rows (position >= 0); returns its size. O(rows)."""
     size = 0
@@ -41,11 +26,11 @@ def build_heap(positions, k0, k1, keys, rows):
             rows[size] = r
             size += 1
     for i in range(size // 2 - 1, -1, -1):
-        _sift_down(keys, rows, size, i)
+        sink(keys, rows, size, i)
     return size
 
 
-@njit
+@compile_kernel
 def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
     """Offer positions start, start + 1, ... to the heap; out[i] (int64) becomes the row that sample i takes, or -1.
 
@@ -70,12 +55,12 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
         elif size > 0 and key > keys[0]:
             out[i] = rows[0]
             keys[0] = key
-            _sift_down(keys, rows, size, 0)
+            sink(keys, rows, size, 0)
             taken += 1
     return out.shape[0], size
 
 
-@njit
+@helper
 def _slot(table, entry):
     """Where `entry` stands in an open-addressing table, or would."""
     mask = np.uint64(table.shape[0] - 1)
@@ -85,7 +70,7 @@ def _slot(table, entry):
     return at
 
 
-@njit
+@compile_kernel
 def draw(size, k0, k1, seen, counter, replace, out):
     """Draw out.shape[0] numbers below `size` uniformly, a function of (k0, k1, seen, counter) alone.
 

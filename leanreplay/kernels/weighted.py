@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 
-from . import njit
+from . import compile_kernel, helper
 from .hashing import key_of
+from .heaps import is_worse, sift_down, sift_up
 
 _12 = np.uint64(12)
 _52 = np.uint64(52)
@@ -23,14 +24,14 @@ _LN2 = math.log(2.0)
 _ULP = 2.0**-53
 
 
-@njit
+@helper
 def _uniform(position, k0, k1):
     """v in (0, 1): the middles of 2**52 equal parts, so never 0 or 1, and both v and 1 - v are exact."""
     h = key_of(position, k0, k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
 
-@njit
+@helper
 def _exponential(v):
     """-log1p(-v) within 3 units in the last place.
 
@@ -58,7 +59,7 @@ def _exponential(v):
     return -(np.float64(e) * _LN2 + 2.0 * s * y)
 
 
-@njit
+@helper
 def _key(v, weight):
     """The key: larger is better. weight: finite and above 0, denormal or huge."""
     m, e = math.frexp(_exponential(v))
@@ -68,7 +69,7 @@ def _key(v, weight):
     return (np.uint64(exponent) << _52 | np.uint64((2.0 * q - 1.0) / (2.0 * _ULP))) ^ _ALL
 
 
-@njit
+@helper
 def _bound(key):
     """A bit more than the E of a key, as a double; infinite where that would not be exact."""
     k = key ^ _ALL
@@ -78,7 +79,7 @@ def _bound(key):
     return (1.0 + np.float64(k & _MANTISSA) * (2.0 * _ULP)) * math.pow(2.0, np.float64(exponent - 1)) * 1.000000001
 
 
-@njit
+@compile_kernel
 def weighted_keys(positions, weights, k0, k1, out):
     """out[i] (uint64) = key of positions[i] (int64) with weights[i] (float64). False if a weight is not finite and above 0."""
     for i in range(positions.shape[0]):
@@ -89,23 +90,7 @@ def weighted_keys(positions, weights, k0, k1, out):
     return True
 
 
-@njit
-def _sift_down(keys, held, rows, size, i):
-    key, position, row = keys[i], held[i], rows[i]
-    while True:
-        c = 2 * i + 1
-        if c >= size:
-            break
-        if c + 1 < size and (keys[c + 1] < keys[c] or (keys[c + 1] == keys[c] and held[c + 1] > held[c])):
-            c += 1
-        if keys[c] > key or (keys[c] == key and held[c] < position):
-            break
-        keys[i], held[i], rows[i] = keys[c], held[c], rows[c]
-        i = c
-    keys[i], held[i], rows[i] = key, position, row
-
-
-@njit
+@compile_kernel
 def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
     """Make the heap of all live rows (position >= 0), the worst on top; its size, or -1 if a weight is not finite and above 0.
 
@@ -121,11 +106,11 @@ def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
             held[size], rows[size] = positions[r], r
             size += 1
     for i in range(size // 2 - 1, -1, -1):
-        _sift_down(keys, held, rows, size, i)
+        sift_down(keys, held, rows, size, i, keys[i], held[i], rows[i])
     return size
 
 
-@njit
+@compile_kernel
 def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, out):
     """Offer positions start, start + 1, ... of weights (float64) to the heap; out[i] (int64) becomes the row of sample i, or -1.
 
@@ -147,14 +132,7 @@ def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, o
         v = _uniform(position, k0, k1)
         if size < limit:
             key = _key(v, w)
-            j = size
-            while j > 0:  # what is worse than its parent rises
-                p = (j - 1) // 2
-                if keys[p] < key or (keys[p] == key and held[p] > position):
-                    break
-                keys[j], held[j], rows[j] = keys[p], held[p], rows[p]
-                j = p
-            keys[j], held[j], rows[j] = key, position, size
+            sift_up(keys, held, rows, size, key, position, size)
             out[i] = size
             size += 1
             taken += 1
@@ -165,10 +143,9 @@ def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, o
         if size == 0 or v > w * bound:  # E >= v / w, so this one is worse: most samples of a long stream need no logarithm
             continue
         key = _key(v, w)
-        if key > keys[0] or (key == keys[0] and position < held[0]):
+        if is_worse(keys[0], held[0], key, position):
             out[i] = rows[0]
-            keys[0], held[0] = key, position
-            _sift_down(keys, held, rows, size, 0)
+            sift_down(keys, held, rows, size, 0, key, position, rows[0])
             taken += 1
             bound = _bound(keys[0])
     return out.shape[0], size, dropped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..arrays import Ints
-from ..kernels import balance as kernel
+from ..kernels import greedy as kernel
 from ..keys import key_pair
 from .base import Params, Plan, Policy
 

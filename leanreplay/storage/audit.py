@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import Bytes, Ints
 from ..errors import CorruptionError
-from ..kernels import rows as kernel
+from ..kernels import rows as row_kernels
 from ..kernels.hashing import GOLDEN
 from ..keys import STREAM_BITS
 from . import columns as reading
@@ -51,7 +51,7 @@ def wrong_rows(columns: Columns, piece: slice) -> list[int]:
     for at, size in columns.ahead.large:
         system.advise(view, "WILLNEED", at + start * size, at + stop * size)
     bad = np.zeros(stop - start, np.uint8)
-    kernel.verify_rows(columns.mapping.view, columns.mapping.cols, start, stop, bad)
+    row_kernels.verify_rows(columns.mapping.view, columns.mapping.cols, start, stop, bad)
     found: list[int] = (start + np.flatnonzero(bad)).tolist()
     return found
 

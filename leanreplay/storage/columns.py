@@ -10,7 +10,8 @@ import numpy as np
 
 from ..arrays import Bytes, Ints, Words
 from ..errors import CorruptionError, LeanReplayError, RowError
-from ..kernels import rows as kernel
+from ..kernels import checksums
+from ..kernels import rows as row_kernels
 from . import locks
 from .layout import BUCKETS, H_HIGH, H_SIZE, H_STATE, round_up
 from .mapping import Mapping
@@ -74,7 +75,7 @@ class Columns:
         if self.ahead.advised:
             self.ahead.advise_rows(rows, found.first, found.last)
         start = time.perf_counter()
-        found.wrong = kernel.read_rows(
+        found.wrong = row_kernels.read_rows(
             self.mapping.view, self.mapping.cols, found.first, found.last, rows, found.out, found.places, found.index, found.sums, found.bad
         )  # fmt: skip
         seconds = time.perf_counter() - start
@@ -85,7 +86,7 @@ class Columns:
     def find_changed(self, found: Reading) -> None:
         """Mark rows bad whose position, tag or checksums are others by now."""
         found.wrong = int(
-            kernel.find_changed(
+            row_kernels.find_changed(
                 self.mapping.view, self.mapping.cols, found.first, found.last, found.rows, found.index, found.sums, found.bad
             )
         )  # fmt: skip
@@ -102,14 +103,14 @@ class Columns:
     def scan(self) -> tuple[int, int, Words]:
         """Live rows, one past the highest of them, and their digests: one pass over the index."""
         digests = np.zeros(BUCKETS, np.uint64)
-        live, high = kernel.scan_index(self.mapping.view, self.mapping.cols, self.layout.max_size, digests)
+        live, high = row_kernels.scan_index(self.mapping.view, self.mapping.cols, self.layout.max_size, digests)
         return int(live), int(high), digests
 
     def log(self, state: State) -> Ints | None:
         """The policy's log, a copy; None if its hash is not the one that the state names."""
         at = self.layout.log[0]
         entries = self.mapping.view[at : at + 16 * state.log_entries].view(np.int64).reshape(-1, 2).copy()
-        return entries if kernel.hash_log(np.uint64(0), entries) == state.log_hash else None
+        return entries if checksums.hash_log(np.uint64(0), entries) == state.log_hash else None
 
     def log_error(self) -> CorruptionError:
         """The error for a log whose hash is another."""

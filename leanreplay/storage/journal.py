@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Bytes, Ints, Words
-from ..kernels import rows as kernel
+from ..kernels import before_images, checksums, commit
+from ..kernels import rows as row_kernels
 from .layout import J_COUNT, J_FREED, J_HASH, J_LIVE, J_TAG, SEAL_WORDS, Layout, round_up
 from .mapping import Mapping
 from .state import State
@@ -69,23 +70,23 @@ class BeforeImage:
     def computed_hash(self) -> int:
         """The hash of what stands there now."""
         found = int(
-            kernel.hash_records(self.source, self.rows_at, self.records_at, self.layout.record_bytes, self.live, self.count)
+            before_images.hash_records(self.source, self.rows_at, self.records_at, self.layout.record_bytes, self.live, self.count)
         )  # fmt: skip
         if self.freed:
-            found += int(kernel.hash_freed(self.source, self.layout.freed_at, self.freed))
+            found += int(before_images.hash_freed(self.source, self.layout.freed_at, self.freed))
         return found % 2**64
 
     def write_back(self, mapping: Mapping) -> None:
         """Make the rows what they were."""
         record = self.layout.record_bytes
-        kernel.restore_rows(self.source, mapping.cols, self.rows_at, self.records_at, record, self.live, self.use, mapping.mem)
+        before_images.restore_rows(self.source, mapping.cols, self.rows_at, self.records_at, record, self.live, self.use, mapping.mem)
         if self.freed:
-            kernel.restore_freed(self.source, mapping.cols, self.layout.freed_at, self.freed, mapping.mem)
+            before_images.restore_freed(self.source, mapping.cols, self.layout.freed_at, self.freed, mapping.mem)
 
     def exchange_digests(self, mapping: Mapping, digests: Words) -> None:
         """Do to the digests what `write_back` would do to them."""
         record = self.layout.record_bytes
-        kernel.exchange_digests(
+        before_images.exchange_digests(
             self.source, mapping.cols, self.rows_at, self.records_at, record, self.live, self.use, mapping.view, digests
         )  # fmt: skip
 
@@ -131,7 +132,7 @@ class BeforeImage:
             if at.shape[0] == 0:
                 return False
             record = np.zeros(size, np.uint8)
-            kernel.copy_records(mapping.view, mapping.cols, np.array([row]), record, 0, size)
+            before_images.copy_records(mapping.view, mapping.cols, np.array([row]), record, 0, size)
             place = size - 16 - 8 * layout.fields
             record[place : place + 16].view(np.int64)[:] = freed[int(at[0]), 1:]
         # The record's columns stand one after the other: the columns of a file of one row, which
@@ -139,7 +140,7 @@ class BeforeImage:
         cols = mapping.cols.copy()
         cols[:, 0] = np.cumsum([0, *[round_up(width, 8) for _, width in layout.columns[:-1]]])
         index[:, 0] = record[int(cols[-3, 0]) :][:16].view(np.int64)
-        return bool(kernel.read_record(record, cols, row, out, places))
+        return bool(row_kernels.read_record(record, cols, row, out, places))
 
 
 class Journal:
@@ -166,13 +167,13 @@ class Journal:
         if change.update is not None:
             self._changing[:] = 0
             self._changing[list(change.update.sources)] = 1
-        found = kernel.save_rows(
+        found = commit.save_rows(
             mapping.mem, mapping.cols, touched, change.rows.shape[0], self._changing, stamps, stamp,
             t.journal_rows_at, t.records_at, t.record_bytes, digests, self._counts,
         )  # fmt: skip
         new, live, count, top = self._counts.tolist()
         if freed.shape[0]:
-            found = int(found) + int(kernel.save_freed(mapping.mem, mapping.cols, freed, t.freed_at, digests))
+            found = int(found) + int(before_images.save_freed(mapping.mem, mapping.cols, freed, t.freed_at, digests))
         return BeforeImage(
             t, mapping.view, t.journal_rows_at, t.records_at, live, count, freed.shape[0], new, top, int(found) % 2**64
         )  # fmt: skip
@@ -181,7 +182,7 @@ class Journal:
         """Seal what was recorded: from here on recovery undoes the commit."""
         seal = self.seal_at
         seal[J_LIVE], seal[J_COUNT], seal[J_FREED], seal[J_HASH] = before.live, before.count, before.freed, before.hash
-        kernel.seal_block(self._mapping.mem, self.layout.journal, self.seal_words, 0)
+        checksums.seal_block(self._mapping.mem, self.layout.journal, self.seal_words, 0)
         self._mapping.barrier()
 
     def raw_seal(self) -> bytes:
@@ -195,7 +196,7 @@ class Journal:
     def pending(self, state: State) -> BeforeImage | None:
         """What the journal holds, if that is a whole commit on top of this state."""
         t, s = self.layout, np.empty(SEAL_WORDS, np.uint64)
-        if not kernel.read_block(self._mapping.view, t.journal, s):
+        if not checksums.read_block(self._mapping.view, t.journal, s):
             return None
         tag, sequence, previous, live, count, freed, digest, _ = s.tolist()
         if tag != t.tag or sequence != state.sequence + 1 or previous != state.identity:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arrays import NO_LOG, NO_ROWS, Ints
 from ..errors import FormatError, RecoveryError, RowError
-from ..kernels import rows as kernel
+from ..kernels import checksums
 from . import audit, locks, system
 from .columns import Columns, LiveRows, Reading, verify_index
 from .journal import BeforeImage, Journal
@@ -34,7 +34,7 @@ def newest_state(mapping: Mapping, patient: bool) -> State:
     for _ in range(_TRIES if patient else 1):
         valid = 0
         for at in HEADERS:
-            if not kernel.read_block(mapping.view, at, other.words) or other.tag != mapping.layout.tag:
+            if not checksums.read_block(mapping.view, at, other.words) or other.tag != mapping.layout.tag:
                 continue
             valid += 1
             if newest is None or other.sequence > newest.sequence:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..arrays import Bytes, Ints
 from ..errors import FormatError, StateError
-from ..kernels import rows as kernel
+from ..kernels import before_images, checksums
 from . import system
 from .journal import BeforeImage
 from .layout import HEADER_WORDS, PAGE, Layout
@@ -113,7 +113,7 @@ class Segment:
             control = np.zeros(CONTROL_WORDS, np.uint64)
             control[0], control[1], control[2:-1] = _MAGIC, layout.tag, state.words
             block = np.zeros(FRAMES, np.uint8)
-            kernel.seal_block(block, 0, control, 0)
+            checksums.seal_block(block, 0, control, 0)
             made._seal_tail(block, made.before, 0, whole=True)
             system.write_all(fd, block, 0)
             return made
@@ -137,7 +137,7 @@ class Segment:
         """Add a frame with rows that are about to become free."""
         frame, records_at = self._frame(rows.shape[0], rows.shape[0])
         frame[8 * FRAME_WORDS : records_at] = rows.view(np.uint8)
-        kernel.copy_records(mapping.mem, mapping.cols, rows, frame, records_at, self.layout.record_bytes)
+        before_images.copy_records(mapping.mem, mapping.cols, rows, frame, records_at, self.layout.record_bytes)
         return self._write_frame(frame, rows.shape[0], rows.shape[0], sequence, state, length)
 
     def _frame(self, live: int, rows: int) -> tuple[Bytes, int]:
@@ -151,7 +151,7 @@ class Segment:
         frozen.flags.writeable = False
         image = BeforeImage(self.layout, frozen, 8 * FRAME_WORDS, 8 * (FRAME_WORDS + rows), live, rows)
         words = np.array([_FRAME, sequence, state, live, rows, image.computed_hash(), 0], np.uint64)
-        kernel.seal_block(frame, 0, words, 0)
+        checksums.seal_block(frame, 0, words, 0)
         with system.storage_errors(f"keeping a restore point of {self._buffer}"):
             if self.path is not None:
                 with self.file.descriptor() as fd:
@@ -190,7 +190,7 @@ class Segment:
         self.count += 1
         at = TAILS[self.count % 2]
         words = np.array([_MAGIC, self.layout.tag, self.count, before, length, 0], np.uint64)
-        kernel.seal_block(block, at if whole else 0, words, 0)
+        checksums.seal_block(block, at if whole else 0, words, 0)
         return at
 
     def sync(self) -> None:
@@ -226,7 +226,7 @@ class Segment:
         frames: list[BeforeImage] = []
         words = np.zeros(FRAME_WORDS, np.uint64)
         while at < stop:
-            ok = at + 8 * FRAME_WORDS <= source.shape[0] and kernel.read_block(source, at, words) and words[0] == _FRAME
+            ok = at + 8 * FRAME_WORDS <= source.shape[0] and checksums.read_block(source, at, words) and words[0] == _FRAME
             live, count = (int(words[3]), int(words[4])) if ok else (0, 0)
             rows_at = at + 8 * FRAME_WORDS
             end = rows_at + 8 * count + live * self.layout.record_bytes
@@ -254,13 +254,13 @@ class Segment:
 def _read_segment(layout: Layout, number: int, path: str, fd: int) -> Segment | None:
     block = np.frombuffer(system.read_at(fd, FRAMES, 0).ljust(FRAMES, b"\0"), np.uint8)
     control = np.zeros(CONTROL_WORDS, np.uint64)
-    if not kernel.read_block(block, 0, control) or control[0] != _MAGIC or control[1] != np.uint64(layout.tag):
+    if not checksums.read_block(block, 0, control) or control[0] != _MAGIC or control[1] != np.uint64(layout.tag):
         return None
     found = Segment(layout, number, State(control[2:-1].copy()), path, fd)
     best = -1
     for at in TAILS:
         words = np.zeros(TAIL_WORDS, np.uint64)
-        if kernel.read_block(block, at, words) and words[1] == np.uint64(layout.tag) and best < int(words[2]) < MOST_TAILS:
+        if checksums.read_block(block, at, words) and words[1] == np.uint64(layout.tag) and best < int(words[2]) < MOST_TAILS:
             best = found.count = int(words[2])
             found.before, found.length = int(words[3]), int(words[4])
     wrong = best < 0 or not found.state.is_what_it_says() or found.state.problem(layout)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Bytes, Ints, Words
-from ..kernels import rows as kernel
+from ..kernels import checksums
 from ..keys import STREAM_BITS
 from .layout import (
     BUCKETS,
@@ -89,7 +89,7 @@ class State:
 
     def append_log(self, entries: Ints) -> None:
         """Count more entries of the policy's log."""
-        self.words[H_LOG_HASH] = kernel.hash_log(self.words[H_LOG_HASH], entries)
+        self.words[H_LOG_HASH] = checksums.hash_log(self.words[H_LOG_HASH], entries)
         self.log_entries += entries.shape[0]
 
     def copy(self) -> State:
@@ -98,7 +98,7 @@ class State:
 
     def seal(self, mem: Bytes, at: int) -> None:
         """Compute hash and checksum, and write the header to mem[at:]."""
-        kernel.seal_block(mem, at, self.words, H_STATE)
+        checksums.seal_block(mem, at, self.words, H_STATE)
 
     def is_what_it_says(self) -> bool:
         """Whether the identity is the hash of this state."""

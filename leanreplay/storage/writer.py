@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..arrays import NO_LOG, NO_ROWS, Bytes, Ints
 from ..errors import CorruptionError, FormatError, ModeError, StorageError
-from ..kernels import rows as kernel
+from ..kernels import commit
 from . import audit, locks, system
 from .columns import Columns, LiveRows, verify_index
 from .journal import NO_STAMPS, BeforeImage, Journal
@@ -221,7 +221,7 @@ class Writer:
 
     def survivors(self, rows: Ints, freed: Ints, start: int) -> Survivors:
         samples, taken, positions = np.empty((3, rows.shape[0]), np.int64)
-        n = int(kernel.keep_last(rows, freed, self.mapping.positions, self.scratch(), start, samples, taken, positions))
+        n = int(commit.keep_last(rows, freed, self.mapping.positions, self.scratch(), start, samples, taken, positions))
         k = max(0, n)
         return Survivors(n, taken[:k], samples[:k], positions[:k])
 
@@ -291,7 +291,7 @@ class Writer:
         s0, s1, s2, s3 = (*data, *_NO_DATA[len(data) :])
         count = -2
         while count == -2:
-            count = kernel.commit_rows(
+            count = commit.commit_rows(
                 mapping.mem, mapping.cols, rows, slots, start, positions, tags, first, s0, s1, s2, s3, self.journal.seal_words,
                 coming.words, HEADERS[coming.at[H_SEQ] % 2], max_rows, pages.journal_ready, pages.rows_ready, self._offsets,
             )  # fmt: skip
@@ -319,14 +319,14 @@ class Writer:
         for part, sources in change.pieces(max(1, COMMIT_BYTES // self.layout.row_bytes)):
             rows, positions, tags = change.rows[part], change.positions[part], change.tags[part]
             for f, (source, samples) in enumerate(sources):
-                kernel.write_field(mapping.mem, mapping.cols, f, rows, samples, source, positions, tags, digests)
+                commit.write_field(mapping.mem, mapping.cols, f, rows, samples, source, positions, tags, digests)
         if change.rows.shape[0]:
-            kernel.write_index(mapping.mem, mapping.cols, change.rows, change.positions, change.tags)
+            commit.write_index(mapping.mem, mapping.cols, change.rows, change.positions, change.tags)
         if change.update is not None:
             rows = change.update.rows
             same = mapping.positions[rows], mapping.tags[rows]
             for f, (source, samples) in change.update.sources.items():
-                kernel.write_field(mapping.mem, mapping.cols, f, rows, samples, source, *same, digests)
+                commit.write_field(mapping.mem, mapping.cols, f, rows, samples, source, *same, digests)
         high = max(self.high, before.top)
         if before.freed:
             mapping.positions[change.freed] = -1

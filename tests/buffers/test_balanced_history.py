@@ -19,13 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nightly import times
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
     ArgumentError,
     SchemaError,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import writer as writer_module
 
 OPS = st.one_of(

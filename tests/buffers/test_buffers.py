@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -42,7 +43,6 @@ from leanreplay import (
     StateError,
     WeightedReservoirBuffer,
 )
-from leanreplay.kernels import rows as kernel
 
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path=None, **o: ReservoirBuffer(12, path, **o),

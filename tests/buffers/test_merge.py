@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import as_python
 from grouped_oracle import keyed
 from merging import KINDS, SEED, STREAM, STREAMS, expected, feed, held, label, largest, made, positions, quotas, weight
 
@@ -332,9 +333,7 @@ def test_inclusion() -> None:
 def test_kernels(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heaps of several groups hold the best of each, equal keys by age; places are sorted by position."""
     if not compiled:
-        for name, value in list(vars(kernel).items()):
-            if hasattr(value, "py_func"):
-                monkeypatch.setattr(kernel, name, value.py_func)
+        as_python(monkeypatch, kernel)
     rng = np.random.default_rng(0)
     for caps in ([0], [1], [5, 0, 9, 1], [300, 2]):
         n = 400

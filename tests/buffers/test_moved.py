@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from storage_kernels import kernel
 
 import leanreplay
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import create
 
 KINDS: dict[str, Callable[..., Any]] = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from grouped_oracle import keyed
 from grouped_oracle import quotas as group_quotas_by_definition
+from storage_kernels import kernel
 
 import leanreplay as lr
-from leanreplay.kernels import rows as kernel
 from leanreplay.policies.balanced import group_hash, group_quotas
 from leanreplay.storage import writer as writer_module
 

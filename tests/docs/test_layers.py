@@ -104,11 +104,27 @@ def test_foreign_imports(name, path):
 
 @pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
 def test_kernels_stand_alone(name, path):
-    """Kernels import nothing of ours but the decorator and hashing; `kernels` itself and hashing, nothing beside them."""
-    allowed = {"leanreplay.kernels", "leanreplay.kernels.hashing"}
-    if name in ("kernels.__init__", "kernels.hashing"):
-        allowed = {"leanreplay.kernels"} - {f"leanreplay.{name.removesuffix('.__init__')}"}
+    """Kernels import nothing of ours but decorators and helpers; the files of helpers, those below."""
+    helpers = ["kernels", "kernels.hashing", "kernels.memory", "kernels.heaps", "kernels.checksums"]
+    mine = name.removesuffix(".__init__")
+    below = helpers[: helpers.index(mine)] if mine in helpers else helpers
+    allowed = {f"leanreplay.{helper}" for helper in below}
     assert {i for i in imports(name, path) if i.startswith("leanreplay")} <= allowed
+
+
+@pytest.mark.parametrize(("name", "path"), [f for f in FILES if not f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
+def test_python_calls_no_helper_of_kernels(name, path):
+    """Helpers have no entry from Python: a call of one would crash the interpreter."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    modules = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("kernels"):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            kernel = getattr(importlib.import_module(f"leanreplay.kernels.{modules[node.value.id]}"), node.attr)
+            assert not getattr(kernel, "targetoptions", {}).get("no_cpython_wrapper"), f"{name}:{node.lineno}: {node.attr}"
 
 
 # Within `torch`: `training` stands on everything, and nothing but the picture on it.

@@ -15,13 +15,13 @@ from children import child, killed, outcome
 from grouped_killing import KINDS, MODES, ROWS, assert_prefix, feed, finish, label, stream, wanted
 from grouped_oracle import Grouped
 from killing import Scene, stop_everywhere
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
     RecoveryError,
     StateError,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.policies import (
     balanced,
 )

@@ -271,7 +271,7 @@ def test_tables_that_are_none(path, text):
 
 def headers(path, **changes):
     """Write both headers with some words changed, sealed as right ones are; a function is given the word's value."""
-    from leanreplay.kernels import rows as kernel
+    from storage_kernels import kernel
 
     for at in fmt.HEADERS:
         words = np.zeros(fmt.HEADER_WORDS, np.uint64)

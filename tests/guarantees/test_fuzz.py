@@ -21,9 +21,9 @@ import h5py  # noqa: F401  (loaded before the children fork)
 import numpy as np
 import pytest
 from nightly import times
+from storage_kernels import kernel
 
 import leanreplay as lr
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import locks
 from leanreplay.storage import writer as writer_module

@@ -24,10 +24,10 @@ import pytest
 from children import child, result
 from nightly import times
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay as lr
 from leanreplay import merge as merge_module
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import locks, segment
 from leanreplay.storage.create import plan_file

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nightly import times
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import GreedyClassBalancingBuffer, InfiniteBuffer, ReservoirBuffer, SchemaError, SlidingWindowBuffer
 from leanreplay.buffers import feeding
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import create
 from leanreplay.storage import writer as writer_module
 

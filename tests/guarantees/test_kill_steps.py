@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from children import child, killed
 from killing import BOUNDED, KINDS, ROWS, Scene, assert_prefix, die, feed, finish, image, stop_everywhere, stream
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
     ReservoirBuffer,
     StateError,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import writer as writer_module
 
 pytestmark = [pytest.mark.usefixtures("kill_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from nightly import times
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -36,7 +37,6 @@ from leanreplay import (
     SlidingWindowBuffer,
     StateError,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.keys import key_pair
 from leanreplay.storage import (
     create,

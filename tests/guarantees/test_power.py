@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from nightly import times
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -31,7 +32,6 @@ from leanreplay import (
     ReservoirBuffer,
     SlidingWindowBuffer,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import (
     system,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from children import child, killed
 from killing import BOUNDED, KINDS, ROWS, assert_prefix, die, expected, feed, finish, image, stream
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -18,7 +19,6 @@ from leanreplay import (
     ReservoirBuffer,
     StateError,
 )
-from leanreplay.kernels import rows as kernel
 
 pytestmark = [pytest.mark.usefixtures("kill_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 

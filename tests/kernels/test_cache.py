@@ -30,7 +30,7 @@ def make(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     def made() -> Any:
         space: dict[str, Any] = {"__name__": "source"}
         exec(compile(source.read_text(), str(source), "exec"), space)
-        return kernels.entry(space["double"])
+        return kernels.compile_kernel(space["double"])
 
     return made
 

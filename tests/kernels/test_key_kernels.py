@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_oracle import GOLDEN, M64, PINNED, digest, fin, key, keys, read_only, words
 
-from leanreplay.kernels import balance, hashing, reservoir
+from leanreplay.kernels import greedy, hashing, heaps, reservoir
 from leanreplay.keys import key_pair
 
 
@@ -187,7 +187,31 @@ def test_draw(run: None, size: int, replace: bool) -> None:
             assert out.tolist() == wanted, (n, seen, counter)
 
 
-# -- balance -----------------------------------------------------------------------------------------------------------
+def test_heaps(run: None) -> None:
+    """The worst is on top: the smallest key, of equal ones the youngest; what is put in its place sinks."""
+    rng = random.Random(3)
+    assert heaps.is_worse(np.uint64(1), 5, np.uint64(2), 0) and not heaps.is_worse(np.uint64(2), 0, np.uint64(1), 5)
+    assert heaps.is_worse(np.uint64(1), 5, np.uint64(1), 4) and not heaps.is_worse(np.uint64(1), 4, np.uint64(1), 4)
+    held_keys, held, rows = np.zeros(20, np.uint64), np.zeros(20, np.int64), np.zeros(20, np.int64)
+    inside: list[tuple[int, int, int]] = []
+    for i in range(200):
+        entry = (rng.randrange(5), -i, i)  # of equal keys the one of the smaller -position stays longer
+        if len(inside) < 20:
+            heaps.sift_up(held_keys, held, rows, len(inside), np.uint64(entry[0]), i, i)
+        else:
+            inside.remove((int(held_keys[0]), -int(held[0]), int(rows[0])))
+            heaps.sift_down(held_keys, held, rows, 20, 0, np.uint64(entry[0]), i, i)
+        inside.append(entry)
+        assert (int(held_keys[0]), -int(held[0]), int(rows[0])) == min(inside)
+    values, numbers = np.array(rng.sample(range(1000), 31)), np.arange(31)
+    pairs = set(zip(values.tolist(), numbers.tolist(), strict=True))
+    for i in range(15, -1, -1):
+        heaps.sink(values, numbers, 31, i)
+    assert all(values[(i - 1) // 2] < values[i] for i in range(1, 31))
+    assert set(zip(values.tolist(), numbers.tolist(), strict=True)) == pairs
+
+
+# -- greedy ------------------------------------------------------------------------------------------------------------
 
 
 LABELS = [-(2**63), -3, 0, 1, 10**12]
@@ -213,7 +237,7 @@ def test_largest_class(run: None, counts: list[int]) -> None:
     labels = LABELS[: len(counts)]
     for i in range(40):
         base = fin(i)
-        found = balance.largest_class(np.array(labels), np.array(counts), np.uint64(base))
+        found = greedy.largest_class(np.array(labels), np.array(counts), np.uint64(base))
         assert labels[found] == largest(dict(zip(labels, counts, strict=True)), base)
 
 
@@ -223,14 +247,14 @@ def test_random_member(run: None, size: int) -> None:
     row_labels = np.array([7] + [3] * (size - 1) + [7] * 2)  # rows beyond `size` do not count
     for i in range(60):
         base = fin(i)
-        assert balance.random_member(read_only(row_labels), size, 7, np.uint64(base)) == 0
+        assert greedy.random_member(read_only(row_labels), size, 7, np.uint64(base)) == 0
         if size > 1:
-            assert balance.random_member(row_labels, size, 3, np.uint64(base)) == member(row_labels[:size].tolist(), 3, base)
+            assert greedy.random_member(row_labels, size, 3, np.uint64(base)) == member(row_labels[:size].tolist(), 3, base)
 
 
 def test_random_member_with_a_wrong_count_ends(run: None) -> None:
     """A class that is nowhere: no endless loop."""
-    assert balance.random_member(np.zeros(4, np.int64), 4, 9, np.uint64(1)) == 0
+    assert greedy.random_member(np.zeros(4, np.int64), 4, 9, np.uint64(1)) == 0
 
 
 @pytest.mark.parametrize(("capacity", "n"), [(1, 0), (1, 1), (1, 20), (4, 3), (4, 4), (4, 40), (25, 150)])
@@ -255,7 +279,7 @@ def test_plan_greedy(run: None, capacity: int, n: int) -> None:
         rows_taken = np.full(n, -9)
         for at in range(0, n, step):
             piece = slice(at, at + step)
-            size = balance.plan_greedy(
+            size = greedy.plan_greedy(
                 held, size, capacity, np.array(LABELS), counts, *pair, start + at, read_only(groups[piece]), rows_taken[piece]
             )
         assert rows_taken.tolist() == wanted

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_oracle import GOLDEN, M64, digest, mix, read_only, words
 
-from leanreplay.kernels import rows
+from leanreplay.kernels import before_images, checksums, commit, memory, rows
 
 SIZES = (1, 3, 7, 8, 9, 40, 785)
 FIELDS = len(SIZES)
@@ -111,28 +111,52 @@ def test_hashes(run: None, n: int) -> None:
     src, before = rng.integers(0, 256, n + 40, np.uint8), rng.integers(0, 256, n + 40, np.uint8)
     for s, d in ((0, 0), (3, 5), (8, 16), (1, 8)):
         data = src[s : s + n].tobytes()
-        assert int(rows._hash(read_only(src), np.uint64(s), np.uint64(n))) == digest(data)
+        assert int(checksums.hash_bytes(read_only(src), np.uint64(s), np.uint64(n))) == digest(data)
         dst = before.copy()
-        assert int(rows._copy(read_only(src), np.uint64(s), dst, np.uint64(d), np.uint64(n))) == digest(data)
+        assert int(checksums.copy_bytes(read_only(src), np.uint64(s), dst, np.uint64(d), np.uint64(n))) == digest(data)
         assert dst.tobytes() == before[:d].tobytes() + data + before[d + n :].tobytes()
     if n % 8 == 0:
         source, data = src[: (n + 40) // 8 * 8].view(np.uint64), src[8 : 8 + n].tobytes()
-        assert int(rows._hash_words(read_only(source), np.uint64(8), np.uint64(n))) == digest(data)
+        assert int(checksums.hash_words(read_only(source), np.uint64(8), np.uint64(n))) == digest(data)
 
 
 def test_hash_notices_every_change_of_a_byte(run: None) -> None:
     """Every value of every byte of an odd number of them, and every swap of neighbours."""
     src = np.random.default_rng(0).integers(0, 256, 19, np.uint8)
-    reference = int(rows._hash(src, np.uint64(0), np.uint64(19)))
-    step = 1 if hasattr(rows.verify_rows, "py_func") and hasattr(rows._hash, "py_func") else 37
+    reference = int(checksums.hash_bytes(src, np.uint64(0), np.uint64(19)))
+    step = 1 if hasattr(rows.verify_rows, "py_func") and hasattr(checksums.hash_bytes, "py_func") else 37
     for i in range(19):
         for change in range(1, 256, step):
             other = src.copy()
             other[i] ^= change
-            assert int(rows._hash(other, np.uint64(0), np.uint64(19))) != reference
+            assert int(checksums.hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
         other = src.copy()
         other[i], other[i - 1] = src[i - 1], src[i]
-        assert src[i] == src[i - 1] or int(rows._hash(other, np.uint64(0), np.uint64(19))) != reference
+        assert src[i] == src[i - 1] or int(checksums.hash_bytes(other, np.uint64(0), np.uint64(19))) != reference
+
+
+def test_words_of_checksums(run: None) -> None:
+    """What a row is, its checksum, and what that adds to a digest; each is the oracle's."""
+    rng = random.Random(1)
+    for _ in range(200):
+        a, b, c = (rng.choice([0, 1, M64, 2**63, rng.getrandbits(64)]) for _ in range(3))
+        assert int(checksums.mix(np.uint64(a))) == mix(a)
+        y = a + b & M64
+        assert int(checksums.hash_word(np.uint64(a), np.uint64(b))) == y + (y & 0xFFFFFFFF) * (y >> 32) & M64
+        identity = mix(mix((a * GOLDEN & M64) ^ c) + b & M64)
+        assert int(checksums.row_identity(np.uint64(a), np.uint64(b), np.uint64(c))) == identity
+        assert int(checksums.checksum_of(np.uint64(a), np.uint64(identity), 3)) == mix((a + 3 & M64) ^ identity)
+        assert int(checksums.digest_of(np.uint64(a))) == mix(a ^ GOLDEN)
+
+
+def test_columns(run: None) -> None:
+    """Where positions, groups and checksums begin, in words; asking for cache lines changes nothing."""
+    image = Image(3, 0)
+    at = image.offsets[FIELDS:]
+    assert [int(v) for v in memory.index_columns(image.cols)] == [FIELDS, at[0] // 8, at[1] // 8, at[2] // 8]
+    before = image.mem.copy()
+    memory.prefetch_bytes(image.mem, np.uint64(5), np.uint64(700))
+    assert (image.mem == before).all()
 
 
 @pytest.mark.parametrize(("count", "state"), [(1, 0), (2, 0), (7, 0), (7, 3), (40, 4)])
@@ -146,16 +170,16 @@ def test_blocks(run: None, count: int, state: int) -> None:
     if state:
         wanted[state] = digest(np.array(wanted[state + 1 : -1], np.uint64).tobytes())
     wanted[-1] = digest(np.array(wanted[:-1], np.uint64).tobytes())
-    rows.seal_block(mem, 64, block, state)
+    checksums.seal_block(mem, 64, block, state)
     assert mem[64 : 64 + 8 * count].view(np.uint64).tolist() == wanted == block.tolist()
     assert mem[:64].tobytes() == before[:64].tobytes()
     assert mem[64 + 8 * count :].tobytes() == before[64 + 8 * count :].tobytes()
     found = np.zeros(count, np.uint64)
-    assert rows.read_block(read_only(mem), 64, found)
+    assert checksums.read_block(read_only(mem), 64, found)
     assert found.tolist() == wanted
     for i in range(8 * count):
         mem[64 + i] ^= 1 + i % 255
-        assert not rows.read_block(read_only(mem), 64, found), i
+        assert not checksums.read_block(read_only(mem), 64, found), i
         mem[64 + i] ^= 1 + i % 255
 
 
@@ -252,7 +276,7 @@ def test_keep_last(run: None, taken: list[int], wanted: list[tuple[int, int]] | 
     slots = np.zeros(5, np.int32)
     samples, found, positions = (np.full(len(taken), -9) for _ in range(3))
     index = read_only(np.zeros(5, np.int64))
-    count = rows.keep_last(read_only(np.array(taken, np.int64)), np.zeros(0, np.int64), index, slots, 1000, samples, found, positions)
+    count = commit.keep_last(read_only(np.array(taken, np.int64)), np.zeros(0, np.int64), index, slots, 1000, samples, found, positions)
     assert not slots.any()
     if wanted is None:
         assert count == -1
@@ -280,7 +304,7 @@ def test_keep_last_looks_at_freed_rows(run: None, freed: list[int], right: bool)
     slots, index = np.zeros(5, np.int32), np.array([7, 8, -1, 9, 0])
     samples, found, positions = (np.full(3, -9) for _ in range(3))
     given = np.array(freed, np.int64)
-    count = rows.keep_last(np.array([4, -1, 1]), given, index, slots, 1000, samples, found, positions)
+    count = commit.keep_last(np.array([4, -1, 1]), given, index, slots, 1000, samples, found, positions)
     assert not slots.any()
     assert count == (2 if right else -2)
     assert given.tolist() == freed
@@ -307,7 +331,7 @@ def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) 
         for f in range(FIELDS) if r in chosen[:whole] else changing:
             wanted[r % 3] = wanted[r % 3] - share(image.stored(r, f)) & M64
     place = (image.list_at, image.record_at, image.record)
-    found = rows.save_rows(image.mem, image.cols, np.array(chosen, np.int64), whole, marks, stamps, 4, *place, digests, counts)
+    found = commit.save_rows(image.mem, image.cols, np.array(chosen, np.int64), whole, marks, stamps, 4, *place, digests, counts)
     assert int(found) == journal(image, order, live)
     assert counts.tolist() == [len(new), live, len(order), max(chosen, default=-1) + 1]
     assert digests.tolist() == wanted
@@ -322,11 +346,11 @@ def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) 
 
     # The records alone, as they lie in an undo file, have the same hash.
     copy = np.concatenate([image.mem[image.list_at :][: 8 * len(order)], image.mem[image.record_at :][: live * image.record]])
-    assert int(rows.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) == int(found)
+    assert int(before_images.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) == int(found)
     if live:
         for at in (8 * len(order), copy.shape[0] - 1):
             copy[at] ^= 1
-            assert int(rows.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) != int(found)
+            assert int(before_images.hash_records(read_only(copy), 0, 8 * len(order), image.record, live, len(order))) != int(found)
             copy[at] ^= 1
 
     # Each record reads as a row of a file of its own.
@@ -350,8 +374,8 @@ def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) 
     use = np.ones(len(order), np.uint8)
     use[1::3] = 0
     source = read_only(image.mem.copy())
-    rows.exchange_digests(source, image.cols, *place, live, use, read_only(image.mem), present)
-    rows.restore_rows(source, image.cols, *place, live, use, image.mem)
+    before_images.exchange_digests(source, image.cols, *place, live, use, read_only(image.mem), present)
+    before_images.restore_rows(source, image.cols, *place, live, use, image.mem)
     assert present.tolist() == image.digests(3)
     reference = Image(7, 3, holes=True)
     for i, r in enumerate(order):
@@ -361,7 +385,7 @@ def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) 
             assert all(image.entry(r, c) == reference.entry(r, c) for c in range(FIELDS + 3))
         else:
             assert image.position(r) == -1
-    rows.restore_rows(source, image.cols, *place, live, np.ones(len(order), np.uint8), image.mem)
+    before_images.restore_rows(source, image.cols, *place, live, np.ones(len(order), np.uint8), image.mem)
     for r in range(7):
         columns = range(FIELDS + 3) if reference.position(r) >= 0 or r not in chosen else [FIELDS]
         assert all(image.entry(r, c) == reference.entry(r, c) for c in columns)
@@ -371,7 +395,7 @@ def test_journal_without_stamps(run: None) -> None:
     """Without restore points every live row counts as new."""
     image = Image(4, 5)
     counts = np.zeros(4, np.int64)
-    rows.save_rows(
+    commit.save_rows(
         image.mem, image.cols, np.array([2, 0]), 2, np.zeros(FIELDS, np.uint8), np.zeros(0, np.int32), 1,
         image.list_at, image.record_at, image.record, words(0), counts,
     )  # fmt: skip
@@ -401,7 +425,7 @@ def test_write_field(run: None, f: int, chosen: list[int]) -> None:
         sums[8 * f : 8 * f + 8] = value.to_bytes(8, "little")
         reference.put(r, FIELDS + 2, bytes(sums))
         wanted[r % 3] = wanted[r % 3] + share(value) & M64
-    rows.write_field(image.mem, image.cols, f, np.array(chosen, np.int64), samples, read_only(source), positions, groups, digests)
+    commit.write_field(image.mem, image.cols, f, np.array(chosen, np.int64), samples, read_only(source), positions, groups, digests)
     assert image.mem.tobytes() == reference.mem.tobytes()
     assert digests.tolist() == wanted
 
@@ -414,7 +438,7 @@ def test_write_index(run: None, chosen: list[int]) -> None:
     for r, p, g in zip(chosen, positions.tolist(), groups.tolist(), strict=True):
         reference.put(r, FIELDS, p.to_bytes(8, "little"))
         reference.put(r, FIELDS + 1, g.to_bytes(8, "little", signed=True))
-    rows.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups)
+    commit.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups)
     assert image.mem.tobytes() == reference.mem.tobytes()
 
 
@@ -455,25 +479,25 @@ def test_commit_rows(run: None, fields: int, given: bool, plan: list[int]) -> No
         at = np.array([*place, seal_at, 1, 3, 5, 2, 4, 6, 8, 3])
         where = positions if given else positions[:0]
         limits = most, ready, faulted
-        found = rows.commit_rows(memory, cols, plan, slots, start, where, groups, first, *data, seal, head, header_at, *limits, at)
+        found = commit.commit_rows(memory, cols, plan, slots, start, where, groups, first, *data, seal, head, header_at, *limits, at)
         return found, (memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist())
 
     def steps() -> tuple[Any, ...]:
         memory, cols, place, head, seal, slots = made()
         digests, none, counts = head[8:11], np.zeros(0, np.int32), np.zeros(4, np.int64)
         samples, taken, places = (np.zeros(n, np.int64) for _ in range(3))
-        assert rows.keep_last(planned, planned[:0], planned[:0], slots, start, samples, taken, places) == count
+        assert commit.keep_last(planned, planned[:0], planned[:0], slots, start, samples, taken, places) == count
         samples, taken, places = samples[:count], taken[:count], positions[samples[:count]] if given else places[:count]
         if count:
-            seal[5] = rows.save_rows(memory, cols, taken, count, np.zeros(fields, np.uint8), none, 0, *place, digests, counts)
+            seal[5] = commit.save_rows(memory, cols, taken, count, np.zeros(fields, np.uint8), none, 0, *place, digests, counts)
             seal[1], seal[3] = counts[1], counts[2]
-            rows.seal_block(memory, seal_at, seal, 0)
+            checksums.seal_block(memory, seal_at, seal, 0)
             for f, source in enumerate(sources):
-                rows.write_field(memory, cols, f, taken, samples + first, source, places, groups[samples + first], digests)
-            rows.write_index(memory, cols, taken, places, groups[samples + first])
+                commit.write_field(memory, cols, f, taken, samples + first, source, places, groups[samples + first], digests)
+            commit.write_index(memory, cols, taken, places, groups[samples + first])
         head[2] += np.uint64(counts[2] - counts[1])
         head[4] = max(int(head[4]), int(counts[3]))
-        rows.seal_block(memory, header_at, head, 6)
+        checksums.seal_block(memory, header_at, head, 6)
         return memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist()
 
     found, left = call(planned)
@@ -527,18 +551,18 @@ def test_freed_rows(run: None, chosen: list[int]) -> None:
             wanted[r % 3] = wanted[r % 3] - share(image.stored(r, f)) & M64
     at, before = image.list_at + 16, image.mem.copy()
     data = b"".join(v.to_bytes(8, "little", signed=True) for r in chosen for v in (r, image.position(r), image.group(r)))
-    found = int(rows.save_freed(image.mem, image.cols, np.array(chosen, np.int64), at, digests))
+    found = int(before_images.save_freed(image.mem, image.cols, np.array(chosen, np.int64), at, digests))
     assert found == digest(data)
     assert digests.tolist() == wanted
     assert image.mem.tobytes() == before[:at].tobytes() + data + before[at + len(data) :].tobytes()
-    assert int(rows.hash_freed(read_only(image.mem), at, len(chosen))) == found
+    assert int(before_images.hash_freed(read_only(image.mem), at, len(chosen))) == found
     for place in {at, at + len(data) // 2, at + len(data) - 1} if chosen else ():
         image.mem[place] ^= 8
-        assert int(rows.hash_freed(read_only(image.mem), at, len(chosen))) != found
+        assert int(before_images.hash_freed(read_only(image.mem), at, len(chosen))) != found
         image.mem[place] ^= 8
 
     record = np.zeros(8 + len(chosen) * image.record, np.uint8)
-    rows.copy_records(read_only(image.mem), image.cols, np.array(chosen, np.int64), record, 8, image.record)
+    before_images.copy_records(read_only(image.mem), image.cols, np.array(chosen, np.int64), record, 8, image.record)
     padded = [b"".join(e + bytes(-len(e) % 8) for e in (image.entry(r, c) for c in range(FIELDS + 3))) for r in chosen]
     assert record.tobytes() == bytes(8) + b"".join(padded)
 
@@ -546,7 +570,7 @@ def test_freed_rows(run: None, chosen: list[int]) -> None:
         image.put(r, FIELDS, (-1).to_bytes(8, "little", signed=True))
         image.put(r, FIELDS + 1, bytes(8))
     assert image.digests(3) == wanted
-    rows.restore_freed(read_only(image.mem.copy()), image.cols, at, len(chosen), image.mem)
+    before_images.restore_freed(read_only(image.mem.copy()), image.cols, at, len(chosen), image.mem)
     assert image.columns() == reference.columns()
 
 
@@ -559,15 +583,15 @@ def test_hash_log(run: None, count: int) -> None:
     for what, entry in log:
         value = mix(mix(value + (what & M64) * GOLDEN & M64) + (entry & M64) & M64)
     entries = np.array(log, np.int64).reshape(-1, 2)
-    assert int(rows.hash_log(np.uint64(0), read_only(entries))) == value
+    assert int(checksums.hash_log(np.uint64(0), read_only(entries))) == value
     for cut in {0, count // 2, count}:
-        first = np.uint64(rows.hash_log(np.uint64(0), entries[:cut]))
-        assert int(rows.hash_log(first, entries[cut:])) == value
+        first = np.uint64(checksums.hash_log(np.uint64(0), entries[:cut]))
+        assert int(checksums.hash_log(first, entries[cut:])) == value
     for i in range(count):
         for column in (0, 1):
             other = entries.copy()
             other[i, column] ^= 1 << (5 * i % 64)
-            assert int(rows.hash_log(np.uint64(0), other)) != value
+            assert int(checksums.hash_log(np.uint64(0), other)) != value
         swapped = entries.copy()
         swapped[[i, i - 1]] = entries[[i - 1, i]]
-        assert (swapped == entries).all() or int(rows.hash_log(np.uint64(0), swapped)) != value
+        assert (swapped == entries).all() or int(checksums.hash_log(np.uint64(0), swapped)) != value

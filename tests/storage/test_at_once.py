@@ -20,6 +20,7 @@ import pytest
 from children import child, outcome, result
 from nightly import times
 from paths import import_path
+from storage_kernels import FILES, kernel
 
 import leanreplay
 from leanreplay import (
@@ -31,14 +32,13 @@ from leanreplay import (
     StateError,
     StorageError,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
     system,
 )
 from leanreplay.storage import writer as writer_module
 from leanreplay.storage.store import Change
 
-STEPS = (kernel.__file__, *glob.glob(os.path.join(os.path.dirname(system.__file__), "*.py")))
+STEPS = (*FILES, *glob.glob(os.path.join(os.path.dirname(system.__file__), "*.py")))
 KINDS = [ReservoirBuffer, SlidingWindowBuffer, GreedyClassBalancingBuffer, ClassBalancedBuffer]
 METADATA = {0: (), 1: ("a",), 2: ("a", "b"), 3: ("a", "b", "c")}
 

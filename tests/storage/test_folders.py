@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -25,7 +26,6 @@ from leanreplay import (
 from leanreplay.buffers import (
     infinite,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import parts as storage_parts
 from leanreplay.storage.layout import H_HIGH, H_SEEN, H_SIZE, HEADER_WORDS, HEADERS, PAGE
 

@@ -18,6 +18,7 @@ from beside import KINDS, assert_whole, feed, stream
 from children import child, killed, result
 from interpreter import Script
 from nightly import times
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -27,7 +28,6 @@ from leanreplay import (
     ReservoirBuffer,
     SlidingWindowBuffer,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
     locks,
 )

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from children import child, result
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import audit, columns, locks, store
 from leanreplay.storage import writer as writer_module
 

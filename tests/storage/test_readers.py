@@ -17,6 +17,7 @@ import pytest
 from beside import GROUPED, KINDS, assert_whole, feed, feed_groups, group, stream
 from children import child, killed, result
 from nightly import times
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -24,7 +25,6 @@ from leanreplay import (
     RowError,
     SlidingWindowBuffer,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import (
     locks,
 )

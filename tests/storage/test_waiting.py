@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from children import child, outcome, result
+from storage_kernels import kernel
 from test_faults import batch, contents, make
 
 import leanreplay
 from leanreplay import RecoveryError, merge
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import locks, system
 from leanreplay.storage import writer as writer_module
 

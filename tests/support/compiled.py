@@ -9,7 +9,7 @@ from typing import Any
 import numba
 import pytest
 
-from leanreplay.kernels import hashing
+from leanreplay.kernels import checksums, hashing, heaps, memory
 
 
 def call_helpers(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,10 +21,12 @@ def call_helpers(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def as_python(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
     """Put the Python functions that they are made from in the places of kernels and helpers."""
-    for module in (*modules, hashing):
+    for module in {*modules, checksums, hashing, heaps, memory}:
         for name, value in list(vars(module).items()):
             if hasattr(value, "py_func"):
                 monkeypatch.setattr(module, name, value.py_func)
+            elif name in memory.PLAIN:
+                monkeypatch.setattr(module, name, memory.PLAIN[name])
 
 
 @functools.cache

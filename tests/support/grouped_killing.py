@@ -12,12 +12,12 @@ import numpy as np
 from grouped_oracle import BORROW, LARGEST, QUOTA, Grouped
 from killing import Steps, image, place
 from paths import in_memory
+from storage_kernels import kernel
 
 from leanreplay import (
     ClassBalancedBuffer,
     ClassBalancingReservoirBuffer,
 )
-from leanreplay.kernels import rows as kernel
 
 ROWS = 24
 BATCH = 20

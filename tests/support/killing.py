@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from children import child, killed, result
 from paths import in_memory
+from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
@@ -26,7 +27,6 @@ from leanreplay import (
     ReservoirBuffer,
     SlidingWindowBuffer,
 )
-from leanreplay.kernels import rows as kernel
 from leanreplay.storage import layout as fmt
 from leanreplay.storage import (
     paging,

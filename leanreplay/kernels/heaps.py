@@ -1,0 +1,54 @@
+"""Heaps in arrays: steps that kernels of reservoirs, merging and sorting share."""
+
+from __future__ import annotations
+
+from . import helper
+
+
+@helper
+def sink(keys, rows, size, i):
+    """Let entry i of a min-heap of (key, row) sink to where it belongs."""
+    key, row = keys[i], rows[i]
+    while True:
+        child = 2 * i + 1
+        if child >= size:
+            break
+        if child + 1 < size and keys[child + 1] < keys[child]:
+            child += 1
+        if keys[child] >= key:
+            break
+        keys[i], rows[i] = keys[child], rows[child]
+        i = child
+    keys[i], rows[i] = key, row
+
+
+@helper
+def is_worse(key, position, than, other):
+    """Whether a sample leaves before another: the smaller key does, of equal ones the younger."""
+    return key < than or (key == than and position > other)
+
+
+@helper
+def sift_up(keys, held, rows, i, key, position, row):
+    """Add a sample behind the i samples of a heap, the worst on top, and let it rise."""
+    while i > 0:
+        above = (i - 1) // 2
+        if not is_worse(key, position, keys[above], held[above]):
+            break
+        keys[i], held[i], rows[i] = keys[above], held[above], rows[above]
+        i = above
+    keys[i], held[i], rows[i] = key, position, row
+
+
+@helper
+def sift_down(keys, held, rows, size, i, key, position, row):
+    """Put a sample in the place of sample i of a heap, the worst on top, and let it sink."""
+    while 2 * i + 1 < size:
+        c = 2 * i + 1
+        if c + 1 < size and is_worse(keys[c + 1], held[c + 1], keys[c], held[c]):
+            c += 1
+        if not is_worse(keys[c], held[c], key, position):
+            break
+        keys[i], held[i], rows[i] = keys[c], held[c], rows[c]
+        i = c
+    keys[i], held[i], rows[i] = key, position, row
