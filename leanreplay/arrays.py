@@ -9,6 +9,7 @@ Bools = npt.NDArray[np.bool_]
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+BytesLike = bytes | memoryview | Bytes | Ints
 Words = npt.NDArray[np.uint64]
 
 NO_ROWS: Ints = np.zeros(0, np.int64)

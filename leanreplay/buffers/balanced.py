@@ -25,7 +25,7 @@ from ..policies.exemplars import ParametricPolicy
 from ..storage.store import Store
 from .base import DataBuffer
 from .feeding import Moved
-from .reading import Reach, parse_indices
+from .reading import Array, Reach, Read, parse_indices
 
 
 class BalancedBuffer(DataBuffer):
@@ -36,7 +36,7 @@ class BalancedBuffer(DataBuffer):
     _rows_by_group: tuple[Store, int, dict[int, Ints]] | None = None
     _sizes_by_group: tuple[Store, int, dict[int, int]] | None = None
 
-    def _given(self, total: Any, **flags: Any) -> None:
+    def _given(self, total: object, **flags: object) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or
         settled by the policy."""
         name = self.policy_class.total_name
@@ -46,7 +46,7 @@ class BalancedBuffer(DataBuffer):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
             self._params[name] = None if value is None else bool(value)
 
-    def items_of_group(self, group: int, indices: Sequence[int], reach: int) -> list[tuple[Any, dict[str, Any]]]:
+    def items_of_group(self, group: int, indices: Sequence[int], reach: int) -> list[Read]:
         """The samples at these places in the rows of a group. reach: as of `parse_indices`."""
         with self.lock:
             for _ in range(100):
@@ -144,7 +144,7 @@ class BalancedBuffer(DataBuffer):
         except (KeyError, TypeError):
             raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
 
-    def experience_number(self, given: Any, at: Any, step: int) -> Any:
+    def experience_number(self, given: object, at: object, step: int) -> int | Array:
         """The number of an experience: given, or `step` beyond the largest seen. An array, one for
         each sample, is `_groups`' concern."""
         if isinstance(given, np.ndarray) and given.ndim:
@@ -185,7 +185,7 @@ class Group:
     RowError once it has none.
     """
 
-    _with_metadata = True
+    with_metadata = True
 
     def __init__(self, buffer: BalancedBuffer, group: int) -> None:
         self.buffer, self.group = buffer, group
@@ -201,13 +201,13 @@ class Group:
     def __len__(self) -> int:
         return self._reach.told(int(self.rows.shape[0]))
 
-    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
+    def __getitem__(self, index: int) -> Read:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[Read]:
         return self.buffer.items_of_group(self.group, indices, self._reach.now())
 
-    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Read]:
         for i in range(len(self)):
             yield self[i]
 

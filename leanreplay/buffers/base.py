@@ -99,7 +99,7 @@ class DataBuffer:
     tag_class: ClassVar[type[Label]] = Label
     whole_journal: ClassVar[bool] = False  # whether one commit may overwrite all rows
     sized: ClassVar[bool] = True  # whether there is a max_size; an InfiniteBuffer has none
-    _with_metadata: ClassVar[bool] = True  # items are (sample, metadata)
+    with_metadata: ClassVar[bool] = True  # items are (sample, metadata)
     _params: Params = {}  # noqa: RUF012 - the policy's parameters, as a subclass was given them
 
     def __init_subclass__(cls, **kwargs: object) -> None:

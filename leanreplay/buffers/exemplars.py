@@ -23,6 +23,7 @@ from ..storage.layout import Layout
 from ..storage.store import Store, WritableStore
 from .balanced import BalancedBuffer
 from .feeding import Moved, skipped
+from .reading import Array
 from .rewriting import lengthen_log
 from .units import RANK, Unit, ranks_of, read_exemplars, with_rank, without_rank
 
@@ -156,7 +157,7 @@ class ParametricBuffer(BalancedBuffer):
         with self.lock:
             self._unit(batch, metadata, group, experience, None)
 
-    def _unit(self, batch: Any, metadata: Any, group: Any, experience: Any, at: Any) -> tuple[Schema, Batch, Ints]:
+    def _unit(self, batch: Any, metadata: Any, group: object, experience: object, at: object) -> tuple[Schema, Batch, Ints]:
         """A batch that fits, and the groups of its samples."""
         store = self.current.writing()
         _refuse_rank(metadata)
@@ -201,7 +202,7 @@ class ParametricBuffer(BalancedBuffer):
             fetch = items.fetch(np.zeros(n, np.int64))
             self._feed_unit(schema, n, fetch, features, integers(group, n, "group"), at)
 
-    def _default_group(self, schema: Schema, leaf: Callable[[int], Any], experience: Any, at: Any, step: int) -> Any:
+    def _default_group(self, schema: Schema, leaf: Callable[[int], Any], experience: object, at: object, step: int) -> int | Array:
         """Group ids as `groupby` says. leaf(field): all values of a field."""
         by = self.groupby
         if by is None:
@@ -259,7 +260,7 @@ class ParametricBuffer(BalancedBuffer):
         assert isinstance(policy, ParametricPolicy)
         return policy.keep_ranks(size, store.index()[1][live], ranks_of(store, live))
 
-    def set_metadata(self, name: str, values: Any, rows: Any = None, *, positions: Any = None) -> None:
+    def set_metadata(self, name: str, values: Any, rows: object = None, *, positions: object = None) -> None:
         """As `DataBuffer.set_metadata`; "rank" is the buffer's own."""
         if name == "rank":
             raise SchemaError('metadata "rank" is kept by the buffer itself; feed the group again to rank it anew')

@@ -183,7 +183,7 @@ def check_plan(policy: Policy, plan: Plan) -> None:
         )
 
 
-def _are_rows(rows: Any) -> bool:
+def _are_rows(rows: object) -> bool:
     return isinstance(rows, np.ndarray) and rows.ndim == 1 and rows.dtype == np.int64 and rows.flags.carray
 
 

@@ -55,7 +55,7 @@ def as_dataset(dataset: Any) -> Any:
             within += [each.dataset] if type(each) is torch.Subset else each.datasets if type(each) is torch.ConcatDataset else []
     if isinstance(dataset, Mapping):
         hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one; of samples under keys: update(list(d.values()))"
-    elif any(getattr(type(each), "_with_metadata", False) for each in within):
+    elif any(getattr(type(each), "with_metadata", False) for each in within):
         hint = "its items are (sample, metadata); leanreplay.torch.BufferDataset(buffer) has samples alone, as has [s for s, _ in buffer]"
     elif any(all(hasattr(type(dataset), n) for n in names) for names in _TABLES):  # its [i] means a label, or a column
         hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from .layout import BUCKETS, Layout
 from .mapping import Mapping
 from .state import State
 from .store import Problem
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 
 _PIECE_BYTES = 16 << 20  # of rows that are verified together
 SORTED = 1 << 20  # positions that are sorted together
@@ -146,8 +150,9 @@ class _Raw(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def readinto(self, into: Any) -> int:
-        found = self._view[self._at : self._at + len(into)]
-        memoryview(into)[: found.shape[0]] = found.data
+    def readinto(self, into: WriteableBuffer) -> int:
+        room = memoryview(into).cast("B")
+        found = self._view[self._at : self._at + len(room)]
+        room[: found.shape[0]] = found.data
         self._at += found.shape[0]
         return found.shape[0]

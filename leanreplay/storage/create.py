@@ -7,13 +7,18 @@ import io
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arrays import BytesLike
 from ..errors import ArgumentError
 from ..samples.schema import Schema
-from .layout import PAGE, TABLE_AT, Layout, round_up, user_block_size
+from .layout import PAGE, TABLE_AT, Json, Layout, round_up, user_block_size
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
 
 _JOURNAL_BYTES = 8 << 20
 _END, _CACHED = slice(40, 48), slice(72, 96)  # where in a superblock the end of the file stands, and what it caches of the root group
@@ -55,7 +60,7 @@ class _Sparse(io.RawIOBase):
             at = stop
         return spans
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
         done = 0
         for page, start, n in self._spans(len(view)):
@@ -64,7 +69,7 @@ class _Sparse(io.RawIOBase):
         self.at += done
         return done
 
-    def write(self, data: Any) -> int:
+    def write(self, data: ReadableBuffer) -> int:
         view = memoryview(data).cast("B")
         done = 0
         for page, start, n in self._spans(len(view)):
@@ -77,7 +82,7 @@ class _Sparse(io.RawIOBase):
 
 def plan_file(
     kind: str,
-    params: dict[str, Any],
+    params: Json,
     max_size: int,
     seed: int,
     stream: int,
@@ -163,11 +168,11 @@ def _finish_superblock(memory: _Sparse, layout: Layout) -> None:
     memory.write(block)
 
 
-def hash_structure(read: Callable[[int, int], Any], layout: Layout) -> str:
+def hash_structure(read: Callable[[int, int], BytesLike], layout: Layout) -> str:
     """Hash of what HDF5 wrote. `check` compares it before it lets HDF5 near the file."""
     h = hashlib.blake2b(digest_size=16)
     for at, n in layout.structure:
-        h.update(read(at, n))
+        h.update(read(at, n))  # type: ignore[arg-type]  # likewise
     return h.hexdigest()
 
 

@@ -40,6 +40,8 @@ from ..errors import FormatError, SchemaError
 from ..keys import MAX_STREAM
 from ..samples.schema import Schema
 
+Json = dict[str, Any]  # plain values by name
+
 # By kind of buffer: says what is impossible about a layout of this kind, which only the kind can
 # know; None if nothing is.
 KIND_CHECKS: dict[str, Callable[[Layout], str | None]] = {}
@@ -163,7 +165,7 @@ class Layout:
         parts = [(at, at + size * self.max_size) for at, size in self.columns] + [(self.journal, self.journal_end)]
         return parts + ([(self.log[0], self.log[0] + 16 * self.log[1])] if self.log[1] else [])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """The table as plain values."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"schema": self.schema.to_json()}
 

@@ -21,7 +21,7 @@ from .columns import Columns, LiveRows, Reading, verify_index
 from .journal import BeforeImage, Journal
 from .layout import H_HIGH, H_SEEN, H_SEQ, H_SIZE, HEADER_WORDS, HEADERS
 from .mapping import Mapping, open_file
-from .state import REPLACED, State, Word
+from .state import REPLACED, State, WordInForce
 from .store import Arrays, Problem
 
 _TRIES = 3  # at a pair of headers of which one is being written
@@ -62,8 +62,8 @@ class Reader:
     handler reads, too, stays as it is."""
 
     writable = False
-    seen, size, high = Word(H_SEEN, of_store=True), Word(H_SIZE, of_store=True), Word(H_HIGH, of_store=True)
-    sequence = Word(H_SEQ, of_store=True)
+    seen, size, high = WordInForce(H_SEEN), WordInForce(H_SIZE), WordInForce(H_HIGH)
+    sequence = WordInForce(H_SEQ)
 
     def __init__(self, mapping: Mapping) -> None:
         self.mapping, self.path, self.layout = mapping, mapping.path, mapping.layout

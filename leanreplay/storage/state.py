@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -34,17 +34,34 @@ REPLACED = 2**63  # target of shared memory whose place another piece has taken
 
 
 class Word:
-    """A word of a header as an int: of a State, or of the state in force of a store."""
+    """A word of a State, as an int."""
 
-    def __init__(self, number: int, of_store: bool = False) -> None:
-        self._number, self._of_store = number, of_store
+    def __init__(self, number: int) -> None:
+        self._number = number
 
-    def __get__(self, owner: Any, _: type) -> int:
-        word: int = (owner.state if self._of_store else owner).at[self._number]
+    def __get__(self, state: State, _: type) -> int:
+        word: int = state.at[self._number]
         return word
 
-    def __set__(self, owner: Any, value: int) -> None:
-        owner.at[self._number] = value
+    def __set__(self, state: State, value: int) -> None:
+        state.at[self._number] = value
+
+
+class HasState(Protocol):
+    """A store: it has a state in force."""
+
+    state: State
+
+
+class WordInForce:
+    """A word of the state in force of a store, as an int."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __get__(self, store: HasState, _: type) -> int:
+        word: int = store.state.at[self._number]
+        return word
 
 
 class State:

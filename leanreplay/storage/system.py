@@ -19,11 +19,11 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..arrays import BytesLike
 from ..errors import ExistsError, FormatError, LeanReplayError, StorageError
 from .layout import round_up
 
@@ -160,7 +160,7 @@ def _reserve(size: int, protection: int) -> mmap.mmap:
 
 
 @functools.cache
-def _libc_mmap() -> Any:
+def _libc_mmap() -> Callable[..., int | None]:
     function = ctypes.CDLL(None, use_errno=True).mmap
     function.restype = ctypes.c_void_p
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -180,9 +180,9 @@ def allocate(fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
 
-def write_all(fd: int, data: Any, at: int) -> None:
+def write_all(fd: int, data: BytesLike, at: int) -> None:
     """Write all of `data` (bytes-like) at an offset."""
-    view = memoryview(data).cast("B")
+    view = memoryview(data).cast("B")  # type: ignore[arg-type]  # of an array, type checkers know it from Python 3.12 on
     while view:
         if hasattr(os, "pwrite"):
             n = os.pwrite(fd, view[:_CHUNK], at)

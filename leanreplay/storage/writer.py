@@ -47,7 +47,7 @@ from .paging import WritePages
 from .reader import Reader, newest_state
 from .restore_points import RestorePoints
 from .segment import Segment
-from .state import REPLACED, State, Word
+from .state import REPLACED, State, WordInForce
 from .store import Arrays, Change, PlannedBatch, Problem, Survivors, refuse_within
 
 ONE_CALL = True  # whether a commit without anything special is one kernel call; tests that stop within one want the steps
@@ -60,7 +60,7 @@ class Writer:
     made."""
 
     writable = True
-    seen, size, high = Word(H_SEEN, of_store=True), Word(H_SIZE, of_store=True), Word(H_HIGH, of_store=True)
+    seen, size, high = WordInForce(H_SEEN), WordInForce(H_SIZE), WordInForce(H_HIGH)
 
     def __init__(self, mapping: Mapping, points: int) -> None:
         self.mapping, self.path, self.layout = mapping, mapping.path, mapping.layout
