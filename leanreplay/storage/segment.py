@@ -108,8 +108,8 @@ class Segment:
         refuse_alien(path)
         unlink(path)
         fd = system.create(path, system.status(str(beside)))
-        made = Segment(layout, number, state.copy(), path, fd)
         try:
+            made = Segment(layout, number, state.copy(), path, fd)
             control = np.zeros(CONTROL_WORDS, np.uint64)
             control[0], control[1], control[2:-1] = _MAGIC, layout.tag, state.words
             block = np.zeros(FRAMES, np.uint8)
@@ -118,7 +118,7 @@ class Segment:
             system.write_all(fd, block, 0)
             return made
         except BaseException:
-            made.file.close()
+            os.close(fd)
             unlink(path)
             raise
 
