@@ -86,7 +86,7 @@ def _watch_folder(cache: Any) -> None:
 
 
 class _Cache:
-    """Numba's cache of one kernel. Where its files fail, the kernel is compiled, and no call fails."""
+    """Numba's cache of one kernel. Where its files fail, the kernel is compiled; no call fails."""
 
     def __init__(self, cache: Any) -> None:
         self._cache = cache

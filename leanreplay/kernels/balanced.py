@@ -1,9 +1,11 @@
 """Kernels of balanced buffers: one reservoir of the largest keys per group, over shared rows.
 
-`groups`, (room, 8) int64, has a record per group in order of appearance (columns below); `table`, int32, finds them by id.
-The rows of a group are a skew heap (Sleator and Tarjan 1986) of their keys: `links`, (capacity, 2) int32, are the children, -1
-for none. So all groups share these arrays of one entry per row, whatever their number and however their quotas move.
-Free rows below counters[FRESH] are one more such heap, of their numbers: its root is counters[FREE] - 1. From there on all are free.
+`groups`, (max_groups, 8) int64, has a record per group in order of appearance (columns below).
+`table`, int32, finds them by id. The rows of a group are a skew heap (Sleator and Tarjan 1986) of
+their keys: `links`, (capacity, 2) int32, are the children, -1 for none. So all groups share these
+arrays of one entry per row, whatever their number and however their quotas move. Free rows below
+counters[FRESH] are one more such heap, of their numbers: its root is counters[FREE] - 1. From
+counters[FRESH] on all rows are free.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import numpy as np
 from . import compile_kernel, helper
 from .hashing import key_of, scramble
 
-# Columns of `groups`. FULL: the group dropped or rejected a sample, and may not grow again. EXTRA: it has one row of the remainder.
+# Columns of `groups`. FULL: the group dropped or rejected a sample, and may not grow again.
+# EXTRA: the group has one row of the remainder.
 ID, HASH, ROOT, HELD, FULL, EXTRA, LEAST = range(7)
 COLUMNS = 8
-# Entries of `counters`. SHARE: rows of each group, without the remainder; REST: groups that have one more, in the heap `rest`.
+# Entries of `counters`. SHARE: rows of each group, without the remainder. REST: groups that have
+# one more, in the heap `rest`.
 GROUPS, SHARE, REST, FRESH, FREE, VISITED, LOGGED = range(7)
 COUNTERS = 8
 _RECENT = 64
@@ -26,7 +30,7 @@ QUOTA, BORROW, LARGEST = range(3)
 
 @helper
 def _find(groups, table, group, hashed):
-    """Where in `table` a group stands, or would."""
+    """Return where in `table` a group stands, or would."""
     mask = np.uint64(table.shape[0] - 1)
     at = hashed & mask
     while table[at] >= 0 and groups[table[at], ID] != group:
@@ -35,8 +39,15 @@ def _find(groups, table, group, hashed):
 
 
 @helper
+def _new_group(groups, g, group, hashed):
+    for c in range(COLUMNS):
+        groups[g, c] = 0
+    groups[g, ID], groups[g, HASH], groups[g, ROOT] = group, np.int64(hashed), -1
+
+
+@helper
 def _merge(keys, links, a, b):
-    """Root of the union of two skew heaps. O(log n) amortised."""
+    """Return the root of the union of two skew heaps. O(log n) amortised."""
     if a < 0:
         return b
     if b < 0:
@@ -44,7 +55,7 @@ def _merge(keys, links, a, b):
     if keys[b] < keys[a]:
         a, b = b, a
     top = a
-    while True:  # a stands where it belongs; b and its right child go to its left, its left to the right
+    while True:  # a stands right. b and the right child of a go to its left, its left to the right
         right = links[a, 1]
         links[a, 1] = links[a, 0]
         if right < 0:
@@ -78,7 +89,10 @@ def _remove_least(keys, links, groups, g):
 
 @helper
 def _replace_least(keys, links, groups, g, key):
-    """Give the row of the smallest key another one, and let it sink to where it belongs; that row. A third of removing and inserting."""
+    """Give the row of the smallest key another key, and let it sink; returns that row.
+
+    It takes a third of the time of removing and inserting.
+    """
     row = groups[g, ROOT]
     keys[row] = key
     above, place = np.int64(-1), 0
@@ -108,7 +122,7 @@ def _add_free(keys, links, counters, row):
 
 @helper
 def _take_free(keys, links, counters, capacity):
-    """The lowest free row, or -1."""
+    """Take the lowest free row; -1 without one."""
     row = counters[FREE] - 1
     if row >= 0:
         counters[FREE] = _merge(keys, links, np.int64(links[row, 0]), np.int64(links[row, 1])) + 1
@@ -121,14 +135,15 @@ def _take_free(keys, links, counters, capacity):
 
 
 @helper
-def _rest_push(groups, rest, counters, g, most):
-    """Give group g one row of the remainder if its hash is among the `most` smallest; the group that loses it, or -1.
+def _rest_push(groups, rest, counters, g, extras):
+    """Give group g a row of the remainder if its hash is among the `extras` smallest.
 
-    rest: int64, a heap of those groups, the largest hash on top.
+    rest: int64, a heap of the groups that have one, the largest hash on top. Returns the group that
+    loses its row, or -1.
     """
     j = counters[REST]
     h = np.uint64(groups[g, HASH])
-    if j < most:
+    if j < extras:
         counters[REST] += 1
         groups[g, EXTRA] = 1
         while j > 0 and np.uint64(groups[rest[(j - 1) // 2], HASH]) < h:
@@ -146,7 +161,7 @@ def _rest_push(groups, rest, counters, g, most):
 
 @helper
 def _rest_pop(groups, rest, counters):
-    """Take its row of the remainder from the group of the largest hash; that group."""
+    """Take the row of the remainder from the group of the largest hash; that group."""
     loser = rest[0]
     counters[REST] -= 1
     n = counters[REST]
@@ -174,7 +189,10 @@ def _rest_sink(groups, rest, n, g):
 
 @compile_kernel
 def share(groups, rest, counters, capacity):
-    """Work out SHARE and EXTRA of all groups anew: capacity // groups, the remainder to the smallest hashes. O(groups log groups)."""
+    """Work out SHARE and EXTRA of all groups anew. O(groups log groups).
+
+    A group gets capacity // groups rows; the smallest hashes get one more of the remainder.
+    """
     n = counters[GROUPS]
     counters[REST] = 0
     counters[SHARE] = capacity // n if n > 0 else 0
@@ -195,7 +213,7 @@ def _log(groups, counters, log, g):
 
 @helper
 def _visit(holder, visited, counters, row, live):
-    """Note, on the first touch of a row in this plan, whether it was live before: as row, or as ~row if it was free."""
+    """Note a row at its first touch in this plan: as row if it was live, as ~row if free."""
     if holder[row] == 0:
         visited[counters[VISITED]] = row if live else ~row
         counters[VISITED] += 1
@@ -216,7 +234,10 @@ def _cut(keys, links, holder, visited, groups, counters, log, g, out):
 
 @helper
 def largest_excess(groups, n, share, salt):
-    """The group with most rows beyond its quota. Of several the one of the smallest hash, mixed with `salt` unless that is 0. O(groups)."""
+    """Return the group with most rows beyond its quota. O(groups).
+
+    Of several the one of the smallest hash, mixed with `salt` (uint64) unless that is 0.
+    """
     best, excess, least = np.int64(0), np.int64(0), np.uint64(0)
     for g in range(n):
         e = groups[g, HELD] - share - groups[g, EXTRA]
@@ -232,7 +253,10 @@ def largest_excess(groups, n, share, salt):
 
 @compile_kernel
 def load_groups(log, groups, table, counters, g0, g1):
-    """Fill `groups` and `table` (all -1) from the entries of a log, (n, 2) int64. False if it is not a log of groups."""
+    """Fill `groups` and `table` (all -1) from the entries of a log, (n, 2) int64.
+
+    Returns False if it is not a log of groups.
+    """
     for i in range(log.shape[0]):
         what, value = log[i, 0], log[i, 1]
         n = counters[GROUPS]
@@ -242,9 +266,7 @@ def load_groups(log, groups, table, counters, g0, g1):
             if table[at] >= 0 or n == groups.shape[0]:
                 return False
             table[at] = n
-            for c in range(COLUMNS):
-                groups[n, c] = 0
-            groups[n, ID], groups[n, HASH], groups[n, ROOT] = value, np.int64(h), -1
+            _new_group(groups, n, value, h)
             counters[GROUPS] = n + 1
         elif what == 1 and 0 <= value < n:
             groups[value, FULL] = 1
@@ -262,7 +284,11 @@ def index_groups(groups, table, count):
 
 @compile_kernel
 def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, g1):
-    """Put all live rows into the heaps of their groups, the others into that of free rows. False if one is of a group that is not there."""
+    """Put live rows into the heaps of their groups, the others into that of free rows.
+
+    positions, ids: int64 per row, keys: uint64 per row. Returns False if the group of a row is not
+    there.
+    """
     counters[FRESH] = positions.shape[0]
     counters[FREE] = 0
     for r in range(positions.shape[0]):
@@ -278,33 +304,35 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
 
 @compile_kernel
 def hash_groups(ids, g0, g1, out):
-    """out[i] (uint64) = hash of the group ids[i] (int64): who gets the remainder."""
+    """Write the hash of ids[i] (int64) to out[i] (uint64): it says who gets the remainder."""
     for i in range(ids.shape[0]):
         out[i] = key_of(ids[i], g0, g1)
 
 
 @compile_kernel
 def plan_balanced(
-    keys, links, holder, groups, room, table, rest, counters, log,
-    mode, fixed, capacity, k0, k1, g0, g1, start, most, ids, out,
+    keys, links, holder, groups, max_groups, table, rest, counters, log,
+    mode, fixed, capacity, k0, k1, g0, g1, start, max_rows, ids, out,
 ):  # fmt: skip
-    """Offer positions start, start + 1, ... of groups ids[i] to the reservoirs of their groups; out[i] becomes the row taken, or -1.
+    """Offer positions start, start + 1, ... of groups ids[i] to the reservoirs of their groups.
 
-    Stops after out.shape[0] samples, after `most` of them took a row, or before a group beyond `room`.
-    mode: QUOTA, a group holds no more than its quota; BORROW, it may take free rows beyond, until others need them; LARGEST, it
-    takes free rows, then those of the largest group, until it has been the largest itself. fixed: whether SHARE stays as it is.
-    log: (2 * groups, 2) int64, receives what to append to the file's log: LOGGED entries. holder: int32 per row, all 0 before
-    and after. Every row stands in `out` once at most. Returns the samples used, and the rows that were live and are free now.
+    ids, out: (n,) int64; out[i] becomes the row taken, or -1. No row stands there twice. It stops
+    after n samples, after `max_rows` of them took a row, or before a group beyond `max_groups`.
+    mode: QUOTA, a group holds no more than its quota. BORROW, it may take free rows beyond, until
+    others need them. LARGEST, it takes free rows, then rows of the largest group, until it has been
+    that itself. fixed: whether SHARE stays as it is. log: (2 * groups, 2) int64, receives LOGGED
+    entries to append to the file's log. holder: int32 per row, all 0 before and after. Returns the
+    samples used, and the rows that were live and are free now.
     """
     visited = np.empty(capacity, np.int64)  # of which only the front is ever touched
     counters[VISITED] = counters[LOGGED] = 0
     used = out.shape[0]
     taken = 0
-    recent = np.empty(_RECENT, np.int64)  # groups met, by the last bits of their ids: most samples need no search
+    recent = np.empty(_RECENT, np.int64)  # groups met, by the last bits of their ids
     for i in range(_RECENT):
         recent[i] = -1
     for i in range(out.shape[0]):
-        if taken == most:
+        if taken == max_rows:
             used = i
             break
         g = recent[ids[i] & (_RECENT - 1)]
@@ -314,13 +342,11 @@ def plan_balanced(
             g = recent[ids[i] & (_RECENT - 1)] = np.int64(table[at])
         if g < 0:
             g = counters[GROUPS]
-            if g >= room:
+            if g >= max_groups:
                 used = i
                 break
             table[at] = recent[ids[i] & (_RECENT - 1)] = g
-            for c in range(COLUMNS):
-                groups[g, c] = 0
-            groups[g, ID], groups[g, HASH], groups[g, ROOT] = ids[i], np.int64(h), -1
+            _new_group(groups, g, ids[i], h)
             counters[GROUPS] = g + 1
             log[counters[LOGGED], 0], log[counters[LOGGED], 1] = 0, ids[i]
             counters[LOGGED] += 1
@@ -391,9 +417,10 @@ def plan_balanced(
 
 @compile_kernel
 def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
-    """For a smaller `capacity`: take rows of the smallest keys away, into `lost` (int64), as the mode says; their number.
+    """Take rows of the smallest keys away, for a smaller `capacity`; returns their number.
 
-    QUOTA: of every group what exceeds its quota; otherwise of the group with the largest excess, until the rest fits.
+    lost: int64, receives them. QUOTA takes of every group what exceeds its quota. Other modes take
+    from the group with the largest excess, until the rest fits.
     """
     n = counters[GROUPS]
     count = 0

@@ -123,7 +123,7 @@ def seal_block(mem, at, words, state):
 
 @compile_kernel
 def read_block(mem, at, words):
-    """Copy a sealed block from mem[at:] (uint8) into `words`, (n,) uint64; whether its seal holds."""
+    """Copy a sealed block from mem[at:] (uint8) to `words`, (n,) uint64; whether its seal holds."""
     last = words.shape[0] - 1
     source = as_words(mem)
     for i in range(last + 1):

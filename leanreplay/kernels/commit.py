@@ -115,7 +115,7 @@ def _save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_
                 k += GOLDEN
                 part += hash_word(word, k)
             at += size >> _3 << _3
-            if size & _7 != _0:  # the bytes left: the entry's last 8 without those copied, and zeros
+            if size & _7 != _0:  # the bytes left: the last 8 without those copied, and zeros
                 word = load_word(mem, s + size - _8) >> ((_8 - (size & _7)) << _3)
                 store_word(mem, at, word)
                 k += GOLDEN

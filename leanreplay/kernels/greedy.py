@@ -1,4 +1,4 @@
-"""Kernels of greedy class balancing: every sample enters, a random member of the largest class leaves."""
+"""Kernels of greedy class balancing: a sample enters, a random one of the largest class leaves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _random_member(row_labels, size, label, base):
         r = np.int64(scramble(base + np.uint64(attempt) * GOLDEN) % np.uint64(size))
         if row_labels[r] == label:
             return r
-    for r in range(size):  # unreachable in practice, but a wrong count must not mean an endless loop
+    for r in range(size):  # practically unreachable, but a wrong count must not loop for ever
         if row_labels[r] == label:
             return r
     return np.int64(0)

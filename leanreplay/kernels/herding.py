@@ -1,4 +1,4 @@
-"""Kernels of herding: rough scores in single precision for all rows, exact ones for the few that could be the next."""
+"""Kernels of herding: rough scores for all rows, exact ones for the few that could be next."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from . import compile_kernel, helper, reordered
 
-_LANES = 64  # the least score of every 64th row is kept: a minimum lane by lane runs in vector registers, one over all does not
+# Lanes of rows have a least score each: their minima run in vector registers, one of all does not.
+_LANES = 64
 _TINY = 2.0**-53  # rounding of float64
 _LOOKS = 8  # an exact score costs as much as this many rough ones (measured)
 
 
 @reordered
 def _dot(a, b):
-    """The product of two vectors of one dtype."""
+    """Return the product of two vectors of one dtype."""
     total = a.dtype.type(0)
     for c in range(a.shape[0]):
         total += a[c] * b[c]
@@ -22,7 +23,7 @@ def _dot(a, b):
 
 @reordered
 def _dot_moved(row, mean, vector):
-    """(row - mean) . vector."""
+    """Return (row - mean) . vector."""
     total = 0.0
     for c in range(row.shape[0]):
         total += (row[c] - mean[c]) * vector[c]
@@ -31,7 +32,7 @@ def _dot_moved(row, mean, vector):
 
 @reordered
 def _square_moved(row, mean):
-    """|row - mean|^2."""
+    """Return |row - mean|^2."""
     total = 0.0
     for c in range(row.shape[0]):
         total += (row[c] - mean[c]) ** 2
@@ -40,7 +41,10 @@ def _square_moved(row, mean):
 
 @compile_kernel
 def measure(phi, mean, direction, squares, marks):
-    """For each row w of phi - mean, in one pass: squares[i] = |w|^2, and marks[i] = w . direction, of which equal rows have equal ones."""
+    """Measure each row w of phi - mean in one pass: squares[i] = |w|^2, marks[i] = w . direction.
+
+    phi: (n, d), mean, direction: (d,), squares, marks: (n,) float64. Equal rows have equal marks.
+    """
     for i in range(phi.shape[0]):
         squares[i] = _square_moved(phi[i], mean)
         marks[i] = _dot_moved(phi[i], mean, direction)
@@ -48,7 +52,10 @@ def measure(phi, mean, direction, squares, marks):
 
 @compile_kernel
 def make_rows(phi, mean, lengths, rows):
-    """rows (float32 or float64) = (phi - mean) / lengths, |phi - mean|: of length 1, or 0."""
+    """Write (phi - mean) / lengths to rows, (n, d) float32 or float64.
+
+    lengths: (n,) float64, |phi - mean|. A row is of length 1, or 0.
+    """
     for i in range(phi.shape[0]):
         row, out, length = phi[i], rows[i], lengths[i]
         for c in range(row.shape[0]):
@@ -57,8 +64,11 @@ def make_rows(phi, mean, lengths, rows):
 
 @helper
 def _bounds(left, dots, margins, share, lanes):
-    """The least that a score left[i] + 2 dots[i] may be at most, off as it is by share * margins[i]; lanes[l] becomes the least that those
-    of rows l, l + _LANES, ... may be."""
+    """Return the most that the least score may be; lanes[l]: the least that it may be in lane l.
+
+    The score of row i is left[i] + 2 dots[i], off by up to share * margins[i]. Lane l holds rows l,
+    l + _LANES, ...
+    """
     n = left.shape[0]
     most = np.empty(_LANES)
     for lane in range(_LANES):
@@ -83,20 +93,24 @@ def herd(
     phi, mean, lengths, squares, rows, products, twin, left, dots, total, moved, error, order, done, count, chosen,
     rough, far, allowed, close,
 ):  # fmt: skip
-    """Choose rows greedily until `count` are chosen, or until the definition in float64 has to say which is the next.
+    """Choose rows greedily until `count` are chosen, or until only the definition in float64 can.
 
-    phi: (n, d) float64. With w for phi - mean, the next in step k is that of the smallest |k 0 - S - w|^2 = |S|^2 + |w|^2 + 2 w . S, S the
-    sum of those chosen. lengths, squares: |w|, |w|^2. rows: w / |w|, float32 or float64. products: rows @ rows.T, or (0, 0). twin: (n,)
-    int64, the next equal row or -1. order: (count,) int64, receives the choice.
+    phi: (n, d) float64. w stands for phi - mean, S for the sum of w of those chosen. The next is
+    the row of the smallest |S + w|^2 = |S|^2 + |w|^2 + 2 w . S.
+    lengths, squares: (n,) float64, |w|, |w|^2. rows: (n, d), w / |w|, float32 or float64. products:
+    rows @ rows.T, or (0, 0). twin: (n,) int64, the next equal row or -1. order: (count,) int64,
+    receives the choice.
 
-    Kept from call to call, begun with zeros: left, |w|^2 of the rows to look at, inf for those chosen and for all but the first of equal
-    rows; dots: w . S, roughly; total, moved: sums of phi and w of those chosen; error: (3,), how far off dots may be, for each unit of
-    |w|; how many exact products were made since they were made anew; and in all. done: how many are chosen; chosen: the next, or -1 to
-    look for it.
+    Kept from call to call, begun with zeros, float64: left, (n,), |w|^2 of the rows to look at, inf
+    for those chosen and for all but the first of equal rows. dots: (n,), w . S, roughly. total,
+    moved: (d,), sums of phi and w of those chosen. error: (3,), how far off dots may be for each
+    unit of |w|, how many exact products were made since dots were made anew, and how many in all.
+    done: how many are chosen. chosen: the next, or -1 to look for it.
 
-    rough: how far off the product of two of `rows` may be; far: at least the greatest |phi|; allowed: how many exact products may be made
-    in all. close: (n,) int64, receives the rows that are in question. Returns how many are chosen and how many are in question; -1: it
-    would take more exact products, so that `rows` in float64 are to come.
+    rough: how far off the product of two of `rows` may be. far: at least the greatest |phi|.
+    allowed: how many exact products may be made in all. close: (n,) int64, receives the rows in
+    question. Returns how many are chosen and how many are in question. The latter is -1 if it would
+    take more exact products: then `rows` are to come in float64.
     """
     n, d = phi.shape
     lanes, exact, direction = np.empty(_LANES), np.empty(n), np.empty(d, rows.dtype)
@@ -128,7 +142,8 @@ def herd(
                     if left[j] < np.inf:
                         dots[j] = length * lengths[j] * np.float64(_dot(rows[j], direction))
                 error[0], error[1] = length * rough, 0.0
-        # How far rounding in float64 may take a score: the one made here; that of the definition, which divides S by k; S itself.
+        # How far rounding in float64 may take the score made here, that of the definition, which
+        # divides S by k, and S itself.
         reach, step = radius + np.sqrt(_dot(moved, moved)), k + 1.0
         slack = _TINY * (4.0 * (d + 8.0 + step) * reach * reach + 12.0 * step * far * reach + 2.0 * step * step * far * radius)
         share = 2.0 * error[0]

@@ -72,7 +72,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 
     @intrinsic  # type: ignore[no-redef]
     def fence(_context: Any, mem: Any) -> Any:
-        """Let neither compiler nor processor move stores over this point, nor drop any before it."""
+        """Let neither compiler nor processor move stores over this, nor drop any before it."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             builder.fence("acq_rel")
@@ -101,7 +101,7 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 
     @intrinsic  # type: ignore[no-redef]
     def as_words(_context: Any, mem: Any) -> Any:
-        """Return a byte array as uint64 words. (A slice and a view compile in ten times the time.)"""
+        """Return bytes as uint64 words. (A slice and a view compile in ten times the time.)"""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source = context.make_array(signature.args[0])(context, builder, args[0])
@@ -130,6 +130,6 @@ def prefetch_bytes(mem, at, size):
 
 @helper
 def index_columns(cols):
-    """Return how many fields there are, and the words where positions, groups and checksums begin."""
+    """Return the number of fields, and at which words positions, groups and checksums begin."""
     fields = cols.shape[0] - 3
     return fields, cols[fields, 0] >> _3, cols[fields + 1, 0] >> _3, cols[fields + 2, 0] >> _3

@@ -1,4 +1,4 @@
-"""Kernels of merging: the best samples of each group among all that are offered, in bounded heaps."""
+"""Kernels of merging: the best samples of each group among all offered, in bounded heaps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of keyed sampling: the key of a stream position, the reservoir of the largest keys, and draws without state."""
+"""Kernels of keyed sampling: keys of positions, the reservoir of the largest keys, and draws."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from .heaps import sink
 
 @compile_kernel
 def position_keys(positions, k0, k1, out):
-    """out[i] = key of positions[i]. positions: (n,) int64; out: (n,) uint64."""
+    """Write the key of positions[i] to out[i]. positions: (n,) int64; out: (n,) uint64."""
     for i in range(positions.shape[0]):
         out[i] = key_of(positions[i], k0, k1)
 
 
 @compile_kernel
 def build_heap(positions, k0, k1, keys, rows):
-    """Make the min-heap (keys, rows) of all live rows (position >= 0); returns its size. O(rows)."""
+    """Make the min-heap (keys, rows) of all live rows; returns its size. O(rows).
+
+    positions: int64 per row, below 0 for free ones. keys: uint64, rows: int64, as long.
+    """
     size = 0
     for r in range(positions.shape[0]):
         if positions[r] >= 0:
@@ -31,15 +34,16 @@ def build_heap(positions, k0, k1, keys, rows):
 
 
 @compile_kernel
-def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
-    """Offer positions start, start + 1, ... to the heap; out[i] (int64) becomes the row that sample i takes, or -1.
+def plan_reservoir(keys, rows, size, limit, k0, k1, start, max_rows, out):
+    """Offer positions start, start + 1, ... to the heap; returns the samples used and the size.
 
-    Stops after out.shape[0] samples, or after `most` of them took a row. Rows are filled in order up to `limit`,
-    then the row of the smallest key is replaced where the new key is larger. Returns the samples used and the size.
+    out: (n,) int64, receives the row that sample i takes, or -1. It stops after n samples, or after
+    `max_rows` of them took a row. keys, rows: the heap, of `size` entries. Rows are filled in order
+    up to `limit`. Then a larger key replaces the row of the smallest key.
     """
     taken = 0
     for i in range(out.shape[0]):
-        if taken == most:
+        if taken == max_rows:
             return i, size
         key = key_of(start + i, k0, k1)
         out[i] = -1
@@ -62,7 +66,7 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, most, out):
 
 @helper
 def _slot(table, entry):
-    """Where `entry` stands in an open-addressing table, or would."""
+    """Return where `entry` stands in an open-addressing table, or would."""
     mask = np.uint64(table.shape[0] - 1)
     at = scramble(np.uint64(entry)) & mask
     while table[at] != -1 and table[at] != entry:
@@ -72,9 +76,10 @@ def _slot(table, entry):
 
 @compile_kernel
 def draw(size, k0, k1, seen, counter, replace, out):
-    """Draw out.shape[0] numbers below `size` uniformly, a function of (k0, k1, seen, counter) alone.
+    """Draw numbers below `size` uniformly into out, (n,) int64: by (k0, k1, seen, counter) alone.
 
-    Without replacement by a sparse Fisher-Yates shuffle, its moved entries in an open-addressing table: O(n), not O(size).
+    Without replacement it is a sparse Fisher-Yates shuffle, with its moved entries in an
+    open-addressing table: O(n), not O(size).
     """
     n = out.shape[0]
     base = scramble(scramble(scramble(np.uint64(seen) * GOLDEN + k0) + np.uint64(counter)) + k1)

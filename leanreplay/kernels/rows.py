@@ -119,7 +119,7 @@ def scan_index(mem, cols, capacity, digests):
 
 @compile_kernel
 def verify_rows(mem, cols, start, stop, bad):
-    """Check rows start to stop: bad[r - start] (uint8) becomes 1 if a checksum of row r is wrong."""
+    """Check rows start to stop: bad[r - start] (uint8) becomes 1 if a checksum is wrong, else 0."""
     words = as_words(mem)
     fields, position, group, checksum = index_columns(cols)
     for i in range(start, stop):

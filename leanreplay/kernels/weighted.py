@@ -1,8 +1,9 @@
-"""Kernels of the weighted reservoir: the key of a sample of some weight, and the reservoir of the best keys.
+"""Kernels of the weighted reservoir: keys of samples by weight, and the best of them.
 
-After Efraimidis and Spirakis (2006): with v uniform in (0, 1), E = -log1p(-v) / w is exponential of rate w, and the samples of the
-smallest E are a weighted sample without replacement. The key is E as a uint64, its order reversed so that, as in all reservoirs,
-the largest stay: 12 bits of exponent and 52 of mantissa. A double could not hold E for the weights it can hold itself.
+After Efraimidis and Spirakis (2006): with v uniform in (0, 1), E = -log1p(-v) / w is exponential of
+rate w. The samples of the smallest E are a weighted sample without replacement. The key is E as a
+uint64 of 12 bits of exponent and 52 of mantissa: a double could not hold E for all weights that it
+can hold. Its order is reversed, so that the largest keys stay, as in all reservoirs.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ _ULP = 2.0**-53
 
 @helper
 def _uniform(position, k0, k1):
-    """v in (0, 1): the middles of 2**52 equal parts, so never 0 or 1, and both v and 1 - v are exact."""
+    """Return v in (0, 1): the middle of one of 2**52 equal parts.
+
+    So v is never 0 or 1, and both v and 1 - v are exact.
+    """
     h = key_of(position, k0, k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
 
 @helper
 def _exponential(v):
-    """-log1p(-v) within 3 units in the last place.
+    """Return -log1p(-v) within 3 units in the last place.
 
-    By additions, multiplications and divisions alone, which give the same bits everywhere: logarithms of C libraries do not, and
-    then what a buffer holds would depend on the machine. 1 - v = m 2**e, m about 1, and log m = 2 atanh((m - 1) / (m + 1)).
+    It only adds, multiplies and divides, which gives the same bits everywhere. Logarithms of C
+    libraries do not, and what a buffer holds would depend on the machine.
+    1 - v = m 2**e with m about 1, and log m = 2 atanh((m - 1) / (m + 1)).
     """
     m, e = math.frexp(1.0 - v)
     if m < 0.7071067811865476:
@@ -61,7 +66,7 @@ def _exponential(v):
 
 @helper
 def _key(v, weight):
-    """The key: larger is better. weight: finite and above 0, denormal or huge."""
+    """Return the key: larger is better. weight: finite and above 0, denormal or huge."""
     m, e = math.frexp(_exponential(v))
     n, f = math.frexp(weight)
     q, g = math.frexp(m / n)
@@ -71,7 +76,7 @@ def _key(v, weight):
 
 @helper
 def _bound(key):
-    """A bit more than the E of a key, as a double; infinite where that would not be exact."""
+    """Return a bit more than the E of a key, as a double; inf where that would not be exact."""
     k = key ^ _ALL
     exponent = np.int64(k >> _52) - _BIAS
     if exponent < -900 or exponent > 900:
@@ -81,7 +86,10 @@ def _bound(key):
 
 @compile_kernel
 def weighted_keys(positions, weights, k0, k1, out):
-    """out[i] (uint64) = key of positions[i] (int64) with weights[i] (float64). False if a weight is not finite and above 0."""
+    """Write the key of positions[i] (int64) with weights[i] (float64) to out[i] (uint64).
+
+    Returns False if a weight is not finite and above 0.
+    """
     for i in range(positions.shape[0]):
         w = weights[i]
         if not (w > 0.0 and w < np.inf):
@@ -92,9 +100,10 @@ def weighted_keys(positions, weights, k0, k1, out):
 
 @compile_kernel
 def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
-    """Make the heap of all live rows (position >= 0), the worst on top; its size, or -1 if a weight is not finite and above 0.
+    """Make the heap of all live rows (position >= 0), the worst on top; returns its size. O(rows).
 
-    keys (uint64), held (int64: positions), rows (int64): the heap. Of equal keys, which are rare, the younger is worse. O(rows).
+    keys: uint64, held: int64, positions, rows: int64. Of equal keys, which are rare, the younger is
+    worse. Returns -1 if a weight is not finite and above 0.
     """
     size = 0
     for r in range(positions.shape[0]):
@@ -111,18 +120,19 @@ def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
 
 
 @compile_kernel
-def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, out):
-    """Offer positions start, start + 1, ... of weights (float64) to the heap; out[i] (int64) becomes the row of sample i, or -1.
+def plan_weighted(keys, held, rows, size, limit, k0, k1, start, max_rows, weights, out):
+    """Offer positions start, start + 1, ... of `weights`, (n,) float64, to the heap.
 
-    Stops after out.shape[0] samples, or after `most` of them took a row. Rows are filled in order up to `limit`, then the row of
-    the worst is replaced by what is better. Weight 0 is passed over. Returns the samples used, the size, and whether any sample
-    of a weight above 0 was rejected or dropped.
+    out: (n,) int64, receives the row that sample i takes, or -1. It stops after n samples, or after
+    `max_rows` of them took a row. Rows are filled in order up to `limit`. Then a better sample
+    replaces the worst. Weight 0 is passed over. Returns the samples used, the size, and whether a
+    sample of a weight above 0 was rejected or dropped.
     """
     taken = 0
     dropped = False
     bound = _bound(keys[0]) if size >= limit and size > 0 else np.inf
     for i in range(out.shape[0]):
-        if taken == most:
+        if taken == max_rows:
             return i, size, dropped
         out[i] = -1
         w = weights[i]
@@ -140,7 +150,8 @@ def plan_weighted(keys, held, rows, size, limit, k0, k1, start, most, weights, o
                 bound = _bound(keys[0])
             continue
         dropped = True
-        if size == 0 or v > w * bound:  # E >= v / w, so this one is worse: most samples of a long stream need no logarithm
+        # E >= v / w, so such a sample is worse: most samples of a long stream need no logarithm.
+        if size == 0 or v > w * bound:
             continue
         key = _key(v, w)
         if is_worse(keys[0], held[0], key, position):
