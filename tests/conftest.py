@@ -41,11 +41,14 @@ def kernels() -> None:
 
 
 # Files in the order in which workers take them up. The kernels' tests compile most kernels, so what needs few of them goes beside
-# that; then files that take long (module by module, as they share fixtures), so that no worker is left alone with one in the end.
-FIRST = ("kernels", "interleaved", "selection", "layers", "features", "async_reservoir")
+# that; then files that take long (file by file, as they share fixtures), so that no worker is left alone with one in the end.
+FIRST = (
+    "balanced_kernels", "interleaved_resume", "row_kernels", "selection", "key_kernels", "layers", "kernels", "async_reservoir",
+)  # fmt: skip
 LONG = (
-    "kill", "fuzz", "balanced_kill", "loader", "balanced", "examples", "processes", "uniform", "invariance", "torch", "power", "memory",
-    "training", "loop_examples", "merge", "model", "weighted", "parametric",
+    "examples", "uniform", "kill_steps", "quotas", "balanced_kill_steps", "fuzz", "balanced_kill", "kill", "at_once", "hostile", "loader",
+    "readers", "torch", "fit_resume", "loop_examples", "handlers", "balanced", "contract", "power", "faults", "invariance", "copies",
+    "processes", "loader_draws", "house", "packaging", "parts", "parametric", "memory", "training",
 )  # fmt: skip
 
 

@@ -144,17 +144,17 @@ def test_inclusion(capacity: int, n: int) -> None:
 
 
 def test_inclusion_in_buffers() -> None:
-    """G1 at capacity 10 and stream 20 through the public interface, 2,000 seeds; the first half against the second."""
-    trials = []
-    for seed in range(2000):
+    """G1 at capacity 10 and stream 20 through the public interface; the first half against the second."""
+    trials, seeds = [], times(800, 2000)
+    for seed in range(seeds):
         with ReservoirBuffer(10, seed=seed, schema=NUMBER) as buffer:
             for start in (0, 9, 11, 14):
                 buffer.add(np.arange(start, {0: 9, 9: 11, 11: 14, 14: 20}[start]))
             trials.append(held(buffer, 20))
     kept = np.array(trials)
     assert_inclusion(kept, 10)
-    # A half's share of the 10 is hypergeometric: variance 10 / 4 * 10 / 19. An off-by-one gives 0.473, that is z = -10.
-    z = (kept[:, :10].sum() - 10_000) / math.sqrt(2000 * 10 / 4 * 10 / 19)
+    # A half's share of the 10 is hypergeometric: variance 10 / 4 * 10 / 19. An off-by-one gives 0.473, that is z = -10 for 2,000 seeds.
+    z = (kept[:, :10].sum() - 5 * seeds) / math.sqrt(seeds * 10 / 4 * 10 / 19)
     assert abs(z) < LIMIT, z
 
 
@@ -333,7 +333,7 @@ def draws(size: int, n: int, times: int, replace: bool, over: str) -> Iterable[A
         ("draws", 20, 20, 4000),
         ("draws", 7, 1, 3000),
         ("draws", 33, 32, 6000),
-        ("seeds", 10, 5, 1000),
+        ("seeds", 10, 5, times(500, 1000)),
         ("seen", 10, 5, 3000),
     ],
 )
@@ -359,7 +359,7 @@ def test_sample_without_replacement(over: str, size: int, n: int, times: int) ->
         assert_even(np.bincount([number[tuple(r)] for r in rows.tolist()], minlength=len(number)), "permutations")
 
 
-@pytest.mark.parametrize(("over", "size", "n", "times"), [("draws", 5, 12, 2000), ("seeds", 6, 6, 1000), ("seen", 3, 4, 2000)])
+@pytest.mark.parametrize(("over", "size", "n", "times"), [("draws", 5, 12, 2000), ("seeds", 6, 6, times(500, 1000)), ("seen", 3, 4, 2000)])
 def test_sample_with_replacement(over: str, size: int, n: int, times: int) -> None:
     """G1: each slot uniform, any two independent, more than the buffer holds allowed."""
     rows = np.array(list(draws(size, n, times, True, over)))
@@ -374,7 +374,7 @@ def test_successive_samples_are_independent() -> None:
     rows = np.array(list(draws(6, 3, 4000, False, "draws")))[:, 0]
     assert_even(np.bincount(rows[:-1] * 6 + rows[1:], minlength=36), "draws")
     first = []
-    for seed, stream in itertools.product(range(601), (0, 1)):
+    for seed, stream in itertools.product(range(times(301, 601)), (0, 1)):
         with SlidingWindowBuffer(4, seed=seed, stream=stream, schema=NUMBER) as buffer:
             buffer.add(np.arange(4))
             first.append(int(buffer.sample(1)[1]["idx"][0]))
@@ -386,7 +386,7 @@ def test_successive_samples_are_independent() -> None:
 def test_sample_is_independent_of_what_is_kept() -> None:
     """G1: keys and draws have purposes of their own: the row of the newest sample is drawn as often as any."""
     counts = np.zeros(5)
-    for seed in range(1000):
+    for seed in range(times(500, 1000)):
         with ReservoirBuffer(5, seed=seed, schema=NUMBER) as buffer:
             buffer.add(np.arange(9))
             order = np.argsort(buffer.get_metadata("position"))
