@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import io
 import glob
+import io
 import os
 import random
 import shutil
