@@ -52,7 +52,8 @@ from .policies.selection import (
 )
 from .policies.weighted import WeightedReservoirPolicy
 from .policies.window import SlidingWindowPolicy
-from .samples.schema import Field, Schema
+from .samples.leaves import Field
+from .samples.schema import Schema
 from .storage.store import Problem
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""The exceptions of leanreplay, all under `LeanReplayError`. Each message says what came, what was expected, the way out."""
+"""The exceptions of leanreplay, all under `LeanReplayError`.
+
+Each message says what came, what was expected, and the way out.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ class StorageError(LeanReplayError, OSError):
 
 
 class FormatError(LeanReplayError):
-    """Not a leanreplay file, one of another format version, or one that is cut short or inconsistent."""
+    """Not a leanreplay file, or one of another format version, cut short or inconsistent."""
 
 
 class CorruptionError(LeanReplayError):
@@ -56,10 +59,10 @@ class RecoveryError(LeanReplayError):
 
 
 class LockedError(LeanReplayError):
-    """Another writer has the file open. The message says whether he is an object of this very process.
+    """Another writer has the file open. The message says whether it is one of this very process.
 
-    Before that, objects of this process that only they themselves refer to are collected, which closes them; any other goes on, also
-    for mode "w": `close()` it first.
+    Before that, objects of this process to which nothing else refers are collected, which closes
+    them. Any other goes on, also for mode "w": `close()` it first.
     """
 
 
@@ -80,14 +83,17 @@ class LossError(LeanReplayError, ArithmeticError):
 
 
 class WorkerError(LeanReplayError, RuntimeError):
-    """A job failed in a background worker, or the worker was killed. sample: what the job was to load, None if that is not known."""
+    """A job failed in a background worker, or the worker was killed.
+
+    sample: what the job was to load, None if that is not known.
+    """
 
     sample: Any = None
 
 
 class CapacityWarning(UserWarning):
-    """`resize` cannot use the new rows, because samples were already dropped (the capacity rule)."""
+    """`resize` cannot use the new rows, because samples were dropped (the capacity rule)."""
 
 
 class VolatileStateWarning(UserWarning):
-    """`state_dict` of a buffer in memory: its samples end with the process, so no other process can load the state."""
+    """`state_dict` of a buffer in memory. Its samples end with this process."""

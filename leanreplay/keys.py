@@ -16,8 +16,8 @@ MAX_STREAM = 2**15 - 1
 def key_pair(purpose: str, seed: int) -> tuple[np.uint64, np.uint64]:
     """Two 64-bit keys for one purpose: blake2b of the purpose and the 128-bit seed.
 
-    >>> key_pair("reservoir", 0) == key_pair("reservoir", 0), key_pair("reservoir", 0) == key_pair("reservoir", 1)
-    (True, False)
+    >>> key_pair("reservoir", 0) == key_pair("reservoir", 0)
+    True
     """
     text = seed.to_bytes(16, "little", signed=True) + purpose.encode()
     digest = hashlib.blake2b(text, digest_size=16, person=b"leanreplay").digest()

@@ -17,7 +17,8 @@ from ..policies.append import AppendPolicy
 from ..policies.base import LOG_TOO_SHORT, Plan, Policy, check_plan
 from ..samples.batch import Batch, Fetch, flat
 from ..samples.dataset import Items
-from ..samples.schema import Schema, check_leaf, to_numpy
+from ..samples.leaves import check_leaf, to_numpy
+from ..samples.schema import Schema
 from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store, WritableStore
 from .current import Current
 from .reading import metadata_index, parse_rows

@@ -15,7 +15,8 @@ from ..arrays import NO_ROWS, Ints
 from ..errors import ArgumentError, CapacityWarning, ModeError, SchemaError
 from ..policies.base import Policy
 from ..samples.batch import flat
-from ..samples.schema import Field, Schema, batch_leaf, check_leaf, leaf_type, metadata_field, to_numpy
+from ..samples.leaves import Field, batch_leaf, check_leaf, leaf_type, to_numpy
+from ..samples.schema import Schema, metadata_field
 from ..storage.opening import create_file
 from ..storage.store import Change, WritableStore
 from ..storage.writer import Writer

@@ -15,7 +15,8 @@ from ..errors import ArgumentError, SchemaError
 from ..policies.exemplars import Choice, Exemplars
 from ..policies.selection import SelectionStrategy, checked_order
 from ..samples.batch import Fetch, flat
-from ..samples.schema import Field, Schema
+from ..samples.leaves import Field
+from ..samples.schema import Schema
 from ..storage.store import Change, Store
 from .reading import all_rows
 

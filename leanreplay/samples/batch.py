@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..arguments import is_tensor
 from ..arrays import Ints
 from ..errors import ArgumentError, SchemaError
-from .schema import Field, as_leaf, batch_leaf, batch_length, check_leaf, leaf_type, to_numpy
+from .leaves import Field, as_leaf, batch_leaf, batch_length, check_leaf, leaf_type, to_numpy
 
 Sources = list[tuple[npt.NDArray[np.uint8], Ints]]
 Fetch = Callable[[Ints], tuple[Sources, Ints]]
@@ -36,7 +36,10 @@ def flat(array: np.ndarray[Any, Any]) -> npt.NDArray[np.uint8]:
 
 
 def _shared(leaf: Any, field: Field) -> np.ndarray[Any, Any] | None:
-    """A tensor on the CPU as an array of the same memory; None for anything less simple. A tenth of the cost of `to_numpy`."""
+    """Return a tensor on the CPU as an array of the same memory; None for anything less simple.
+
+    It costs a tenth of `to_numpy`.
+    """
     torch = sys.modules.get("torch")
     if torch is None or type(leaf) not in (torch.Tensor, torch.nn.Parameter) or not leaf.is_cpu:
         return None
@@ -51,12 +54,17 @@ def _shared(leaf: Any, field: Field) -> np.ndarray[Any, Any] | None:
 
 
 class Batch:
-    """The leaves of a batch in memory, which fit the schema: SchemaError otherwise. n: their length. groups: one for each."""
+    """The leaves of a batch in memory.
+
+    n: how many samples. groups: int64, one for each sample, set by its user. Raises SchemaError for
+    leaves that do not fit the fields.
+    """
 
     def __init__(self, leaves: Sequence[Any], fields: Sequence[Field]) -> None:
         self.leaves, self.fields = leaves, fields
         self.groups = _NO_GROUPS
-        self.plain: list[np.ndarray[Any, Any] | None] = []  # leaves whose bytes can be read as they lie
+        # Leaves whose bytes can be read as they lie.
+        self.plain: list[np.ndarray[Any, Any] | None] = []
         self.simple = True  # all of them can, and the memory is as kernels are compiled for
         n = -1
         for leaf, field in zip(leaves, fields, strict=True):
@@ -81,11 +89,11 @@ class Batch:
 
     @property
     def data(self) -> list[npt.NDArray[np.uint8]]:
-        """The bytes of all leaves, if the batch is simple."""
+        """Bytes of all leaves, if the batch is simple."""
         return [np.frombuffer(array, _BYTE) for array in self.plain]  # type: ignore[arg-type]
 
     def _look_closer(self) -> None:
-        """Anything but arrays and tensors in memory of the right type: other devices and array types, errors."""
+        """Look at leaves that are no arrays or tensors in memory of the right type."""
         self.leaves = [batch_leaf(leaf, field.name) for leaf, field in zip(self.leaves, self.fields, strict=True)]
         self.n = batch_length(self.leaves, self.fields)
         self.plain, self.simple = [], False
@@ -97,14 +105,14 @@ class Batch:
                 simple = type(leaf) is np.ndarray and leaf.flags.c_contiguous and leaf.dtype.isnative
             self.plain.append(to_numpy(leaf, field) if simple else None)
             if not simple and is_tensor(leaf) and leaf.device.type == "cpu":
-                to_numpy(leaf, field, _NO_GROUPS)  # raises now, before a file is made, for one that has no values
+                to_numpy(leaf, field, _NO_GROUPS)  # raises for one without values
 
     def fetch(self, picks: Ints) -> tuple[Sources, Ints]:
-        """Sources of these samples, and their groups."""
+        """Return sources of these samples, and their groups."""
         return self.sources(picks), self.groups[picks]
 
     def sources(self, picks: Ints) -> Sources:
-        """Plain leaves as they are, of others only the samples that stay."""
+        """Return sources: plain leaves as they are, of others only the samples that stay."""
         sources, where = [], np.arange(picks.shape[0])
         for i, ready in enumerate(self.plain):
             if ready is not None:
@@ -115,10 +123,11 @@ class Batch:
 
 
 def stack(samples: list[Any]) -> Any:
-    """A batch from samples of any nesting: arrays and numbers are stacked, anything else stays a list."""
+    """Return a batch of samples of any nesting: arrays and numbers stacked, others as a list."""
     first = samples[0]
     if isinstance(first, Mapping):
-        return {key: stack([s[key] for s in samples]) for key in first.keys()}  # noqa: SIM118 - of a TensorDict, `in` goes over samples
+        keys = first.keys()  # of a TensorDict, `in` goes over samples
+        return {key: stack([s[key] for s in samples]) for key in keys}
     if isinstance(first, (tuple, list)):
         children = [stack([s[i] for s in samples]) for i in range(len(first))]
         return tuple(children) if isinstance(first, tuple) else children

@@ -1,7 +1,7 @@
-"""A map-style dataset on its way into a buffer: how many items, which labels, and only those loaded that stay.
+"""A map-style dataset on its way into a buffer: its labels are read, and the items that stay.
 
-Of `torch.utils.data.Subset` the dataset within is looked at, and a `TensorDataset` is read as the batch of tensors that it is: no
-item is made for its label, nor for its bytes. So is a tuple of arrays.
+Of `torch.utils.data.Subset` the dataset within is looked at. A `TensorDataset`, and a tuple of
+arrays, are read as the batch that they are: no item is made for its label, nor for its bytes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ from ..arguments import integers, is_tensor, length, plain_array
 from ..arrays import Ints
 from ..errors import ArgumentError, SchemaError
 from .batch import Batch, Fetch, Sources, as_batch, flat
-from .schema import Schema, check_leaf, entry, leaf_type, to_numpy
+from .leaves import check_leaf, entry, leaf_type, to_numpy
+from .schema import Schema
 
-_TABLES = (("iloc",), ("to_pydict",), ("columns", "to_numpy"))  # of tables and series of pandas, pyarrow and polars
+_TABLES = (("iloc",), ("to_pydict",), ("columns", "to_numpy"))  # of pandas, pyarrow, polars
 
 
 class Columns:
-    """Arrays of one length as a dataset of tuples, as TensorDataset has it for tensors alone. They may lie in files (of h5py, zarr)."""
+    """Arrays of one length as a dataset of tuples, as TensorDataset is for tensors.
+
+    They may lie in files (of h5py, zarr).
+    """
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
-        self.tensors = tensors = tuple(v.to_numpy() if hasattr(v, "to_numpy") else v for v in tensors)  # of tables, [i] means a label
+        # Of tables, [i] means a label.
+        self.tensors = tensors = tuple(v.to_numpy() if hasattr(v, "to_numpy") else v for v in tensors)
         shapes = [leaf_type(v, f"data/{i}")[1] if is_tensor(v) else tuple(v.shape) for i, v in enumerate(tensors)]
         lengths = [shape[0] for shape in shapes]
         if len(set(lengths)) > 1:
@@ -45,7 +50,7 @@ class Columns:
 
 
 def as_dataset(dataset: Any) -> Any:
-    """What `update` takes, as a dataset with len() and [i]. Raises ArgumentError for anything else."""
+    """Return what `update` takes as a dataset with len() and [i]; ArgumentError otherwise."""
     if isinstance(dataset, tuple) and len(dataset) > 1 and all(map(_is_column, dataset)):
         return Columns(dataset)
     torch = sys.modules.get("torch.utils.data")
@@ -57,7 +62,8 @@ def as_dataset(dataset: Any) -> Any:
         hint = "a dict of arrays is a batch: add(batch); of a dict of datasets choose one; of samples under keys: update(list(d.values()))"
     elif any(getattr(type(each), "with_metadata", False) for each in within):
         hint = "its items are (sample, metadata); leanreplay.torch.BufferDataset(buffer) has samples alone, as has [s for s, _ in buffer]"
-    elif any(all(hasattr(type(dataset), n) for n in names) for names in _TABLES):  # its [i] means a label, or a column
+    elif any(all(hasattr(type(dataset), n) for n in names) for names in _TABLES):
+        # Its [i] means a label, or a column.
         hint = "give its columns as a batch, add({c: df[c].to_numpy() for c in df.columns}), or update(df.to_numpy())"
     elif torch is not None and isinstance(dataset, torch.DataLoader):
         hint = "loop over it, `for batch in loader: buffer.add(batch)`, or update(loader.dataset)"
@@ -73,7 +79,10 @@ def _is_column(value: Any) -> bool:
 
 
 class Items:
-    """The items of a map-style dataset with their metadata, `(n, ...)` each. n: how many. schema: of a buffer, or of the first item."""
+    """The items of a map-style dataset with their metadata, `(n, ...)` each.
+
+    n: how many. schema: of a buffer, or of the first item.
+    """
 
     def __init__(self, dataset: Any, metadata: Any, schema: Schema | None) -> None:
         dataset = as_dataset(dataset)
@@ -91,7 +100,7 @@ class Items:
                 ) from error
         both = zip(self.schema.flatten_metadata(metadata), self.schema.metadata, strict=True)
         self.metadata = [check_leaf(leaf, field, n) for leaf, field in both]
-        self._parts = list(_parts(dataset))  # from the outside in: (dataset, which of its items these are; None: all in order)
+        self._parts = list(_parts(dataset))
         inner, self._which = self._parts[-1]
         torch = sys.modules.get("torch.utils.data")
         self._tensors: Batch | None = None
@@ -103,23 +112,28 @@ class Items:
             self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
 
     def targets(self) -> Any:
-        """`targets` of the dataset, or of the one that it is a subset of: n of them. None without, or where they are no array."""
+        """Return n `targets` of the dataset, or of the one that it is a subset of.
+
+        Returns None without them, or where they are no array.
+        """
         for dataset, which in self._parts:
             if which is None:
                 found = getattr(dataset, "targets", None)
                 if length(found) == self.n:
                     return found
                 continue
-            with contextlib.suppress(Exception):  # a dataset within may have anything under that name; its items will tell
+            # A dataset within may have anything under that name; its items will tell.
+            with contextlib.suppress(Exception):
                 array = plain_array(dataset.targets, "targets")
                 if array.shape[0] == len(dataset):
                     return array[which]
         return None
 
     def groups(self, group: Any, needed: bool, skip: int) -> Ints | None:
-        """Groups as `update` takes them: given, of `targets`, of the tensor of labels; where needed, of the labels of items from `skip`.
+        """Return groups as `update` takes them: `group`, `targets`, or the tensor of labels.
 
-        None: of the label of each item when it is loaded.
+        Where they are needed, the labels of items from `skip` are read. None means the label of
+        each item when it is loaded.
         """
         if group is not None:
             return integers(group, self.n, "group")
@@ -139,7 +153,7 @@ class Items:
         return None
 
     def column(self, number: int, skip: int = 0) -> Any:
-        """All values of a field, (n, ...); those of data before `skip` may be anything."""
+        """Return all values of a field, (n, ...); those of data before `skip` may be anything."""
         split = len(self.schema.data)
         if number >= split:
             return self.metadata[number - split]
@@ -177,14 +191,17 @@ class Items:
 
     @property
     def data(self) -> list[Any] | None:
-        """The bytes of all fields of all items, if they lie in memory as they would in a batch."""
+        """Bytes of all fields of all items, if they lie in memory as they would in a batch."""
         if self._tensors is None or self._which is not None or not self._tensors.simple:
             return None
         metadata = Batch(self.metadata, self.schema.metadata)
         return self._tensors.data + metadata.data if metadata.simple else None
 
     def fetch(self, groups: Ints | None) -> Fetch:
-        """What loads items that stay, in order; groups: of all items, or None for the labels of those that are loaded."""
+        """Return the function that loads items that stay, in order.
+
+        groups: of all items, or None for the labels of those that are loaded.
+        """
 
         def fetch(picks: Ints) -> tuple[Sources, Ints]:
             where, found = np.arange(picks.shape[0]), np.full(picks.shape[0], -1, np.int64)
@@ -216,7 +233,10 @@ class Items:
 
 
 def _parts(dataset: Any) -> Sequence[tuple[Any, Ints | None]]:
-    """The dataset and, as long as it is a Subset, the one within; with each, which of its items the outermost one's are."""
+    """Return the dataset and, as long as it is a Subset, the one within, from the outside in.
+
+    With each comes which of its items the outermost dataset has (None: all, in order).
+    """
     found: list[tuple[Any, Ints | None]] = [(dataset, None)]
     torch = sys.modules.get("torch.utils.data")
     while torch is not None and type(dataset) is torch.Subset:

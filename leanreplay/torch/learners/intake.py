@@ -14,7 +14,7 @@ from ...buffers.exemplars import ParametricBuffer
 from ...buffers.weighted import WeightedReservoirBuffer
 from ...errors import ArgumentError, ModeError, SchemaError
 from ...policies.base import Policy
-from ...samples.schema import check_leaf
+from ...samples.leaves import check_leaf
 from .pending import Batch
 
 _PAIRS = (["tuple", ["leaf", 0], ["leaf", 1]], ["list", ["leaf", 0], ["leaf", 1]])
