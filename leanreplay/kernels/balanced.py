@@ -303,13 +303,6 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
 
 
 @compile_kernel
-def hash_groups(ids, g0, g1, out):
-    """Write the hash of ids[i] (int64) to out[i] (uint64): it says who gets the remainder."""
-    for i in range(ids.shape[0]):
-        out[i] = key_of(ids[i], g0, g1)
-
-
-@compile_kernel
 def plan_balanced(
     keys, links, holder, groups, max_groups, table, rest, counters, log,
     mode, fixed, capacity, k0, k1, g0, g1, start, max_rows, ids, out,

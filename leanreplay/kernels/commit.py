@@ -30,12 +30,9 @@ def _survivors(rows, slots, samples, taken):
         if r < 0:
             continue
         if slots[r] == 0:
-            taken[count] = r
-            samples[count] = i
             count += 1
-            slots[r] = count
-        else:
-            samples[slots[r] - 1] = i
+            slots[r], taken[count - 1] = count, r
+        samples[slots[r] - 1] = i
     return count
 
 
@@ -224,13 +221,7 @@ def commit_rows(
         seal_block(mem, at[3], seal, np.int64(0))
         fence(mem)
         for f in range(cols.shape[0] - 3):
-            source = s0
-            if f == 1:
-                source = s1
-            elif f == 2:
-                source = s2
-            elif f == 3:
-                source = s3
+            source = s0 if f == 0 else s1 if f == 1 else s2 if f == 2 else s3
             _write_field(mem, cols, f, taken, samples, source, places, picked, digests)
         _write_index(mem, cols, taken, places, picked)
         header[at[7]] += np.uint64(count) - live

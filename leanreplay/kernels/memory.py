@@ -50,17 +50,16 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
     from numba.extending import intrinsic
     from numba.np.arrayobj import populate_array
 
-    def _word_at(context: Any, builder: Any, kind: Any, mem: Any, at: Any) -> Any:
+    def _pointer(bits: int, context: Any, builder: Any, kind: Any, mem: Any, at: Any) -> Any:
         data = context.make_array(kind)(context, builder, mem).data
-        return builder.bitcast(builder.gep(data, [at]), ir.IntType(64).as_pointer())
+        return builder.bitcast(builder.gep(data, [at]), ir.IntType(bits).as_pointer())
 
     @intrinsic  # type: ignore[no-redef]
     def prefetch(_context: Any, mem: Any, at: Any) -> Any:
         """Ask for the cache line of mem[at]: random rows come twice as fast so (measured)."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            data = context.make_array(signature.args[0])(context, builder, args[0]).data
-            address = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer())
+            address = _pointer(8, context, builder, signature.args[0], *args)
             i32 = ir.IntType(32)
             kind = ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
             hint = builder.module.declare_intrinsic("llvm.prefetch", [address.type], kind)
@@ -82,19 +81,17 @@ if not config.DISABLE_JIT:  # type: ignore[attr-defined]
 
     @intrinsic  # type: ignore[no-redef]
     def load_word(_context: Any, mem: Any, at: Any) -> Any:
-        """Return the 8 bytes at mem[at:] as a word, at any alignment."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.load(_word_at(context, builder, signature.args[0], *args), align=1)
+            return builder.load(_pointer(64, context, builder, signature.args[0], *args), align=1)
 
         return types.uint64(mem, types.uint64), generate
 
     @intrinsic  # type: ignore[no-redef]
     def store_word(_context: Any, mem: Any, at: Any, word: Any) -> Any:
-        """Write a word to mem[at:], at any alignment."""
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            builder.store(args[2], _word_at(context, builder, signature.args[0], *args[:2]), align=1)
+            builder.store(args[2], _pointer(64, context, builder, signature.args[0], *args[:2]), align=1)
             return context.get_dummy_value()
 
         return types.void(mem, types.uint64, types.uint64), generate

@@ -29,7 +29,7 @@ def group_hash(ids: npt.ArrayLike, seed: int) -> Words:
     rows."""
     groups = np.asarray(ids, np.int64).reshape(-1)
     out = np.empty(groups.shape[0], np.uint64)
-    kernel.hash_groups(groups, *key_pair("group", seed), out)
+    position_keys(groups, *key_pair("group", seed), out)
     return out
 
 

@@ -10,7 +10,7 @@ import pytest
 from kernel_oracle import M64, PINNED, fin, key, keys, read_only
 
 import leanreplay
-from leanreplay.kernels import balanced, merge
+from leanreplay.kernels import balanced, merge, reservoir
 from leanreplay.keys import key_pair
 
 # -- balanced ----------------------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ def test_hash_groups(run: None) -> None:
     """Hashes of group ids of any int64 are the oracle's; they are part of the format: who gets the remainder."""
     pair, g0, g1 = keys("group", 3)
     out = np.zeros(len(IDS), np.uint64)
-    balanced.hash_groups(read_only(np.array(IDS, np.int64)), *pair, out)
+    reservoir.position_keys(read_only(np.array(IDS, np.int64)), *pair, out)
     assert out.tolist() == [key(g & M64, g0, g1) for g in IDS]
     assert [int(h) for h in leanreplay.policies.balanced.group_hash(IDS[:2], 3)] == [PINNED[6], PINNED[7]]
 
