@@ -101,13 +101,10 @@ def length(value: Any) -> int:
 
 
 def call(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a user's function returns.
-
-    A StopIteration becomes an ArgumentError, because it would end the caller's loop silently.
-    """
+    """Return what a user's function returns. Its StopIteration becomes an ArgumentError."""
     try:
         return function(*arguments)
-    except StopIteration as error:
+    except StopIteration as error:  # which would end the caller's loop silently
         raise ArgumentError(f"{what} raised StopIteration: an iterator that it reads from has come to its end") from error
 
 
@@ -149,10 +146,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaError) -> np.ndarray[Any, Any]:
-    """Return numbers of any kind (list, array, tensor on any device) as an array.
-
-    Raises `wrong` for anything else.
-    """
+    """Return numbers (list, array, tensor on any device) as an array. Raises `wrong` otherwise."""
     if isinstance(values, np.ma.MaskedArray):
         raise wrong(f"{name}: a masked array has no values where it is masked; use .filled(value), or leave those samples out")
     try:

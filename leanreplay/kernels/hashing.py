@@ -16,10 +16,7 @@ _31 = np.uint64(31)
 
 @helper
 def scramble(x):
-    """Scramble a uint64 by the finaliser of splitmix64, a bijection.
-
-    Source: Steele, Lea and Flood, OOPSLA 2014.
-    """
+    """Scramble a uint64 by splitmix64's finaliser (Steele et al., OOPSLA 2014), a bijection."""
     x = (x ^ (x >> _30)) * _S0
     x = (x ^ (x >> _27)) * _S1
     return x ^ (x >> _31)
@@ -27,8 +24,5 @@ def scramble(x):
 
 @helper
 def key_of(position, k0, k1):
-    """Return the key of a position, or the hash of a group's id (uint64).
-
-    It takes two rounds with a key between them. This is a bijection, so keys never tie.
-    """
+    """Return the key of a position, or the hash of a group's id (uint64): a bijection, no ties."""
     return scramble(scramble(np.uint64(position) * GOLDEN + k0) + k1)

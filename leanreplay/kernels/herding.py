@@ -52,10 +52,7 @@ def measure(phi, mean, direction, squares, marks):
 
 @compile_kernel
 def make_rows(phi, mean, lengths, rows):
-    """Write (phi - mean) / lengths to rows, (n, d) float32 or float64.
-
-    lengths: (n,) float64, |phi - mean|. A row is of length 1, or 0.
-    """
+    """Write (phi - mean) / lengths to rows, (n, d) float32 or float64: of length 1, or 0."""
     for i in range(phi.shape[0]):
         row, out, length = phi[i], rows[i], lengths[i]
         for c in range(row.shape[0]):

@@ -27,10 +27,7 @@ _ULP = 2.0**-53
 
 @helper
 def _uniform(position, k0, k1):
-    """Return v in (0, 1): the middle of one of 2**52 equal parts.
-
-    So v is never 0 or 1, and both v and 1 - v are exact.
-    """
+    """Return v, the middle of one of 2**52 parts of (0, 1): v and 1 - v are exact, and never 0."""
     h = key_of(position, k0, k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
@@ -77,10 +74,7 @@ def _bound(key):
 
 @compile_kernel
 def weighted_keys(positions, weights, k0, k1, out):
-    """Write the key of positions[i] (int64) with weights[i] (float64) to out[i] (uint64).
-
-    Returns False if a weight is not finite and above 0.
-    """
+    """Write keys of positions (int64) to out (uint64). False if a weight is not above 0."""
     for i in range(positions.shape[0]):
         w = weights[i]
         if not (w > 0.0 and w < np.inf):

@@ -112,10 +112,7 @@ class Items:
             self._tensors = Batch(self.schema.flatten(inner.tensors), self.schema.data)
 
     def targets(self) -> Any:
-        """Return n `targets` of the dataset, or of the one that it is a subset of.
-
-        Returns None without them, or where they are no array.
-        """
+        """Return n `targets` of the dataset, or of one that it is a subset of. None without."""
         for dataset, which in self._parts:
             if which is None:
                 found = getattr(dataset, "targets", None)
@@ -198,10 +195,7 @@ class Items:
         return self._tensors.data + metadata.data if metadata.simple else None
 
     def fetch(self, groups: Ints | None) -> Fetch:
-        """Return the function that loads items that stay, in order.
-
-        groups: of all items, or None for the labels of those that are loaded.
-        """
+        """Return what loads items. groups: of all items, or None for the labels of those loaded."""
 
         def fetch(picks: Ints) -> tuple[Sources, Ints]:
             where, found = np.arange(picks.shape[0]), np.full(picks.shape[0], -1, np.int64)

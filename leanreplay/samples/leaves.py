@@ -66,10 +66,7 @@ def as_leaf(leaf: Any, path: str) -> Any:
 
 
 def _exports(leaf: Any) -> bool:
-    """Whether an object says of itself that it can be an array.
-
-    NumPy would also try to iterate, over a whole dataset perhaps.
-    """
+    """Whether an object says that it can be an array. (NumPy would also try to iterate over it.)"""
     if isinstance(leaf, (bytes, str, type)):
         return False
     if any(hasattr(leaf, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
@@ -125,10 +122,7 @@ def _tensor_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], 
 
 
 def leaf_type(leaf: Any, path: str) -> tuple[np.dtype[Any], tuple[int, ...], str | None]:
-    """Return (dtype as stored, whole shape, torch name) of a leaf.
-
-    Raises SchemaError for what cannot be stored.
-    """
+    """Return (dtype as stored, whole shape, torch name) of a leaf; SchemaError if it has none."""
     if is_tensor(leaf):
         return _tensor_type(leaf, path)
     array = as_leaf(leaf, path)
@@ -180,10 +174,7 @@ def _tensor_values(leaf: Any, field: Field, rows: Any) -> np.ndarray[Any, Any]:
 
 
 def check_leaf(leaf: Any, field: Field, n: int | None) -> Any:
-    """Return the leaf as an array or tensor.
-
-    Raises SchemaError unless it is n entries of the field (n None: one entry).
-    """
+    """Return the leaf if it is n entries of the field (None: one entry). SchemaError otherwise."""
     leaf = as_leaf(leaf, field.name)
     dtype, shape, torch = leaf_type(leaf, field.name)
     wanted = field.shape if n is None else (n, *field.shape)
@@ -197,10 +188,7 @@ def check_leaf(leaf: Any, field: Field, n: int | None) -> Any:
 
 
 def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
-    """Return one sample's leaf as an array of the field's dtype.
-
-    Python numbers take that dtype, floats rounded as NumPy does.
-    """
+    """Return one sample's leaf as an array of the field's dtype, which Python numbers take."""
     plain = field.torch is None and (type(leaf) is np.ndarray or isinstance(leaf, np.generic))
     if plain and leaf.dtype == field.dtype and leaf.shape == field.shape:
         return leaf  # type: ignore[return-value]  # a single number does what an array does here
@@ -230,10 +218,7 @@ def batch_leaf(leaf: Any, path: str) -> Any:
 
 
 def batch_length(leaves: Sequence[Any], fields: Sequence[Field]) -> int:
-    """Return the leading dimension of a batch's leaves, which `batch_leaf` made.
-
-    Raises SchemaError where they differ.
-    """
+    """Return the one leading dimension of leaves that `batch_leaf` made; SchemaError otherwise."""
     lengths = {field.name: leaf_type(leaf, field.name)[1][0] for leaf, field in zip(leaves, fields, strict=True)}
     if len(set(lengths.values())) > 1:
         raise SchemaError(

@@ -255,16 +255,16 @@ class _Inference:
 
     def __init__(self, batched: bool) -> None:
         self._batched = batched
-        self._fields: list[Field] = []
+        self._leaves: list[Field] = []
         self._shapes: list[tuple[int, ...]] = []  # of the leaves as they came
 
     def schema_of(self, sample: Any, metadata: Mapping[str, Any] | None) -> Schema:
         structure = self._structure_of(sample, "data", 0)
-        if not self._fields:
+        if not self._leaves:
             raise SchemaError("a sample needs at least one array")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise SchemaError(f"metadata is a dict of name -> array, not {type(metadata).__name__}")
-        data = tuple(self._fields)
+        data = tuple(self._leaves)
         meta = [metadata_field(name, self._field_of(leaf, f"metadata/{name}")) for name, leaf in (metadata or {}).items()]
         return Schema(data, tuple(sorted(meta, key=lambda f: f.name)), structure)
 
@@ -289,19 +289,19 @@ class _Inference:
         if isinstance(value, (tuple, list)):
             if self._batched and value and all(isinstance(v, (bool, int, float, complex, np.generic)) for v in value):
                 raise SchemaError(f"{path}: a {type(value).__name__} of {len(value)} numbers is no array; give np.array(values)")
-            before = len(self._fields)
+            before = len(self._leaves)
             children = [self._structure_of(v, f"{path}/{i}", depth + 1) for i, v in enumerate(value)]
             if self._batched and depth == 0 and type(value) is list:
                 self._refuse_samples(len(value))
-            self._refuse_numbers(value, path, children, self._fields[before:])
+            self._refuse_numbers(value, path, children, self._leaves[before:])
             return ["tuple" if isinstance(value, tuple) else "list", *children]
-        self._fields.append(self._field_of(value, path))
-        return ["leaf", len(self._fields) - 1]
+        self._leaves.append(self._field_of(value, path))
+        return ["leaf", len(self._leaves) - 1]
 
     def _refuse_samples(self, n: int) -> None:
         """Raise SchemaError if a list of n in place of a batch is one of samples."""
-        if _are_samples(self._fields, self._shapes, n):
-            way = "stack them, np.stack(batch), or call" if len(self._fields) == n else "call"
+        if _are_samples(self._leaves, self._shapes, n):
+            way = "stack them, np.stack(batch), or call" if len(self._leaves) == n else "call"
             raise SchemaError(
                 f"a list of {n} alike in place of a batch: it would be a batch of {self._shapes[0][0]}, each a list of "
                 f"{n}; if these are {n} samples, {way} update(batch); if not, give tuple(batch)"
