@@ -178,3 +178,27 @@ def test_undo_file_of_another_buffer(kind: str, tmp_path: Any) -> None:
             assert buffer.check() == []
         else:
             assert_prefix(kind, buffer, "twin")
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_undo_file_of_a_copy_one_commit_apart(kind: str, tmp_path: Any) -> None:
+    """G3: copies that differ by a single commit have undo files that lead to the same state, and only digests tell them apart."""
+    path, copy = str(tmp_path / "b.h5"), str(tmp_path / "copy.h5")
+    with KINDS[kind](path) as buffer:
+        feed(buffer, 0, 60)
+        state = buffer.state_dict()
+        feed(buffer, 60, 75)
+    for name in [path, *undo_files(path)]:
+        shutil.copy(name, name.replace(path, copy))
+    with leanreplay.open(path, mode="r+") as buffer:
+        buffer.add(**stream(75, 80))
+    with leanreplay.open(copy, mode="r+") as buffer:
+        buffer.add(**stream(10_000, 10_030))
+    for name in undo_files(path):
+        shutil.copy(name, name.replace(path, copy))
+    contents = image(copy)
+    with leanreplay.open(copy, mode="r+") as buffer:
+        with pytest.raises(StateError, match="does not lead back"):
+            buffer.load_state_dict(state)
+        assert buffer.check() == []
+    assert image(copy) == contents
