@@ -1,54 +1,38 @@
-"""`DataBuffer`: what every buffer does. It is put together from objects that each do one thing:
+"""`DataBuffer`: how a buffer is made, and every method that changes one.
 
-current (the store) | location | parameters | feeder (way in) | draws | view (way out) | checkpoints
+It adds two objects to those of a `ReadableBuffer`: feeder (the way in) | checkpoints (states)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import attrgetter
-from typing import Any, ClassVar, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from ..arguments import as_path, check_call, choice, function_or_none, instance, integer
 from ..arrays import Ints
-from ..errors import ArgumentError, LeanReplayError, ModeError, RowError
-from ..policies.base import Params, Policy
+from ..errors import ArgumentError, RowError
+from ..policies.base import Policy
 from ..samples.schema import Schema
-from ..storage.layout import KIND_CHECKS, Layout
+from ..storage.layout import KIND_CHECKS
 from ..storage.opening import Options
-from ..storage.store import Problem, WritableStore
+from ..storage.store import WritableStore
 from . import rewriting
 from .checkpoint import Checkpoints
 from .copies import State
-from .current import Current, LockType, Packed
-from .drawing import Draws
 from .feeding import Feeder, Moved
-from .location import Location, OneFile, checked_path
-from .parameters import Kind, Parameters
-from .reading import Array, Reach, Transform, Transforms, View, all_rows, parse_rows
-from .tag import Label
+from .location import checked_path
+from .parameters import Parameters
+from .readable import ReadableBuffer
+from .reading import Transform, Transforms, all_rows, parse_rows
 
-T = TypeVar("T")
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 
 KINDS: dict[str, type[DataBuffer]] = {}  # the class of each kind that is known
 MODES = ("x", "a", "r+", "r", "w")
 
 
-def _part(name: str, kind: type[T], says: str, settable: bool = False) -> T:
-    """Return a property that is an attribute of one of the buffer's parts. kind: its type."""
-    part, attribute = name.split(".")
-    setter = (lambda buffer, value: setattr(getattr(buffer, part), attribute, value)) if settable else None
-    return cast(T, property(attrgetter(name), setter, doc=says))
-
-
-def _of_store(name: str, kind: type[T], says: str) -> T:
-    """Return a property that is an attribute of the buffer's store. kind: its type."""
-    return cast(T, property(lambda buffer: buffer.current.look_up(name), doc=says))
-
-
-class DataBuffer:
+class DataBuffer(ReadableBuffer):
     """Base class of all buffers: samples in one memory-mapped HDF5 file, or in shared memory.
 
     A subclass names its policy; that is all an own buffer needs:
@@ -94,14 +78,6 @@ class DataBuffer:
     path, and open it with mode="r+" once this writer is closed. It cannot be copied with `copy`.
     """
 
-    policy_class: ClassVar[type[Policy]]
-    kind: ClassVar[str] = "DataBuffer"
-    tag_class: ClassVar[type[Label]] = Label
-    whole_journal: ClassVar[bool] = False  # whether one commit may overwrite all rows
-    sized: ClassVar[bool] = True  # whether there is a max_size; an InfiniteBuffer has none
-    with_metadata: ClassVar[bool] = True  # items are (sample, metadata)
-    _params: Params = {}  # noqa: RUF012 - the policy's parameters, as a subclass was given them
-
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "kind" not in cls.__dict__:
@@ -144,105 +120,13 @@ class DataBuffer:
         self.current.begin(schema)
 
     def _compose(self, parameters: Parameters, path: str | None, where: str, options: Options, mode: str, transforms: Transforms) -> None:
-        """Put the buffer together. No part refers to it: it closes as soon as nobody does."""
-        self.parameters, self.draws = parameters, Draws(parameters)
-        self.location = self._location(path, where, options, parameters)
-        self.current = Current(f"{type(self).__name__} at {id(self):#x}", self.location, parameters, self.draws, mode)
-        tag = self.tag_class(type(self).__name__, self.policy_class.needs_groups)
-        self.view = View(self.current, tag, transforms)
-        self.feeder = Feeder(self.current, tag)
+        super()._compose(parameters, path, where, options, mode, transforms)
+        self.feeder = Feeder(self.current, self.tag)
         self.checkpoints = Checkpoints(self.current, self.feeder)
-        self._reach = Reach()
-
-    @classmethod
-    def _declared(cls) -> Kind:
-        return Kind(cls.kind, cls.policy_class, cls.whole_journal, cls.sized, cls._stored_schema)
-
-    @classmethod
-    def table_problem(cls, table: Layout) -> str | None:
-        """Return what is impossible about the table of a file of this kind; None if nothing is."""
-        return cls._declared().table_problem(table) if hasattr(cls, "policy_class") else None
-
-    @classmethod
-    def _stored_schema(cls, schema: Schema) -> Schema:
-        """Return the schema of the file, given that of samples."""
-        return schema
-
-    @staticmethod
-    def _location(path: str | None, where: str, options: Options, parameters: Parameters) -> Location:
-        return (Location if path is None else OneFile)(path, where, options, parameters)
 
     def _rows_to_keep(self, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:
         """Return which of the live rows `resize` keeps, as numbers into `live`."""
         return rewriting.kept_by_policy(type(self).__name__, store, policy, size, live)
-
-    def close(self) -> None:
-        """Close the file and release the lock. Afterwards all but `close` is a ModeError."""
-        self.current.close()
-
-    def __enter__(self: Self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # A forgotten buffer would hold its lock and descriptors until the interpreter ends.
-        try:  # noqa: SIM105 - when it ends, contextlib may be empty already
-            self.close()
-        except Exception:
-            pass
-
-    def __reduce__(self) -> tuple[Callable[..., DataBuffer], tuple[object, ...]]:
-        return type(self)._unpickle, (self.current.pack(), (self.transform, self.target_transform))
-
-    @classmethod
-    def _unpickle(cls: type[Self], packed: Packed, transforms: Transforms) -> Self:
-        """Make a reader of the same file or shared memory in another process."""
-        buffer = cls.__new__(cls)
-        parameters = Parameters(cls._declared(), None, None, None, {})
-        buffer._compose(parameters, packed.path, packed.where, Options(False, 2, True), "r", transforms)
-        buffer.current.unpack(packed)
-        return buffer
-
-    def __copy__(self, memo: object = None) -> DataBuffer:
-        raise ModeError(
-            f"{self!r} cannot be copied within a process: the copy would read the same rows, and never write. buffer.save(folder) and "
-            "load(folder) of another buffer copy the samples; leanreplay.open(path) reads the same file once more"
-        )
-
-    __deepcopy__ = __copy__
-
-    path: str | None = _part("location.path", str, "The path as it was given; None in memory.")
-    max_size = _part("parameters.max_size", int, "Rows of the buffer; None in an InfiniteBuffer.")
-    seed = _part("parameters.seed", int, "Seed of all random choices.")
-    stream = _part("parameters.stream", int, "Number of the stream that is fed.")
-    mode = _part("current.mode", str, 'The mode; "r" in forked and unpickled copies.')
-    seen = _of_store("seen", int, "Samples offered so far, kept or not: the position in the stream.")
-    schema: Schema | None = _of_store("schema", Schema, "What a sample looks like; None before the first batch.")
-    nbytes = _of_store("nbytes", int, "Bytes of the file, of all parts, or of shared memory.")
-    transform: Transform | None = _part("view.transform", type(None), "For first elements that are read; may be set.", True)
-    target_transform: Transform | None = _part("view.target_transform", type(None), "For second elements; may be set.", True)
-
-    @property
-    def lock(self) -> LockType:
-        """The lock that whoever uses the store holds."""
-        return self.current.lock
-
-    def __len__(self) -> int:
-        """Samples that the buffer holds now."""
-        with self.current.lock:
-            return self._reach.told(self.current.reading().size)
-
-    def __repr__(self) -> str:
-        if self.current.closed:
-            return repr(self.current)
-        name, where = type(self).__name__, self.current.place
-        try:
-            held, seen, schema = len(self), self.seen, self.schema
-        except LeanReplayError as error:
-            return f"{name}({where}, {type(error).__name__})"
-        return f"{name}({where}, seed={self.seed}, len={held}, seen={seen}, mode={self.mode!r}, {schema})"
 
     def add(
         self,
@@ -327,56 +211,6 @@ class DataBuffer:
             else:
                 rewriting.add_field(self.current, store, name, values, found)
 
-    def sample(self, n: int, replace: bool = False) -> tuple[Any, dict[str, Any]]:
-        """Draw n samples uniformly: (batch, metadata), copies with a leading dimension of n.
-
-        metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream,
-        int64). Without `replace` the n are distinct, and n at most len(buffer). A draw is a
-        function of (seed, stream, seen, number of draws before); the last is part of `state_dict`.
-        Costs the copy, its checksums included, and a few microseconds.
-
-        Forked and unpickled copies of a buffer each draw a stream of their own. It follows from the
-        number of forks and pickles before; when unpickled also from the number of that process in
-        multiprocessing, and of unpicklings there; in a DataLoader's worker from the worker's seed.
-        So a program that starts its workers in the same order draws the same again, except where a
-        pool gives jobs to whichever worker is free. Readers that are opened by path draw the same.
-
-        >>> import numpy as np
-        >>> from leanreplay import ReservoirBuffer
-        >>> buffer = ReservoirBuffer(100)
-        >>> x, y = np.arange(100.0), np.arange(100)
-        >>> buffer.add((x, y), metadata={"logits": np.zeros((100, 10), "float32")})
-        >>> (x, y), meta = buffer.sample(4)
-        >>> x.shape, sorted(meta)
-        ((4,), ['idx', 'logits', 'position'])
-        """
-        return self.view.sample(n, replace)  # type: ignore[return-value]  # it is no None here
-
-    def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
-        """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""
-        return self.view.get(rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
-        """The index-th sample in the order of rows, and its metadata: no batch dimension."""
-        return self.view.items_at([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, dict[str, Any]]]:
-        """Several samples in one read: what torch's DataLoader calls.
-
-        Rows may go while a DataLoader goes on, as when a balanced buffer meets a new class. An
-        index that was below a length told before, and is beyond the samples that are there now,
-        gets another live sample; `buffer[i]` is a RowError then.
-        """
-        return self.view.items_at(indices, self._reach.now())
-
-    def __iter__(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for i in range(len(self)):
-            yield self[i]
-
-    def get_metadata(self, name: str, rows: object = None) -> Array:
-        """A metadata field, "idx" or "position" of these rows, by default all: (n, ...), a copy."""
-        return self.view.metadata(name, rows)
-
     def resize(self, max_size: int) -> None:
         """Change the number of rows: copy the samples to a new file, which takes the name.
 
@@ -438,13 +272,3 @@ class DataBuffer:
         """Put the present state on the disk, restore points too: it survives a power cut."""
         with self.current.lock:
             self.current.reading().flush()
-
-    def check(self) -> list[Problem]:
-        """Everything wrong with the file, each `Problem` with its rows; [] if nothing is.
-
-        Reads all of the file. A reader beside a writer reports no row that a commit is
-        changing. Where commits leave it no pause within a second, it does not compare the rows as a
-        whole with the header: the writer's own `check` does.
-        """
-        with self.current.lock:
-            return self.current.reading().check()
