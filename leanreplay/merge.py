@@ -268,7 +268,7 @@ def _check_fit(inputs: Sequence[_Input]) -> type[DataBuffer]:
     if kind not in KINDS:
         raise unknown(names[0], kind)
     policy = KINDS[kind].policy_class
-    if "union" not in vars(policy):
+    if policy.no_union:
         raise _refused(names, kind, policy)
     holder: dict[int, str] = {}
     for one in inputs:

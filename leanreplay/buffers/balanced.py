@@ -19,9 +19,8 @@ from ..policies.balanced import (
     ClassBalancedPolicy,
     ClassBalancingReservoirPolicy,
     ExperienceBalancedPolicy,
-    group_quotas,
 )
-from ..policies.exemplars import ParametricPolicy
+from ..policies.quotas import QuotaPolicy, group_quotas
 from ..storage.store import Store
 from .base import DataBuffer
 from .feeding import Moved
@@ -32,7 +31,7 @@ class BalancedBuffer(DataBuffer):
     """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the
     parameters."""
 
-    policy_class: ClassVar[type[BalancedPolicy | ParametricPolicy]] = BalancedPolicy
+    policy_class: ClassVar[type[QuotaPolicy]] = BalancedPolicy
     _rows_by_group: tuple[Store, int, dict[int, Ints]] | None = None
     _sizes_by_group: tuple[Store, int, dict[int, int]] | None = None
 

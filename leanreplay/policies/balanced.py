@@ -1,8 +1,6 @@
 """Rows shared evenly over groups: one reservoir of the largest keys per group, with quotas.
 
-Groups are classes, experiences, or whatever the samples are grouped by. All groups live in the same
-rows; a new group shrinks the quotas of the others. The file's log holds what the index does not
-tell: groups that hold no row, and groups that may not grow.
+All groups live in the same rows; a new group shrinks the quotas of the others.
 """
 
 from __future__ import annotations
@@ -11,96 +9,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import NO_LOG, NO_ROWS, POLICY_WORDS, Ints, Words
-from ..errors import ArgumentError, CorruptionError, MismatchError
+from ..errors import CorruptionError, MismatchError
 from ..kernels import balanced as kernel
 from ..kernels.reservoir import position_keys
 from ..keys import key_pair
-from .base import LOG_TOO_SHORT, Parameter, Params, Plan, Policy, optional_int
+from .base import LOG_TOO_SHORT, Parameter, Params, Plan
+from .quotas import ADAPTIVE_SIZE, BORROW, QuotaPolicy, groups_in, make_log, total_of
 from .union import Holder, Union
 
-_MAX_ROWS = 2**31 - 2  # links between rows are int32
 
-
-def group_hash(ids: npt.ArrayLike, seed: int) -> Words:
-    """Hash of each group id, (n,): the groups of the smallest hashes get the remainder of the
-    rows."""
-    groups = np.asarray(ids, np.int64).reshape(-1)
-    out = np.empty(groups.shape[0], np.uint64)
-    position_keys(groups, *key_pair("group", seed), out)
-    return out
-
-
-def group_quotas(max_size: int, hashes: Words) -> Ints:
-    """Rows for each of n groups: max_size // n, and one more for the max_size % n groups of the
-    smallest hashes."""
-    n = hashes.shape[0]
-    quotas = np.full(n, max_size // max(n, 1), np.int64)
-    quotas[np.argsort(hashes)[: max_size % max(n, 1)]] += 1
-    return quotas
-
-
-def is_flag(value: object) -> bool:
-    """Return whether a parameter in a file is True or False."""
-    return type(value) is bool
-
-
-ADAPTIVE_SIZE = Parameter("adaptive_size", True, is_flag)
-BORROW = Parameter("borrow", False, lambda value: value is None or is_flag(value))
-
-
-def total_of(name: str) -> Parameter:
-    """Return the parameter for the number of groups that will come, which fixed quotas need."""
-    return Parameter(name, None, optional_int(1, 2**31))
-
-
-def settle_quotas(name: str, given: Params, max_size: int) -> None:
-    """Raise ArgumentError for quotas that cannot be. name: of the parameter for the number of
-    groups."""
-    check_rows(max_size)
-    total, adaptive = given.get(name), given.get("adaptive_size")
-    if total is not None and adaptive is None:
-        raise ArgumentError(f"{name}={total} is for fixed quotas: give adaptive_size=False too, or leave it out")
-    if adaptive is not None and not adaptive:
-        if total is None:
-            raise ArgumentError(f"adaptive_size=False needs {name}: each group gets max_size // {name} rows")
-        if total > max_size:
-            raise ArgumentError(f"{total} groups in {max_size} rows: each would hold none; raise max_size, or use adaptive_size=True")
-
-
-def quotas_problem(name: str, params: Params, max_size: int) -> str | None:
-    """Return what is impossible about the quotas in a file; None if nothing is."""
-    total = params.get(name)
-    if params.get("adaptive_size", True) or (total is not None and total <= max_size):
-        return None
-    return f"{total} groups in {max_size} rows"
-
-
-def check_rows(capacity: int) -> None:
-    """Raise ArgumentError for more rows than links can name."""
-    if capacity > _MAX_ROWS:
-        raise ArgumentError(f"{capacity} rows, but groups share at most {_MAX_ROWS}; lower max_size")
-
-
-def groups_in(log: Ints) -> tuple[Ints, Ints]:
-    """Ids of the groups in a log, in order of appearance, and numbers of those that are full.
-    CorruptionError for what is no log."""
-    known, full = log[log[:, 0] == 0, 1], log[log[:, 0] == 1, 1]
-    n = known.shape[0]
-    if n + full.shape[0] != log.shape[0] or np.unique(known).shape[0] != n or (full < 0).any() or (full >= n).any():
-        raise CorruptionError("the log of groups is wrong; restore the file from a copy")
-    return known, full
-
-
-def make_log(known: Ints, full: npt.NDArray[np.bool_]) -> Ints:
-    """The log of these groups, `full` saying which may not grow."""
-    entries = [(0, g) for g in known.tolist()] + [(1, i) for i in np.flatnonzero(full).tolist()]
-    return np.array(entries, np.int64).reshape(-1, 2)
-
-
-class BalancedPolicy(Policy):
+class BalancedPolicy(QuotaPolicy):
     """A reservoir of the largest keys per group, with quotas; `params` say how these come about.
 
     adaptive_size: the capacity divided over the groups seen so far; otherwise over a total that is
@@ -109,35 +29,18 @@ class BalancedPolicy(Policy):
     """
 
     needs_groups = True
-    total_name: ClassVar[str] = ""  # of the parameter for the number of groups
-    parameters: ClassVar[tuple[Parameter, ...]] = (ADAPTIVE_SIZE, BORROW)
-
-    @classmethod
-    def settle(cls, given: Params, max_size: int) -> Params:
-        settle_quotas(cls.total_name, given, max_size)
-        return super().settle(given, max_size)
-
-    @classmethod
-    def params_problem(cls, params: Params, max_size: int) -> str | None:
-        return quotas_problem(cls.total_name, params, max_size)
+    parameters: ClassVar[tuple[Parameter, ...]] = (total_of(QuotaPolicy.total_name), ADAPTIVE_SIZE, BORROW)
+    no_union = ""
 
     def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._mode = kernel.BORROW if params.get("borrow") else kernel.QUOTA
-        self._total = 0 if params.get("adaptive_size", True) else params[self.total_name]
-        self._fixed = bool(self._total)
+        self._fixed = bool(self.total)
         self._keys01 = (*key_pair("reservoir", seed), *key_pair("group", seed))
         self._groups: Ints = np.zeros((0, kernel.COLUMNS), np.int64)
         self._rest: Ints = np.zeros(1, np.int64)
         self._table = np.zeros(0, np.int32)
         self._counters: Ints = np.zeros(kernel.COUNTERS, np.int64)
-
-    @staticmethod
-    def log_slots(capacity: int) -> int:
-        """Two entries per group; a file with more groups than rows is given a longer log when it
-        needs one."""
-        check_rows(capacity)
-        return 2 * max(capacity, 2048)
 
     def load(self, positions: Ints, groups: Ints) -> None:
         n = self.capacity
@@ -167,29 +70,15 @@ class BalancedPolicy(Policy):
     def _share(self, capacity: int) -> None:
         """Quotas for this capacity and the present groups."""
         if self._fixed:
-            self._counters[kernel.SHARE] = self._fixed_share(capacity)
+            self._counters[kernel.SHARE] = capacity // self.total if self.total else 0
         elif self._counters[kernel.GROUPS]:
             kernel.share(self._groups, self._rest, self._counters, capacity)
         else:
             self._counters[kernel.SHARE] = -1  # that of no group: the first one makes it
 
-    def _fixed_share(self, capacity: int) -> int:
-        return capacity // self._total
-
-    def _known(self) -> Ints:
-        """Ids of the groups seen, in order of appearance."""
+    @property
+    def known(self) -> Ints:
         return self._groups[: int(self._counters[kernel.GROUPS]), kernel.ID]
-
-    def check_groups(self, groups: Ints) -> None:
-        if not self._total:
-            return
-        new = np.setdiff1d(groups, self._known())
-        known = int(self._counters[kernel.GROUPS])
-        if known + new.shape[0] > self._total:
-            raise ArgumentError(
-                f"{new.shape[0]} new groups ({', '.join(map(str, new[:10]))}), but {known} of a total of {self._total} are there already; "
-                "give a new buffer the right total, or adaptive_size=True"
-            )
 
     def plan(self, start: int, groups: Ints, max_rows: int) -> Plan:
         rows = np.empty(groups.shape[0], np.int64)
@@ -208,8 +97,7 @@ class BalancedPolicy(Policy):
         return Plan(rows[:used], freed if freed.shape[0] else NO_ROWS, self._new[:logged] if logged else NO_LOG)
 
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
-        if self._total and self._mode != kernel.LARGEST and capacity < self._total:
-            raise ArgumentError(f"resize to {capacity} rows for {self._total} groups: each would hold none; give at least {self._total}")
+        self.check_capacity(capacity)
         self.log = self._whole_log()
         self.load(positions, groups)  # with the rows numbered as here
         self._share(capacity)
@@ -222,7 +110,7 @@ class BalancedPolicy(Policy):
 
     def _whole_log(self) -> Ints:
         """Return a log that says what the arrays do."""
-        known = self._known()
+        known = self.known
         return make_log(known, self._groups[: known.shape[0], kernel.FULL] != 0)
 
     def union(self, holders: Sequence[Holder]) -> Union:
@@ -236,7 +124,13 @@ class BalancedPolicy(Policy):
             )
         logs = [groups_in(h.log) for h in holders]
         ids = np.unique(np.concatenate([known for known, _ in logs]))
-        limits, spare = self._union_quotas(ids, " and ".join(h.name for h in holders))
+        if 0 < self.total < ids.shape[0]:
+            raise MismatchError(
+                f"{' and '.join(h.name for h in holders)} cannot be merged: {ids.shape[0]} groups together, but they were created for a "
+                f"total of {self.total}"
+            )
+        limits = self.quotas(ids, self.capacity)
+        spare = self.capacity - int(limits.sum()) if self.total else 0
         held = np.array([_count_groups(h, ids) for h in holders])
         full = np.zeros(ids.shape[0], bool)
         for (known, full_here), held_here in zip(logs, held, strict=True):
@@ -247,17 +141,6 @@ class BalancedPolicy(Policy):
         full |= offered > limits
         state = [0] * POLICY_WORDS
         return Union(np.minimum(limits, offered), self._position_keys, state, int(limits.sum()) + spare, ids, make_log(ids, full))
-
-    def _union_quotas(self, ids: Ints, names: str) -> tuple[Ints, int]:
-        """Return the quotas of these groups, and the rows that are left for groups to come."""
-        if not self._total:
-            return group_quotas(self.capacity, group_hash(ids, self.seed)), 0
-        if ids.shape[0] > self._total:
-            raise MismatchError(
-                f"{names} cannot be merged: {ids.shape[0]} groups together, but they were created for a total of {self._total}"
-            )
-        quotas = np.full(ids.shape[0], self.capacity // self._total)
-        return quotas, self.capacity - int(quotas.sum())
 
     def _position_keys(self, positions: Ints, groups: Ints) -> Words:
         keys = np.empty(positions.shape[0], np.uint64)
@@ -291,7 +174,7 @@ class ClassBalancedPolicy(BalancedPolicy):
 
     total_name = "total_num_classes"
     parameters = (total_of(total_name), ADAPTIVE_SIZE, BORROW)
-    union = BalancedPolicy.union
+    no_union = ""
 
 
 class ExperienceBalancedPolicy(BalancedPolicy):
@@ -299,7 +182,7 @@ class ExperienceBalancedPolicy(BalancedPolicy):
 
     total_name = "num_experiences"
     parameters = (total_of(total_name), ADAPTIVE_SIZE, BORROW)
-    union = BalancedPolicy.union
+    no_union = ""
 
 
 class ClassBalancingReservoirPolicy(BalancedPolicy):
@@ -317,14 +200,6 @@ class ClassBalancingReservoirPolicy(BalancedPolicy):
 
     parameters = ()
 
-    @classmethod
-    def settle(cls, given: Params, max_size: int) -> Params:
-        check_rows(max_size)
-        return given
-
     def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._mode, self._fixed = kernel.LARGEST, True
-
-    def _fixed_share(self, capacity: int) -> int:
-        return 0

@@ -15,6 +15,8 @@ from .union import Holder, Union
 
 Params = dict[str, Any]  # values of JSON, by name
 
+_NO_UNION = "its policy does not say which samples one buffer over all streams would hold"
+
 
 class Parameter(NamedTuple):
     """A parameter of a policy, as it stands in the file.
@@ -66,6 +68,8 @@ class Policy:
     every plan and are there again when `load` is called.
     parameters: what a buffer of this policy is made with, besides its size and seed; the file holds
         their values, `params`.
+    no_union: why buffers of this policy cannot be merged; "" if they can, by `union`. A subclass
+        says it anew, because what holds for its base need not hold for it.
 
     A policy whose state grows keeps a log: it overrides `log_slots`, and each plan says which
     entries to append. `log`, (entries, 2) int64, holds them when `load` is called; `slots` is the
@@ -85,7 +89,11 @@ class Policy:
 
     needs_groups: ClassVar[bool] = False
     parameters: ClassVar[tuple[Parameter, ...]] = ()
-    no_union: ClassVar[str] = "its policy does not say which samples one buffer over all streams would hold"
+    no_union: ClassVar[str] = _NO_UNION
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.no_union = vars(cls).get("no_union", _NO_UNION)
 
     def __init__(self, capacity: int, seed: int, params: Params) -> None:
         self.capacity, self.seed, self.params = capacity, seed, params
@@ -143,10 +151,7 @@ class Policy:
 
     def union(self, holders: Sequence[Holder]) -> Union:
         """For `merge` into a buffer of this policy: say which samples stay of buffers of different
-        streams.
-
-        A class that does not define `union` itself cannot be merged: `no_union` says why. What
-        holds for its base need not hold for it.
+        streams. Called only where `no_union` is "".
         """
         raise NotImplementedError
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..arrays import Bools, Ints
-from ..errors import ArgumentError, CorruptionError
-from .balanced import (
-    ADAPTIVE_SIZE,
-    BalancedPolicy,
-    group_hash,
-    group_quotas,
-    groups_in,
-    is_flag,
-    make_log,
-    quotas_problem,
-    settle_quotas,
-    total_of,
-)
-from .base import Parameter, Params, Plan, Policy
+from ..errors import CorruptionError
+from .base import Parameter, Plan
+from .quotas import ADAPTIVE_SIZE, QuotaPolicy, groups_in, is_flag, make_log, total_of
 
 GROUPBY = (None, "class", "task", "experience")
 
@@ -62,59 +51,39 @@ class Choice(NamedTuple):
     log: Ints
 
 
-class ParametricPolicy(Policy):
+class ParametricPolicy(QuotaPolicy):
     """Groups, and which of them are full. `choose` ranks whole groups; samples are not planned one
     by one."""
 
-    total_name: ClassVar[str] = "total_num_groups"
     parameters = (
-        total_of(total_name),
+        total_of(QuotaPolicy.total_name),
         ADAPTIVE_SIZE,
         Parameter("groupby", "nothing", lambda value: value in ("nothing", *GROUPBY[1:])),
         Parameter("selection_strategy", "RandomSelection", lambda value: type(value) is str),
         Parameter("uniform", True, is_flag),
     )
 
-    @classmethod
-    def settle(cls, given: Params, max_size: int) -> Params:
-        settle_quotas(cls.total_name, given, max_size)
-        return super().settle(given, max_size)
-
-    @classmethod
-    def params_problem(cls, params: Params, max_size: int) -> str | None:
-        return quotas_problem(cls.total_name, params, max_size)
-
-    @staticmethod
-    def log_slots(capacity: int) -> int:
-        return BalancedPolicy.log_slots(capacity)
-
     def load(self, positions: Ints, groups: Ints) -> None:
-        self.known, full = groups_in(self.log)
-        if not np.isin(groups[positions >= 0], self.known).all():
+        self._known, full = groups_in(self.log)
+        if not np.isin(groups[positions >= 0], self._known).all():
             raise CorruptionError("the log of groups does not fit the rows; restore the file from a copy")
-        self.full = np.zeros(self.known.shape[0], bool)
+        self.full = np.zeros(self._known.shape[0], bool)
         self.full[full] = True
 
-    def check_groups(self, groups: Ints) -> None:
-        known = self._known_with(groups)
-        self._quotas(known, self.capacity, np.zeros_like(known))
+    @property
+    def known(self) -> Ints:
+        return self._known
 
     def _known_with(self, fed: Ints) -> Ints:
         """Return the groups seen, and behind them those that are new among these, in order of
         appearance."""
         ids, first = np.unique(fed, return_index=True)
         ids = ids[np.argsort(first)]
-        return np.concatenate([self.known, ids[~np.isin(ids, self.known)]])
+        return np.concatenate([self._known, ids[~np.isin(ids, self._known)]])
 
     def _quotas(self, known: Ints, capacity: int, held: Ints) -> Ints:
         """Return how many rows each of these groups may hold. held: how many it holds now."""
-        total = 0 if self.params["adaptive_size"] else self.params["total_num_groups"]
-        if total and (known.shape[0] > total or capacity < total):
-            raise ArgumentError(
-                f"{known.shape[0]} groups in {capacity} rows, but this buffer is for a total of {total}; "
-                "give a new one the right total, or adaptive_size=True"
-            )
-        quotas = np.full(known.shape[0], capacity // total) if total else group_quotas(capacity, group_hash(known, self.seed))
+        quotas = self.quotas(known, capacity)
         if self.params["uniform"]:  # the capacity rule
             quotas = np.where(self._full_of(known), np.minimum(quotas, held), quotas)
         return quotas
@@ -131,6 +100,7 @@ class ParametricPolicy(Policy):
 
         fed: (n,), the groups of the samples of the unit.
         """
+        self.check_groups(fed)
         known = self._known_with(fed)
         first, last = np.searchsorted(held.groups, known), np.searchsorted(held.groups, known, "right")
         quotas = self._quotas(known, self.capacity, last - first)
@@ -157,21 +127,22 @@ class ParametricPolicy(Policy):
         samples, groups, ranks = (np.concatenate(column) for column in zip(*new, strict=True))
         order = np.argsort(samples)
         rows, new_ranks = (np.concatenate(column) for column in zip(*moved, strict=True))
-        log = make_log(known[self.known.shape[0] :], full & ~self._full_of(known))
+        log = make_log(known[self._known.shape[0] :], full & ~self._full_of(known))
         return Choice(samples[order], groups[order], ranks[order], rows, new_ranks, np.concatenate(dropped), known, full, log)
 
     def accept(self, choice: Choice) -> None:
         """Note a choice that was committed."""
-        self.known, self.full = choice.known, choice.full
+        self._known, self.full = choice.known, choice.full
 
     def keep_ranks(self, capacity: int, groups: Ints, ranks: Ints) -> Ints:
         """For `resize`: return which of the live rows stay, given the group and rank of each."""
-        sorter = np.argsort(self.known)
-        group = sorter[np.searchsorted(self.known, groups, sorter=sorter)]
-        held = np.bincount(group, minlength=self.known.shape[0])
-        quotas = self._quotas(self.known, capacity, held)
+        self.check_capacity(capacity)
+        sorter = np.argsort(self._known)
+        group = sorter[np.searchsorted(self._known, groups, sorter=sorter)]
+        held = np.bincount(group, minlength=self._known.shape[0])
+        quotas = self._quotas(self._known, capacity, held)
         self.full |= held > quotas
-        self.log = make_log(self.known, self.full)
+        self.log = make_log(self._known, self.full)
         kept = np.flatnonzero(ranks < quotas[group])
         if kept.shape[0] != np.minimum(held, quotas).sum():
             raise CorruptionError("the ranks of the rows are not 0, 1, 2, ... in each group; restore the file from a copy")

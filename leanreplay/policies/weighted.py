@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from ..arrays import Ints, Words
 from ..errors import CorruptionError
 from ..kernels import weighted as kernel
-from ..keys import key_pair
-from .base import Params, Plan, Policy, check_dense
-from .union import Holder, Union, bounded_union
+from .base import Plan, check_dense
+from .reservoir import KeyedPolicy
 
 _WRONG_WEIGHTS = (
     "the index holds weights that are not finite and above 0; buffer.check() lists the wrong rows; restore the file from a copy made "
@@ -19,29 +16,21 @@ _WRONG_WEIGHTS = (
 )
 
 
-class WeightedReservoirPolicy(Policy):
+class WeightedReservoirPolicy(KeyedPolicy):
     """The `capacity` samples of the smallest -log1p(-v) / w, v being uniform in (0, 1) and w the
     weight (Efraimidis and Spirakis 2006).
 
-    Groups are the bits of the weights, float64. A sample of weight 0 is rejected. state[0] is the
-    capacity rule's bound, as in `ReservoirPolicy`. 24 bytes per row; a heap of the keys gives the
-    row to replace.
+    Groups are the bits of the weights, float64. A sample of weight 0 is rejected. 24 bytes per row;
+    a heap of the keys gives the row to replace.
     """
 
+    purpose = "weighted reservoir"
     needs_groups = True
-
-    def __init__(self, capacity: int, seed: int, params: Params) -> None:
-        super().__init__(capacity, seed, params)
-        self._k0, self._k1 = key_pair("weighted reservoir", seed)
-        self._keys = np.zeros(0, np.uint64)
-        self._held: Ints = np.zeros(0, np.int64)
-        self._rows: Ints = np.zeros(0, np.int64)
-        self._size = 0
+    no_union = ""
 
     def load(self, positions: Ints, groups: Ints) -> None:
-        if not self._keys.shape[0]:
-            self._keys = np.empty(self.capacity, np.uint64)
-            self._held, self._rows = np.empty(self.capacity, np.int64), np.empty(self.capacity, np.int64)
+        self._keys = np.empty(self.capacity, np.uint64)
+        self._held, self._rows = np.empty(self.capacity, np.int64), np.empty(self.capacity, np.int64)
         self._size = 0
         if positions.shape[0]:
             weights = groups.view(np.float64)
@@ -49,9 +38,6 @@ class WeightedReservoirPolicy(Policy):
             if self._size < 0:
                 raise CorruptionError(_WRONG_WEIGHTS)
             check_dense(self._size, positions)
-
-    def size_limit(self, capacity: int) -> int:
-        return min(capacity, self.state[0] or capacity)
 
     def plan(self, start: int, groups: Ints, max_rows: int) -> Plan:
         rows = np.empty(groups.shape[0], np.int64)
@@ -63,19 +49,8 @@ class WeightedReservoirPolicy(Policy):
             self.state[0] = limit
         return Plan(rows[:used])
 
-    def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
-        if positions.shape[0] <= capacity:
-            return np.arange(positions.shape[0])
-        self.state[0] = capacity
-        return np.sort(np.lexsort((positions, ~self.keys(positions, groups)))[:capacity])
-
     def keys(self, positions: Ints, groups: Ints) -> Words:
-        """Return the keys of these samples, (n,): the largest stay, and of equal ones the
-        oldest."""
         keys = np.empty(positions.shape[0], np.uint64)
         if not kernel.weighted_keys(positions, groups.view(np.float64), self._k0, self._k1, keys):
             raise CorruptionError(_WRONG_WEIGHTS)
         return keys
-
-    def union(self, holders: Sequence[Holder]) -> Union:
-        return bounded_union(holders, self.capacity, self.keys)

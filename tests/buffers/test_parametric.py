@@ -12,7 +12,7 @@ from grouped_oracle import quotas as group_quotas_by_definition
 from storage_kernels import kernel
 
 import leanreplay as lr
-from leanreplay.policies.balanced import group_hash, group_quotas
+from leanreplay.policies.quotas import group_hash, group_quotas
 from leanreplay.storage import writer as writer_module
 
 

@@ -331,7 +331,7 @@ def test_hash_groups(run: None) -> None:
     out = np.zeros(len(IDS), np.uint64)
     reservoir.position_keys(read_only(np.array(IDS, np.int64)), *pair, out)
     assert out.tolist() == [key(g & M64, g0, g1) for g in IDS]
-    assert [int(h) for h in leanreplay.policies.balanced.group_hash(IDS[:2], 3)] == [PINNED[6], PINNED[7]]
+    assert [int(h) for h in leanreplay.policies.quotas.group_hash(IDS[:2], 3)] == [PINNED[6], PINNED[7]]
 
 
 @pytest.mark.parametrize(

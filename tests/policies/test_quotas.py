@@ -21,7 +21,8 @@ from leanreplay import (
     ClassBalancingReservoirBuffer,
 )
 from leanreplay.arrays import NO_LOG
-from leanreplay.policies.balanced import ClassBalancedPolicy, ClassBalancingReservoirPolicy, group_hash, group_quotas
+from leanreplay.policies.balanced import ClassBalancedPolicy, ClassBalancingReservoirPolicy
+from leanreplay.policies.quotas import group_hash, group_quotas
 
 STREAM = 2**48
 
