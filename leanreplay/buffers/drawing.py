@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import operator
 import sys
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ..arrays import Ints
 from ..errors import ArgumentError
@@ -19,6 +22,33 @@ MAX_DRAWS = 2**62
 MAX_REMEMBERED = 10_000  # unpickled copies
 
 Keys = tuple[np.uint64, np.uint64]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How rows are drawn. The value goes from `sample`, loaders and learners down to `Draws`.
+
+    replace: whether a row may come more than once.
+    """
+
+    replace: bool = False
+
+    @staticmethod
+    def of(replace: object = False) -> Draw:
+        """The draw of these arguments. Raises ArgumentError for wrong ones."""
+        if not isinstance(replace, (bool, np.bool_)):
+            raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
+        return Draw(bool(replace))
+
+
+UNIFORM = Draw()
+
+
+class Drawn(NamedTuple):
+    """Rows that were drawn, and what the metadata of samples says of the draw: (n,) arrays."""
+
+    rows: Ints
+    shown: dict[str, npt.NDArray[Any]]
 
 
 class Draws:
@@ -66,26 +96,27 @@ class Draws:
     def _hashed(self, consumer: str) -> Keys:
         return key_pair(f"draw {self._parameters.stream} {consumer}", self._parameters.seed)
 
-    def check_size(self, store: Store, n: int, replace: bool) -> None:
+    def check_size(self, store: Store, n: int, draw: Draw) -> None:
         """Raise ArgumentError for a draw of more than there is."""
         size = store.size
-        if n > size and not (replace and size):
+        if n > size and not (draw.replace and size):
             raise ArgumentError(
                 f"sample of {n} from a buffer of {size}; add samples first"
-                + ("" if replace or not size else f", draw at most {size}, or use replace=True")
+                + ("" if draw.replace or not size else f", draw at most {size}, or use replace=True")
             )
 
-    def rows(self, store: Store, n: int, replace: bool, consumer: str, number: int) -> Ints:
+    def rows(self, store: Store, n: int, draw: Draw, consumer: str, number: int) -> Drawn:
         """n live rows, of which there are enough: draw `number` of a consumer."""
         rows = np.empty(n, np.int64)
         if not n:
-            return rows
+            return Drawn(rows, {})
         size, high = store.extent
         k0, k1 = self.keys(store, consumer)
         if size != high:
-            return store.pick_live(n, lambda among, out: reservoir.draw(among, k0, k1, store.seen, number, replace, out))
-        reservoir.draw(size, k0, k1, store.seen, number, replace, rows)
-        return rows
+            rows = store.pick_live(n, lambda among, out: reservoir.draw(among, k0, k1, store.seen, number, draw.replace, out))
+        else:
+            reservoir.draw(size, k0, k1, store.seen, number, draw.replace, rows)
+        return Drawn(rows, {})
 
     def stand_in(self, store: Store, size: int, index: int) -> int:
         """Which of `size` samples stands in for one that is gone: a uniform draw by its index."""

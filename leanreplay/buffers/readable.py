@@ -17,10 +17,10 @@ from ..storage.layout import Layout
 from ..storage.opening import Options
 from ..storage.store import Problem
 from .current import Current, LockType, Packed
-from .drawing import Draws
+from .drawing import Draw, Draws
 from .location import Location, OneFile
 from .parameters import Kind, Parameters
-from .reading import Array, Reach, Transform, Transforms, View
+from .reading import Array, Reach, Read, Transform, Transforms, View
 from .tag import Label
 
 T = TypeVar("T")
@@ -135,7 +135,7 @@ class ReadableBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
-        return self.view.sample(n, replace)  # type: ignore[return-value]  # it is no None here
+        return cast(Read, self.view.sample(n, Draw.of(replace)))
 
     def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""

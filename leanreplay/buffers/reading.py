@@ -19,7 +19,7 @@ from ..samples.batch import stack
 from ..samples.schema import Schema
 from ..storage.store import Store
 from .current import Current
-from .drawing import data_loader_worker
+from .drawing import UNIFORM, Draw, Drawn, data_loader_worker
 from .tag import Label
 
 Array = npt.NDArray[Any]
@@ -43,7 +43,7 @@ class View:
         self._current, self._tag = current, tag
         self.transform, self.target_transform = transforms
 
-    def sample(self, n: int, replace: bool = False, at_most: bool = False, convert: Convert | None = None) -> Read | None:
+    def sample(self, n: int, draw: Draw = UNIFORM, at_most: bool = False, convert: Convert | None = None) -> Read | None:
         """Draw a batch of n. at_most: of as many as there are if fewer; None if there are none."""
         current = self._current
         with current.lock:
@@ -54,18 +54,16 @@ class View:
                 n = min(n, store.size)
             if type(n) is not int or not 0 <= n <= 2**40:
                 n = required("n", n, 0, 2**40)
-            if not isinstance(replace, (bool, np.bool_)):
-                raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
             number = None
             for _ in range(_TRIES):
                 sequence = store.sequence
                 try:
-                    current.draws.check_size(store, n, replace)
+                    current.draws.check_size(store, n, draw)
                     if number is None:
                         number = current.draws.next_number()
-                    rows = current.draws.rows(store, n, bool(replace), "sample", number)
-                    arrays, index = store.read(rows)
-                    return self.batch(store.layout.schema, arrays, index, rows, convert)
+                    drawn = current.draws.rows(store, n, draw, "sample", number)
+                    arrays, index = store.read(drawn.rows)
+                    return self.batch(store.layout.schema, arrays, index, drawn, convert)
                 except RowError as error:  # a reader met a rollback or a resize
                     if store.schema is None:
                         raise
@@ -86,7 +84,7 @@ class View:
             store = self._current.reading()
             found = parse_rows(store, rows)
             arrays, index = store.read(found)
-            return self.batch(store.layout.schema, arrays, index, found)
+            return self.batch(store.layout.schema, arrays, index, Drawn(found, {}))
 
     def items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[Read]:
         """The i-th live samples. reach: as of `parse_indices`."""
@@ -125,17 +123,18 @@ class View:
                 return arrays[0]
             return index[0].copy() if name == "position" else self._tag.show(index[1].copy())[name]
 
-    def batch(self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None) -> Read:
+    def batch(self, schema: Schema, arrays: Sequence[Array], index: Ints, drawn: Drawn, convert: Convert | None = None) -> Read:
         """Assemble what was read: nested, transformed, with its metadata."""
         split = len(schema.data)
         batch = schema.unflatten(arrays[:split])
         if self.transform is not None or self.target_transform is not None:
-            samples = [self._transformed(schema, [a[i] for a in arrays[:split]], convert) for i in range(rows.shape[0])]
+            samples = [self._transformed(schema, [a[i] for a in arrays[:split]], convert) for i in range(index.shape[1])]
             batch = stack(samples) if samples else batch
         meta = dict(zip(schema.metadata_names, arrays[split:], strict=True)) if schema.metadata else {}
-        meta["idx"], meta["position"] = rows, index[0]
+        meta["idx"], meta["position"] = drawn.rows, index[0]
         if self._tag.shown:
             meta.update(self._tag.show(index[1]))
+        meta.update(drawn.shown)
         return batch, meta
 
     def items(self, schema: Schema, arrays: Sequence[Array], index: Ints, rows: Ints, convert: Convert | None = None) -> list[Read]:

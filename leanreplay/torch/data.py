@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..arguments import call, function_or_none, instance
 from ..buffers.base import DataBuffer
+from ..buffers.drawing import Draw
 from ..buffers.reading import Reach
 from ..errors import ArgumentError
 from ..samples.batch import stack
@@ -99,7 +100,7 @@ def sample(
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
     function_or_none("batch_transform", batch_transform)
-    batch, meta = buffer.view.sample(n, replace, convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
+    batch, meta = buffer.view.sample(n, Draw.of(replace), convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
     bits = _bfloat16(buffer)
     batch = to_torch(batch, bits, device)
     if batch_transform is not None:

@@ -21,6 +21,7 @@ from leanreplay import (
     SlidingWindowBuffer,
     WeightedReservoirBuffer,
 )
+from leanreplay.buffers.drawing import UNIFORM
 from leanreplay.torch import ReplayLoader
 
 PATIENCE = 120  # seconds: no test waits so long unless it is wrong
@@ -94,7 +95,7 @@ class Oracle:
 
     def __init__(self, buffer, size, prefetch=2, batches=None, seed=0, rows=None):
         self.buffer, self.size, self.prefetch, self.batches = buffer, size, prefetch, batches
-        self.rows = rows or (lambda number: buffer.draws.rows(buffer.current.reading(), size, False, f"loader {seed}", number))
+        self.rows = rows or (lambda number: buffer.draws.rows(buffer.current.reading(), size, UNIFORM, f"loader {seed}", number).rows)
         self.ahead, self.delivered, self.passed = [], 0, 0
 
     def plan(self):
@@ -116,7 +117,7 @@ class Oracle:
 def balanced_oracle(buffer, size, prefetch, balance, **options):
     """Draws by a loader that is never iterated: it plans, and nothing else."""
     planner = ReplayLoader(buffer, size, balance=balance)
-    return Oracle(buffer, size, prefetch, rows=planner._rows, **options)
+    return Oracle(buffer, size, prefetch, rows=lambda number: planner._rows(number).rows, **options)
 
 
 class Gate:

@@ -17,6 +17,7 @@ import torch
 from ...arguments import call, function_or_none, instance, integer, required
 from ...arrays import Ints
 from ...buffers.base import DataBuffer
+from ...buffers.drawing import UNIFORM, Drawn
 from ...buffers.reading import all_rows, metadata_index
 from ...errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
 from ...kernels import reservoir
@@ -36,7 +37,7 @@ class _Job:
         self.error: BaseException | None = None
         self._read: Any = None
         self._copied = False
-        self._rows: Any = None
+        self._rows: Drawn | None = None
         try:
             self._rows = plan()
         except Exception as error:
@@ -61,7 +62,7 @@ class _Job:
             try:
                 if self._rows is None:
                     self._rows = self._plan()
-                return (store.layout.schema, *store.read(self._rows), self._rows)
+                return (store.layout.schema, *store.read(self._rows.rows), self._rows)
             except RowError:
                 if store.writable:
                     raise
@@ -237,8 +238,8 @@ class ReplayLoader:
 
     def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
         """Make the arrays of a batch what is handed out."""
-        schema, arrays, index, rows = read
-        batch, meta = self.buffer.view.batch(schema, arrays, index, rows, to_torch)
+        schema, arrays, index, drawn = read
+        batch, meta = self.buffer.view.batch(schema, arrays, index, drawn, to_torch)
         bits = bfloat16_fields(schema)
         tensors, told = to_torch(batch, bits), to_torch(meta, bits, path="metadata")
         if self.batch_transform is not None:
@@ -258,12 +259,12 @@ class ReplayLoader:
 
     # -- planning ----------------------------------------------------------------------------------
 
-    def _rows(self, number: int) -> Ints:
+    def _rows(self, number: int) -> Drawn:
         """Draw the rows of batch `number` from what the buffer holds now."""
         store = self.buffer.current.reading()
         if self.balance is None:
-            self.buffer.draws.check_size(store, self.batch_size, False)
-            return self.buffer.draws.rows(store, self.batch_size, False, self._consumer, number)
+            self.buffer.draws.check_size(store, self.batch_size, UNIFORM)
+            return self.buffer.draws.rows(store, self.batch_size, UNIFORM, self._consumer, number)
         if not store.size:
             raise ArgumentError(f"a batch of {self.batch_size} from an empty buffer; add samples first")
         groups = self._rows_by_value(store)
@@ -282,7 +283,7 @@ class ReplayLoader:
             rows[draw(rows.shape[0], int(count), 2 + i, replace=bool(count > rows.shape[0]))]
             for i, (rows, count) in enumerate(zip(groups, counts, strict=True))
         ]
-        return np.concatenate(parts)[draw(self.batch_size, self.batch_size, 1)]
+        return Drawn(np.concatenate(parts)[draw(self.batch_size, self.batch_size, 1)], {})
 
     def _rows_by_value(self, store: Any) -> list[Ints]:
         """Group the live rows by the values of the column that `balance` names."""
