@@ -169,10 +169,10 @@ class PartsInFolder(PartsInMemory):
             if not stores:
                 raise MissingError(f"{self.file} is missing; restore the folder from a copy")
             found = Folder(self.where, stores, functools.partial(self._new_part, stores[0].layout.schema))
-            if writable and (problem := found.gap()) is not None:
+            if writable and (gaps := found.gaps()):
                 raise CorruptionError(
-                    f"{problem} (a power cut since the last flush?); buffer.check() lists the rows that are missing; restore the folder "
-                    "from a copy, or read it with mode='r'"
+                    f"{gaps[0].what} (a power cut since the last flush?); buffer.check() lists the rows that are missing; "
+                    "restore the folder from a copy, or read it with mode='r'"
                 )
             return found
         except BaseException:

@@ -13,15 +13,19 @@ _NEAR = 16  # rows ahead that the index is fetched
 
 
 @compile_kernel
-def read_rows(mem, cols, first, last, rows, out, places, index, sums, bad):
+def read_rows(mem, cols, first, last, rows, out, places, index, sums, bad, high):
     """Copy fields first to last of rows out, verifying each.
 
-    rows: (n,) int64 within the columns. out: uint8; field f of rows[i] goes to
+    rows: (n,) int64. out: uint8; field f of rows[i] goes to
     out[places[f - first] + i * its bytes]. index: (2, n) int64, receives positions and groups.
     sums: (n,) uint64, receives sums of the stored checksums, for `find_changed`. bad: (n,) uint8,
-    receives 1 for a free row or a wrong checksum. Returns the number of bad rows.
+    receives 1 for a free row or a wrong checksum. high: how many rows are in use. Returns the
+    number of bad rows; -1, and nothing is read, if some are not in use.
     """
     n = rows.shape[0]
+    for i in range(n):
+        if rows[i] < 0 or rows[i] >= high:
+            return -1
     words = as_words(mem)
     fields, position, group, checksum = index_columns(cols)
     width = np.uint64(fields)

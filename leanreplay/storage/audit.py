@@ -14,7 +14,6 @@ from ..errors import CorruptionError
 from ..kernels import rows as row_kernels
 from ..kernels.hashing import GOLDEN
 from ..keys import STREAM_BITS
-from . import columns as reading
 from . import system
 from .columns import Columns
 from .create import hash_structure
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
+PIECE = 1 << 18  # rows of the index that are looked at together
 _PIECE_BYTES = 16 << 20  # of rows that are verified together
 SORTED = 1 << 20  # positions that are sorted together
 
@@ -39,7 +39,7 @@ class Logged(Protocol):
 
 def pieces(layout: Layout) -> Iterator[slice]:
     """All rows, in pieces of bounded size."""
-    step = min(reading.PIECE, max(1, _PIECE_BYTES // layout.row_bytes))
+    step = min(PIECE, max(1, _PIECE_BYTES // layout.row_bytes))
     for start in range(0, layout.max_size, step):
         yield slice(start, min(layout.max_size, start + step))
 
@@ -75,8 +75,8 @@ def index_problems(columns: Columns, state: State) -> list[Problem]:
     positions = columns.mapping.positions
     live, high, digests = columns.scan()
     late, first = [], t.params.get("first", 0)
-    for start in range(0, t.max_size, reading.PIECE):
-        part = positions[start : start + reading.PIECE]
+    for start in range(0, t.max_size, PIECE):
+        part = positions[start : start + PIECE]
         mine = (part >= 0) & (part >> STREAM_BITS == t.stream)
         late += (start + np.flatnonzero(mine & (part & (2**STREAM_BITS - 1) >= state.seen + first))).tolist()
     if late:
@@ -99,12 +99,12 @@ def index_problems(columns: Columns, state: State) -> list[Problem]:
 def _held_twice(positions: Ints, live: int) -> list[int]:
     """Rows that hold a position twice. Sorted class by class: memory does not grow with rows."""
     classes = 1 + live // SORTED
-    starts = range(0, positions.shape[0], reading.PIECE)
+    starts = range(0, positions.shape[0], PIECE)
     double = []
     for number in range(classes):
         parts = []
         for start in starts:
-            part = positions[start : start + reading.PIECE]
+            part = positions[start : start + PIECE]
             part = part[part >= 0]
             if classes > 1:
                 part = part[(part.view(np.uint64) * GOLDEN >> np.uint64(40)) % np.uint64(classes) == number]
@@ -114,7 +114,7 @@ def _held_twice(positions: Ints, live: int) -> list[int]:
     found = np.concatenate(double)
     if not found.shape[0]:
         return []
-    return [row for start in starts for row in (start + np.flatnonzero(np.isin(positions[start : start + reading.PIECE], found))).tolist()]
+    return [row for start in starts for row in (start + np.flatnonzero(np.isin(positions[start : start + PIECE], found))).tolist()]
 
 
 def structure_problems(mapping: Mapping) -> list[Problem]:

@@ -1,10 +1,9 @@
-"""Reading rows of a mapped file, and what every reader of rows does around it."""
+"""Reading rows of a mapped file."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -12,16 +11,11 @@ from ..arrays import Bytes, Ints, Words
 from ..errors import CorruptionError, LeanReplayError, RowError
 from ..kernels import checksums
 from ..kernels import rows as row_kernels
-from . import locks
-from .layout import BUCKETS, H_HIGH, H_SIZE, H_STATE, round_up
+from .layout import BUCKETS, round_up
 from .mapping import Mapping
 from .paging import ReadAhead
 from .state import State
 from .store import Arrays
-
-_NARROW = 64  # bytes of a field that is read to verify the index with it
-_VERIFIED = 1 << 16  # rows that are read together for that
-PIECE = 1 << 18  # rows of the index that are looked at together
 
 _Arrangement = tuple[tuple[int, int, int], Ints, list[tuple[tuple[int, ...], np.dtype[Any], int]], int]
 
@@ -76,8 +70,11 @@ class Columns:
             self.ahead.advise_rows(rows, found.first, found.last)
         start = time.perf_counter()
         found.wrong = row_kernels.read_rows(
-            self.mapping.view, self.mapping.cols, found.first, found.last, rows, found.out, found.places, found.index, found.sums, found.bad
+            self.mapping.view, self.mapping.cols, found.first, found.last, rows, found.out, found.places, found.index, found.sums,
+            found.bad, high,
         )  # fmt: skip
+        if found.wrong < 0:
+            raise outside(rows, high, self.mapping.name)
         seconds = time.perf_counter() - start
         if seconds > 1e-4 or self.ahead.advised:
             self.ahead.note(seconds, rows.shape[0], high)
@@ -128,109 +125,6 @@ class Columns:
         )
 
 
-class Indexed(Protocol):
-    """What is looked at here: a Reader or a Writer."""
-
-    state: State
-    columns: Columns
-
-    def index(self) -> tuple[Ints, Ints]: ...
-
-    def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]: ...
-
-    def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]: ...
-
-
-def verify_index(store: Indexed) -> None:
-    """Raise CorruptionError unless the index adds up to the header, as it does not if pages were
-    lost.
-
-    One pass over the index, and over the narrowest field unless that is large: then a wrong
-    position or tag shows when read.
-    """
-    state, columns = store.state, store.columns
-    live, high, digests = columns.scan()
-    if live != state.size or high > state.high or not np.array_equal(digests, state.digests):
-        raise CorruptionError(
-            f"{columns.mapping.path}: the rows do not add up to the header (a power cut since the last flush?); "
-            "buffer.check() lists the wrong rows; restore the file from a copy, or read it with mode='r'"
-        )
-    sizes = [f.nbytes for f in columns.layout.schema.fields]
-    narrow = int(np.argmin(sizes))
-    if sizes[narrow] <= _NARROW:  # checksums cover position and tag, with the bytes of a field
-        positions = store.index()[0]
-        for start in range(0, high, _VERIFIED):
-            store.read(start + np.flatnonzero(positions[start : start + _VERIFIED] >= 0), narrow)
-
-
-class LiveRows:
-    """Which rows are live, remembered for the last state in which there were gaps.
-
-    error: what is raised where the rows do not add up. A reader may have met a commit or a
-        rollback.
-    """
-
-    def __init__(self, name: str, error: type[LeanReplayError]) -> None:
-        self._name, self._error = name, error
-        self.known: tuple[int, Ints] | None = None  # identity of a state, and its live rows
-
-    def pieces(self, store: Indexed) -> list[slice]:
-        """The rows below `high` in pieces of bounded size."""
-        high = store.state.high
-        return [slice(start, min(high, start + PIECE)) for start in range(0, high, PIECE)]
-
-    def all(self, store: Indexed) -> Ints | None:
-        """The live rows in order; None where they are simply 0 to size - 1."""
-        deadline = time.monotonic() + locks.PATIENCE
-        while True:
-            now, known = store.state.at, self.known
-            size, identity = now[H_SIZE], now[H_STATE]  # the sequence comes again after a commit that could not be made durable
-            if size == now[H_HIGH]:
-                return None
-            if known is not None and known[0] == identity:
-                return known[1]
-            found, n = np.empty(size, np.int64), 0
-            for piece in self.pieces(store):
-                live = np.flatnonzero(store.snapshot(piece)[0] >= 0)
-                part = found[n : n + live.shape[0]]
-                np.add(live[: part.shape[0]], piece.start, out=part)
-                n += live.shape[0]
-            same = store.state.identity == identity
-            if n == size and same:
-                self.known = (identity, found)
-                return found
-            if same or time.monotonic() > deadline:
-                raise self._error(
-                    f"{self._name}: {n} live rows, but the header counts {size}; "
-                    "buffer.check() lists what is wrong; restore the file from a copy made with save()"
-                )
-
-    def pick(self, store: Indexed, n: int, draw: Callable[[int, Ints], None]) -> Ints:
-        """n live rows by a draw: draw(among, out) fills `out` with numbers below `among`, and of
-        more numbers begins with the same.
-
-        Where few of the rows below `high` are free, numbers that hit one are passed over: that
-        costs O(n), a list of the live rows O(rows) after every commit. Which way is taken follows
-        from the live rows alone.
-        """
-        state = store.state
-        size, high = state.size, state.high
-        k = n * high // size + 16 if high < 8 * size and n <= size // 2 else high
-        while k < high:
-            rows = np.empty(k, np.int64)
-            draw(high, rows)
-            found = rows[store.snapshot(rows)[0] >= 0]
-            self._require_same(store, size, high)
-            if found.shape[0] >= n:
-                return found[:n].copy()
-            k *= 2
-        rows = np.empty(n, np.int64)
-        draw(size, rows)
-        live = self.all(store)
-        self._require_same(store, size, high)
-        return rows if live is None else live[rows]
-
-    def _require_same(self, store: Indexed, size: int, high: int) -> None:
-        """While rows were drawn none may have come or gone: a reader draws again."""
-        if (size, high) != (store.state.size, store.state.high):
-            raise RowError(f"rows of {self._name} came or went while some were drawn")
+def outside(rows: Ints, high: int, name: str) -> RowError:
+    """The error for rows that are not all in use: maybe chosen before the writer went back."""
+    return RowError(f"rows from {rows.min()} to {rows.max()} of {name}, but the rows in use are 0 to {high - 1} now")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..arrays import NO_LOG, Ints
 from ..errors import CorruptionError, FormatError, ModeError, RowError, StateError
 from . import system
+from .columns import outside
 from .parts import open_part, part_path, parts_there
 from .reader import Reader
 from .state import empty_state
@@ -154,16 +155,16 @@ class Folder:
         return found
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]:
-        if rows.shape[0] and int(rows.max()) >= self.size:
-            raise RowError(f"rows up to {int(rows.max())}, but the rows in use are 0 to {self.size - 1} now")
+        if rows.shape[0] and (rows.min() < 0 or rows.max() >= self.size):
+            raise outside(rows, self.size, self.path or "this buffer")
         pieces = self._split(rows)
         try:
             if len(pieces) == 1:
                 return pieces[0][0].read(pieces[0][2], field)
             return self._read_pieces(pieces, rows.shape[0], field)
         except RowError:
-            if (problem := self.gap()) is not None and not self.was_replaced():
-                raise CorruptionError(f"{problem}; buffer.check() lists the rows; restore the folder from a copy") from None
+            if gaps := self.gaps():
+                raise CorruptionError(f"{gaps[0].what}; buffer.check() lists the rows; restore the folder from a copy") from None
             raise
 
     def _read_pieces(self, pieces: list[tuple[Writer | Reader, Ints, Ints]], n: int, field: int | None) -> tuple[Arrays, Ints]:
@@ -176,25 +177,21 @@ class Folder:
                 array[where] = values
         return arrays, index
 
-    def gap(self) -> str | None:
-        """What is wrong if a part that is not full has another behind it (a power cut); else
-        None."""
+    def gaps(self) -> list[Problem]:
+        """Parts that are not full although another is behind them (a power cut). A rollback removes
+        that one first."""
+        found = []
         for i, store in enumerate(self.stores[:-1]):
-            if isinstance(store, Reader):
-                store.refresh()
-            if store.seen != self.rows:
-                return f"part {i} of {self.path or 'this buffer'} holds {store.seen} of {self.rows} rows, but there is a part after it"
-        return None
+            store.recover_or_refresh()
+            if store.seen != self.rows and self.stores[i + 1].mapping.stands():
+                text = f"part {i} of {self.path or 'this buffer'} holds {store.seen} of {self.rows} rows, but there is a part after it"
+                found.append(Problem(text, tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))))
+        return found
 
     def check(self) -> list[Problem]:
-        problems = []
+        problems = self.gaps()
         for i, store in enumerate(self.stores):
             problems += [Problem(f"part {i}: {p.what}", tuple(i * self.rows + r for r in p.rows)) for p in store.check()]
-            # As `gap` says, with the rows; unless the part after it has gone in a rollback
-            # meanwhile.
-            if i + 1 < len(self.stores) and store.seen != self.rows and self.stores[i + 1].mapping.stands():
-                missing = tuple(range(i * self.rows + store.seen, (i + 1) * self.rows))
-                problems.append(Problem(f"part {i} holds {store.seen} of {self.rows} rows, but there is a part after it", missing))
         if self.path is not None:
             try:
                 there = parts_there(self.path)

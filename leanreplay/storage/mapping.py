@@ -71,11 +71,23 @@ class OpenFile:
             os.close(fd)
 
 
-def open_file(path: str, writable: bool, follow: bool = False) -> tuple[int, Layout]:
-    """A descriptor of a buffer's file, and its layout. follow: it is a link, to shared memory."""
+def buffer_file(fd: int, path: str | None, writable: bool) -> OpenFile:
+    """The file of a buffer, which owns its descriptor from here on. path: its name."""
+    gone = "the file of this buffer is gone from under this name; put it back, or open the buffer again"
+    try:
+        with system.storage_errors(f"opening {path or 'a buffer in memory'}"):
+            return OpenFile(fd, path, system.OPEN_WRITE if writable else system.OPEN_READ, ModeError, gone)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_file(path: str, name: str | None, writable: bool) -> tuple[OpenFile, Layout]:
+    """The file of a buffer, opened, and its layout. name: what it is called; None if `path` is a
+    link to shared memory."""
     flags = system.OPEN_WRITE if writable else system.OPEN_READ
     try:
-        fd = os.open(path, flags & ~system.NOFOLLOW) if follow else system.open_own(path, flags)
+        fd = os.open(path, flags & ~system.NOFOLLOW) if name is None else system.open_own(path, flags)
     except FileNotFoundError:
         raise MissingError(f"{path} does not exist; create it with mode='x' or 'a'") from None
     except OSError as error:
@@ -86,16 +98,17 @@ def open_file(path: str, writable: bool, follow: bool = False) -> tuple[int, Lay
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
                 raise FormatError(f"{path}: no regular file")
-            return fd, decode(lambda at, n: system.read_at(fd, n, at), found.st_size, path)
+            layout = decode(lambda at, n: system.read_at(fd, n, at), found.st_size, path)
     except BaseException:
         os.close(fd)
         raise
+    return buffer_file(fd, name, writable), layout
 
 
 def read_layout(path: str) -> Layout:
     """The layout of a buffer's file."""
-    fd, layout = open_file(path, False)
-    os.close(fd)
+    file, layout = open_file(path, path, False)
+    file.close()
     return layout
 
 
@@ -108,17 +121,16 @@ class Mapping:
     positions, tags: these columns. watched: a writer's file, which must stay under its name.
     """
 
-    def __init__(self, path: str | None, fd: int, layout: Layout, writable: bool, durable: bool = False) -> None:
-        self.path, self.layout, self.durable, self.watched = path, layout, durable, False
+    def __init__(self, file: OpenFile, layout: Layout, writable: bool, durable: bool = False) -> None:
+        self.map: mmap.mmap | None = None
+        self.file, self.path, self.layout, self.durable, self.watched = file, file.path, layout, durable, False
+        path = self.path
         self.name = path or "this buffer"
         part = path is not None and layout.params.get("first")
         self.guarded = os.path.join(os.path.dirname(str(path)), "part-000000.h5") if part else path  # the file that has the writer's lock
-        gone = "the file of this buffer is gone from under this name; put it back, or open the buffer again"
-        flags = system.OPEN_WRITE if writable else system.OPEN_READ
-        self._stood = os.fstat(fd)  # when the file was last seen under its name
+        self._stood = os.fstat(file.fd)  # when the file was last seen under its name
         self._look = 0.0  # when to look again, at the latest
-        self.map: mmap.mmap | None = system.map_file(fd, layout.file_size, writable, path or "a buffer in memory")
-        self.file = OpenFile(fd, path, flags, ModeError, gone)  # from here on it closes it
+        self.map = system.map_file(file.fd, layout.file_size, writable, path or "a buffer in memory")
         self.mem: Bytes = np.frombuffer(self.map, np.uint8, layout.file_size)
         self.view: Bytes = self.mem.view()
         self.view.flags.writeable = False

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import LockedError
 from . import locks, system
 from .layout import HEADER_WORDS, HEADERS, Layout
-from .mapping import Mapping, open_file
+from .mapping import Mapping, buffer_file, open_file
 from .reader import Reader
 from .state import State
 from .writer import Writer
@@ -45,10 +45,10 @@ def create_file(
     """
     with system.storage_errors(f"creating {path or 'a buffer in memory'} of {layout.file_size} bytes"):
         fd, temp = (system.memory_file("leanreplay", layout.file_size), "") if path is None else system.temporary(path, model)
-        made = None
+        file, made = buffer_file(fd, path, True), None
         try:
             state = _write_empty(fd, layout, pieces, allocate=path is not None)
-            made = Writer(Mapping(path, fd, layout, True, options.durable), options.points)
+            made = Writer(Mapping(file, layout, True, options.durable), options.points)
             # There is nothing to read ahead, which the first writes would do otherwise: 2 ms for 8
             # MiB.
             system.advise(made.mapping.require_map(), "RANDOM", 0, layout.file_size)
@@ -71,12 +71,11 @@ def create_file(
                 made.points.take_over(heir_of.points)
             return made
         except BaseException:
-            if made is None:
-                os.close(fd)
-            else:
+            if made is not None:
                 if heir_of is not None:
                     made.give_away_points()
                 made.close()
+            file.close()
             if temp:
                 system.discard(temp)
             raise
@@ -85,24 +84,23 @@ def create_file(
 @system.storage_errors("opening a buffer")
 def open_for_writing(path: str, options: Options = Options(), *, name: str | None = None) -> Writer:  # noqa: B008 - immutable
     """Map an existing file, and undo what a killed writer left. name: of the store, if another."""
-    fd, layout = open_file(path, writable=True)
+    file, layout = open_file(path, name or path, writable=True)
     found = None
     try:
         with system.storage_errors(f"opening {path} for writing"):
             guard = options.guard if isinstance(options.guard, locks.Guard) else locks.Guard(path) if options.guard else None
-        if guard is not None and guard.fd >= 0 and not os.path.samestat(os.fstat(guard.fd), os.fstat(fd)):
+        if guard is not None and guard.fd >= 0 and not os.path.samestat(os.fstat(guard.fd), os.fstat(file.fd)):
             raise LockedError(f"{path} was replaced while it was being opened; open it again")
         with system.storage_errors(f"opening {path} for writing"):
-            system.allocate(fd, layout.file_size)  # a copy may have left holes
-        found = Writer(Mapping(name or path, fd, layout, True, options.durable), options.points)
+            system.allocate(file.fd, layout.file_size)  # a copy may have left holes
+        found = Writer(Mapping(file, layout, True, options.durable), options.points)
         found.guard, found.mapping.watched = guard, True
         found.recover()
         return found
     except BaseException:
-        if found is None:
-            os.close(fd)
-        else:
+        if found is not None:
             found.close()
+        file.close()
         raise
 
 
@@ -126,16 +124,12 @@ def _write_empty(fd: int, layout: Layout, pieces: Sequence[tuple[int, bytes]], a
 
 def copy_to_memory(store: Reader | Writer, options: Options) -> Writer:
     """A copy of a file in memory."""
-    fd = system.memory_file("leanreplay", store.layout.file_size)
+    file = buffer_file(system.memory_file("leanreplay", store.layout.file_size), None, True)
     try:
-        store.mapping.copy_to(fd)
-        made = Writer(Mapping(None, fd, store.layout, True, options.durable), options.points)
-    except BaseException:
-        os.close(fd)
-        raise
-    try:
+        store.mapping.copy_to(file.fd)
+        made = Writer(Mapping(file, store.layout, True, options.durable), options.points)
         made.recover()
     except BaseException:
-        made.close()
+        file.close()
         raise
     return made

@@ -6,9 +6,8 @@ meanwhile: else it looks again. The rows that a commit under way changes it take
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,10 @@ from ..arrays import NO_LOG, NO_ROWS, Ints
 from ..errors import FormatError, RecoveryError, RowError
 from ..kernels import checksums
 from . import audit, locks, system
-from .columns import Columns, LiveRows, Reading, verify_index
-from .journal import BeforeImage, Journal
-from .layout import H_HIGH, H_SEEN, H_SEQ, H_SIZE, HEADER_WORDS, HEADERS
+from .columns import Reading
+from .journal import BeforeImage
+from .layout import H_SEQ, HEADER_WORDS, HEADERS
+from .mapped import MappedStore
 from .mapping import Mapping, open_file
 from .state import REPLACED, State, WordInForce
 from .store import Arrays, Problem
@@ -57,69 +57,36 @@ class Moment(NamedTuple):
     before: BeforeImage | None
 
 
-class Reader:
+class Reader(MappedStore):
     """A mapped file that is only read. `state` is replaced as a whole: what is read when a signal
     handler reads, too, stays as it is."""
 
     writable = False
-    seen, size, high = WordInForce(H_SEEN), WordInForce(H_SIZE), WordInForce(H_HIGH)
+    uneven = RowError  # it may have met a commit or a rollback
     sequence = WordInForce(H_SEQ)
 
     def __init__(self, mapping: Mapping) -> None:
-        self.mapping, self.path, self.layout = mapping, mapping.path, mapping.layout
-        self.schema, self.max_rows, self.nbytes = self.layout.schema, self.layout.max_rows, self.layout.file_size
-        self.state = State()
-        self.columns, self.journal = Columns(mapping), Journal(mapping)
-        self.live = LiveRows(mapping.name, RowError)
+        super().__init__(mapping)
         self._known = b""  # the headers as last found, both valid
 
     @staticmethod
     @system.storage_errors("opening a buffer")
     def open(path: str, *, name: str | None = None) -> Reader:
         """Map an existing file. name: of the store; None if `path` is shared memory."""
-        fd, layout = open_file(path, writable=False, follow=name is None)
+        file, layout = open_file(path, name, writable=False)
         try:
-            mapping = Mapping(name, fd, layout, writable=False)
-        except BaseException:
-            os.close(fd)
-            raise
-        found = Reader(mapping)
-        try:
+            found = Reader(Mapping(file, layout, writable=False))
             found.refresh()
         except BaseException:
-            found.close()
+            file.close()
             raise
         return found
-
-    def close(self) -> None:
-        """Unmap and close."""
-        self.mapping.close()
-
-    def release(self) -> None:
-        """Keep no descriptor open from now on: the map needs none."""
-        self.mapping.file.close()
 
     def as_reader(self) -> Reader:
         """Itself."""
         return self
 
     # -- state -------------------------------------------------------------------------------------------------------
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        now = self.state.at
-        return now[H_SIZE], now[H_HIGH]
-
-    @property
-    def policy(self) -> list[int]:
-        return self.state.policy
-
-    @property
-    def status(self) -> os.stat_result | None:
-        return self.mapping.status
-
-    def state_name(self) -> str:
-        return self.state.name
 
     def recover_or_refresh(self) -> None:
         self.refresh()
@@ -186,12 +153,6 @@ class Reader:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def index(self) -> tuple[Ints, Ints]:
-        return self.mapping.index(self.high)
-
-    def positions_of(self, rows: Ints) -> Ints:
-        return self.mapping.positions[rows]
-
     def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]:
         positions = tags = np.empty(0, np.int64)
 
@@ -204,19 +165,7 @@ class Reader:
         self._in_one_moment(look, "its index can be read")
         return positions, tags
 
-    def pieces(self) -> Iterator[tuple[int, Ints, Ints]]:
-        for piece in self.live.pieces(self):
-            yield piece.start, *self.snapshot(piece)
-
-    def live_rows(self) -> Ints | None:
-        return self.live.all(self)
-
-    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
-        return self.live.pick(self, n, draw)
-
     def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]:
-        if rows.shape[0] and int(rows.max()) >= self.high:  # chosen before the writer went back, or made the file smaller
-            raise RowError(f"rows up to {int(rows.max())} of {self.mapping.name}, but the rows in use are 0 to {self.high - 1} now")
         found = self.columns.read(rows, field, self.high)
         self._mark_changed(found)
         if found.wrong:
@@ -277,9 +226,6 @@ class Reader:
         found.replace(i, again)
         found.bad[i] = not right
 
-    def verify_index(self) -> None:
-        verify_index(self)
-
     def policy_log(self) -> Ints:
         deadline = time.monotonic() + locks.PATIENCE
         while self.layout.log[1]:
@@ -302,11 +248,9 @@ class Reader:
         that is left to the writer. A single commit is waited for as long as its writer lives.
         """
         self.refresh()
-        problems = audit.row_problems(self._wrong_rows()) + self._index_problems()
-        return problems + audit.log_problems(self) + audit.structure_problems(self.mapping)
+        return super().check()
 
-    def _wrong_rows(self) -> list[int]:
-        """Rows whose bytes do not match their checksums."""
+    def wrong_rows(self) -> list[int]:
         wrong = []
         for piece in audit.pieces(self.layout):
             moment = self.moment()
@@ -330,13 +274,12 @@ class Reader:
             if time.monotonic() > deadline:
                 return False
 
-    def _index_problems(self) -> list[Problem]:
-        """What is wrong with the rows together."""
+    def index_problems(self) -> list[Problem]:
         deadline, waiting, first = time.monotonic() + locks.PATIENCE, locks.Patience(self.mapping.guarded), None
         while True:
             moment = self.moment()
             pending = moment.before is not None
-            found = [] if pending else audit.index_problems(self.columns, self.state)
+            found = [] if pending else super().index_problems()
             if not pending and self.is_now(moment):
                 return found
             first = first or moment
@@ -348,7 +291,7 @@ class Reader:
             return []
         changed = tuple(moment.before.index[0].tolist())
         cut_off = Problem("a commit was cut off: open the file for writing once, to undo it", changed)
-        return [cut_off, *audit.index_problems(self.columns, self.state)]  # some of which may be due to that
+        return [cut_off, *super().index_problems()]  # some of which may be due to that
 
     def flush(self) -> None:
         """Nothing: what a reader reads is its writer's to flush."""

@@ -9,18 +9,16 @@ rows back.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import NO_LOG, NO_ROWS, Bytes, Ints
-from ..errors import CorruptionError, FormatError, ModeError, StorageError
+from ..arrays import NO_ROWS, Bytes, Ints
+from ..errors import FormatError, ModeError, StorageError
 from ..kernels import commit
-from . import audit, locks, system
-from .columns import Columns, LiveRows, verify_index
-from .journal import NO_STAMPS, BeforeImage, Journal
+from . import locks, system
+from .journal import NO_STAMPS, BeforeImage
 from .layout import (
     BUCKETS,
     COMMIT_BYTES,
@@ -42,35 +40,31 @@ from .layout import (
     J_PREVIOUS,
     J_SEQ,
 )
+from .mapped import MappedStore
 from .mapping import Mapping
 from .paging import WritePages
 from .reader import Reader, newest_state
 from .restore_points import RestorePoints
 from .segment import Segment
-from .state import REPLACED, State, WordInForce
-from .store import Arrays, Change, PlannedBatch, Problem, Survivors, refuse_within
+from .state import REPLACED, State
+from .store import Change, PlannedBatch, Problem, Survivors, refuse_within
 
 ONE_CALL = True  # whether a commit without anything special is one kernel call; tests that stop within one want the steps
 _NO_DATA: list[Bytes] = [np.zeros(0, np.uint8)] * 4  # the kernel that makes a whole commit takes up to four fields
 _CHUNK = 4096  # rows that are looked at together
 
 
-class Writer:
+class Writer(MappedStore):
     """A mapped file that this process alone writes to. `state` is in force, `next_state` is being
     made."""
 
     writable = True
-    seen, size, high = WordInForce(H_SEEN), WordInForce(H_SIZE), WordInForce(H_HIGH)
 
     def __init__(self, mapping: Mapping, points: int) -> None:
-        self.mapping, self.path, self.layout = mapping, mapping.path, mapping.layout
-        self.schema, self.max_rows, self.nbytes = self.layout.schema, self.layout.max_rows, self.layout.file_size
-        self.durable = mapping.durable
-        self.state, self.next_state = State(), State()
-        self.columns, self.journal, self.pages = Columns(mapping), Journal(mapping), WritePages(mapping)
-        self.points = RestorePoints(mapping, points)
+        super().__init__(mapping)
+        self.durable, self.next_state = mapping.durable, State()
+        self.pages, self.points = WritePages(mapping), RestorePoints(mapping, points)
         self.guard: locks.Guard | None = None
-        self.live = LiveRows(mapping.name, CorruptionError)
         t = self.layout
         words = (J_LIVE, J_COUNT, J_HASH, H_SIZE, H_HIGH, H_STATE, H_DIGESTS, BUCKETS)
         self._offsets: Ints = np.array([t.journal_rows_at, t.records_at, t.record_bytes, t.journal, *words])
@@ -94,13 +88,12 @@ class Writer:
         if not self._settled:
             self._refuse_within()
         self.points.forget()
-        self.mapping.close()
+        super().close()
         self.unguard()
 
     def release(self) -> None:
-        """Keep no descriptor open from now on: the map needs none."""
         self.points.release()
-        self.mapping.file.close()
+        super().release()
 
     def as_reader(self) -> Reader:
         """In a forked child: never write, and leave the parent's lock and undo files alone."""
@@ -113,27 +106,8 @@ class Writer:
     # -- state -------------------------------------------------------------------------------------------------------
 
     @property
-    def extent(self) -> tuple[int, int]:
-        now = self.state.at
-        return now[H_SIZE], now[H_HIGH]
-
-    @property
     def sequence(self) -> int:
         return self.state.at[H_SEQ] if self._settled else -1
-
-    @property
-    def policy(self) -> list[int]:
-        return self.state.policy
-
-    @property
-    def status(self) -> os.stat_result | None:
-        return self.mapping.status
-
-    def state_name(self) -> str:
-        return self.state.name
-
-    def was_replaced(self) -> bool:
-        return False
 
     def stay(self) -> None:
         self.mapping.stay(self.seen)
@@ -164,52 +138,16 @@ class Writer:
             self.mapping.barrier()  # before the journal is void, or a power cut could keep only that
         self.journal.clear()
         self.points.renew_stamps()  # rows may have been stamped for a commit that never kept their records
-        self.live.known = None
+        self.gaps = None
         self._settled = True
 
-    # -- reading -----------------------------------------------------------------------------------------------------
-
-    def index(self) -> tuple[Ints, Ints]:
-        return self.mapping.index(self.high)
-
-    def positions_of(self, rows: Ints) -> Ints:
-        return self.mapping.positions[rows]
-
-    def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]:
-        return self.mapping.positions[rows], self.mapping.tags[rows]
-
-    def pieces(self) -> Iterator[tuple[int, Ints, Ints]]:
-        for piece in self.live.pieces(self):
-            yield piece.start, *self.snapshot(piece)
-
-    def live_rows(self) -> Ints | None:
-        return self.live.all(self)
-
-    def pick_live(self, n: int, draw: Callable[[int, Ints], None]) -> Ints:
-        return self.live.pick(self, n, draw)
-
-    def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]:
-        found = self.columns.read(rows, field, self.state.at[H_HIGH])
-        if found.wrong:
-            raise self.columns.error(found)
-        return found.arrays(), found.index
-
-    def policy_log(self) -> Ints:
-        entries = self.columns.log(self.state) if self.layout.log[1] else NO_LOG
-        if entries is None:
-            raise self.columns.log_error()
-        return entries
-
     def check(self) -> list[Problem]:
-        """Everything wrong with this file. Reads all of it, in pieces."""
         self.recover_or_refresh()
-        wrong = [row for piece in audit.pieces(self.layout) for row in audit.wrong_rows(self.columns, piece)]
-        problems = audit.row_problems(wrong) + audit.index_problems(self.columns, self.state)
-        return problems + audit.log_problems(self) + audit.structure_problems(self.mapping)
+        return super().check()
 
     def verify_index(self) -> None:
         if not self._verified:
-            verify_index(self)
+            super().verify_index()
             self._verified = True
 
     # -- writing -----------------------------------------------------------------------------------------------------
@@ -414,7 +352,7 @@ class Writer:
         self.mapping.barrier()
         self._publish_target(target, 0)
         self.points.renew_stamps()
-        self.live.known = None
+        self.gaps = None
 
     def give_away_points(self) -> None:
         """Another writer has taken the restore points over."""

@@ -193,7 +193,8 @@ def reader(image: Image, chosen: list[int], first: int, last: int) -> tuple[int,
     places = np.cumsum([0] + [-(-n * s // 64) * 64 for s in sizes])
     out, index, bad = np.full(places[-1], 0xEE, np.uint8), np.full((2, n), -9), np.full(n, 7, np.uint8)
     sums = np.full(n, 9, np.uint64)
-    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, np.array(chosen, np.int64), out, places, index, sums, bad)
+    chosen_rows = np.array(chosen, np.int64)
+    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, chosen_rows, out, places, index, sums, bad, image.capacity)
     found = [[out[places[f] + i * s :][:s].tobytes() for f, s in enumerate(sizes)] for i in range(n)]
     return int(wrong), found, index, bad.tolist()
 
@@ -226,7 +227,7 @@ def test_find_changed(run: None, first: int, last: int) -> None:
     chosen = np.array([4, 2, 0, 2])
     out, places = np.empty(4 * sum(SIZES) + 64 * FIELDS, np.uint8), np.zeros(FIELDS, np.int64)
     index, sums, bad = np.empty((2, 4), np.int64), np.empty(4, np.uint64), np.empty(4, np.uint8)
-    assert rows.read_rows(read_only(image.mem), image.cols, first, last, chosen, out, places, index, sums, bad) == 0
+    assert rows.read_rows(read_only(image.mem), image.cols, first, last, chosen, out, places, index, sums, bad, image.capacity) == 0
     found = first, last, chosen, index, sums
     assert changed(image, found, [0, 0, 0, 0]) == (0, [0, 0, 0, 0]) and changed(image, found, [0, 0, 1, 0]) == (1, [0, 0, 1, 0])
     words = [(image.offsets[FIELDS] + 16, True), (image.offsets[FIELDS + 1] + 16, True)]  # of row 2
@@ -256,6 +257,8 @@ def test_read_rows_finds_what_is_wrong(run: None) -> None:
     for column in range(FIELDS + 3):
         moved.put(4, column, image.entry(2, column))
     assert reader(moved, [2, 4], 0, FIELDS)[3] == [0, 1]  # a right row in the wrong place
+    for outside in (-1, 7, -(2**62), 2**62):
+        assert reader(moved, [2, outside], 0, FIELDS)[0] == -1
 
 
 @pytest.mark.parametrize(

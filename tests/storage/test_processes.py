@@ -70,14 +70,16 @@ def between_fields(monkeypatch: pytest.MonkeyPatch, reader: Any, cut: int, act: 
     """The reader's next read of all fields: those before `cut`, then `act`, then the others, as a slow one would meet a writer."""
     plain = kernel.read_rows
 
-    def slow(view: Any, cols: Any, first: int, last: int, rows: Any, out: Any, places: Any, index: Any, sums: Any, bad: Any) -> int:
+    def slow(
+        view: Any, cols: Any, first: int, last: int, rows: Any, out: Any, places: Any, index: Any, sums: Any, bad: Any, *rest: Any
+    ) -> int:  # fmt: skip
         if reader.current.store.mapping.view is not view or rows.shape[0] == 1:
-            return int(plain(view, cols, first, last, rows, out, places, index, sums, bad))
+            return int(plain(view, cols, first, last, rows, out, places, index, sums, bad, *rest))
         monkeypatch.setattr(kernel, "read_rows", plain)
-        plain(view, cols, first, cut, rows, out, places, index, sums, bad)
+        plain(view, cols, first, cut, rows, out, places, index, sums, bad, *rest)
         before, wrong = sums.copy(), bad.copy()
         act()
-        plain(view, cols, cut, last, rows, out, places[cut:], index, sums, bad)
+        plain(view, cols, cut, last, rows, out, places[cut:], index, sums, bad, *rest)
         sums += before
         bad |= wrong
         return int(np.count_nonzero(bad))

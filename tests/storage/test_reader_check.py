@@ -16,7 +16,7 @@ from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import ClassBalancedBuffer, InfiniteBuffer, ReservoirBuffer
-from leanreplay.storage import audit, columns, locks, store
+from leanreplay.storage import audit, locks, store
 from leanreplay.storage import writer as writer_module
 
 SIZE = 300
@@ -182,7 +182,7 @@ def test_nothing_is_as_long_as_the_index(read: str, tmp_path: Path, monkeypatch:
                 "group_sizes": lambda b: b.group_sizes(),
             }[read]
             wanted = work(writer)
-            monkeypatch.setattr(columns, "PIECE", 1000)
+            monkeypatch.setattr(audit, "PIECE", 1000)
             monkeypatch.setattr(audit, "SORTED", 3000)
             with monkeypatch.context() as watched:
                 peak = Peak(watched)
@@ -216,7 +216,7 @@ def test_a_draw_beside_free_rows_is_that_of_the_state(tmp_path: Path, monkeypatc
 
             def look(*arguments: Any) -> Any:
                 reader.draws.begin(0, 0)
-                reader.current.store.live.known = reader._sizes_by_group = None
+                reader.current.store.gaps = reader._sizes_by_group = None
                 drawn = [reader.sample(8)[1]["idx"].tolist() for _ in range(3)]
                 found.append((drawn, reader.group_sizes(), reader.current.store.live_rows().tolist()))
                 return step(*arguments)

@@ -94,7 +94,7 @@ def test_readers_answer_as_the_writer(place: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_live_are_refused(buffer: Any) -> None:
-    for rows in ([N], [0, 63]):
+    for rows in ([N], [0, 63], [-1], [0, -(2**62)]):
         with pytest.raises(RowError):
             store_of(buffer).read(np.array(rows))
 
