@@ -36,7 +36,7 @@ class Folder:
         self._writers = cast(list[Writer], self.stores)  # the same list, where it is written to
         self._keep = 0  # how many parts are to stay, while a rollback removes the others
 
-    # -- what it says for all parts ----------------------------------------------------------------------------------
+    # -- what it says for all parts ----------------------------------------------------------------
 
     @property
     def seen(self) -> int:
@@ -88,7 +88,7 @@ class Folder:
     def scratch(self, renew: bool = False) -> npt.NDArray[np.int32]:
         return self._writers[-1].scratch(renew)
 
-    # -- opening and closing -----------------------------------------------------------------------------------------
+    # -- opening and closing -----------------------------------------------------------------------
 
     def recover_or_refresh(self) -> None:
         if self._keep:
@@ -124,7 +124,7 @@ class Folder:
         for store in self._writers:
             store.mark_gone()
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def index(self) -> tuple[Ints, Ints]:
         """Copies, since the parts lie apart."""
@@ -202,7 +202,7 @@ class Folder:
                     problems.append(Problem(f"{self.path} holds {there} parts, of which {len(self.stores)} are this buffer's"))
         return problems
 
-    # -- writing -----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def verify_index(self) -> None:
         for store in self._writers:
@@ -253,7 +253,7 @@ class Folder:
         for store in self.stores:
             store.flush()
 
-    # -- restore points ----------------------------------------------------------------------------------------------
+    # -- restore points ----------------------------------------------------------------------------
 
     def mark(self) -> str:
         self.stay()

@@ -49,7 +49,7 @@ class MappedStore:
         """Keep no descriptor open from now on: the map needs none."""
         self.mapping.file.close()
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -70,7 +70,7 @@ class MappedStore:
     def was_replaced(self) -> bool:
         return False
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]:
         found = self.columns.read(rows, field, self.state.at[H_HIGH])
@@ -98,7 +98,7 @@ class MappedStore:
             raise self.columns.log_error()
         return entries
 
-    # -- live rows ---------------------------------------------------------------------------------------------------
+    # -- live rows ---------------------------------------------------------------------------------
 
     def live_rows(self) -> Ints | None:
         deadline = time.monotonic() + locks.PATIENCE
@@ -153,7 +153,7 @@ class MappedStore:
         if (size, high) != self.extent:
             raise RowError(f"rows of {self.mapping.name} came or went while some were drawn")
 
-    # -- verifying ---------------------------------------------------------------------------------------------------
+    # -- verifying ---------------------------------------------------------------------------------
 
     def verify_index(self) -> None:
         """As the protocol says.

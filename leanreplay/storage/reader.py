@@ -86,7 +86,7 @@ class Reader(MappedStore):
         """Itself."""
         return self
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def recover_or_refresh(self) -> None:
         self.refresh()
@@ -127,7 +127,7 @@ class Reader(MappedStore):
         """Whether the file has a commit that has not ended."""
         return self.state.target not in (0, REPLACED) or self.journal.pending(self.state) is not None
 
-    # -- moments -----------------------------------------------------------------------------------------------------
+    # -- moments -----------------------------------------------------------------------------------
 
     def moment(self) -> Moment:
         """What the file says now."""
@@ -151,7 +151,7 @@ class Reader(MappedStore):
             if time.monotonic() > deadline:
                 raise RowError(f"{self.mapping.name} changes faster than {what}; try again")
 
-    # -- reading -----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def snapshot(self, rows: Ints | slice) -> tuple[Ints, Ints]:
         positions = tags = np.empty(0, np.int64)
@@ -238,7 +238,7 @@ class Reader(MappedStore):
             self.refresh()
         return NO_LOG
 
-    # -- auditing ----------------------------------------------------------------------------------------------------
+    # -- auditing ----------------------------------------------------------------------------------
 
     def check(self) -> list[Problem]:
         """Everything wrong with this file.

@@ -103,7 +103,7 @@ class Writer(MappedStore):
         reader.state = self.state
         return reader
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     @property
     def sequence(self) -> int:
@@ -150,7 +150,7 @@ class Writer(MappedStore):
             super().verify_index()
             self._verified = True
 
-    # -- writing -----------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def scratch(self, renew: bool = False) -> npt.NDArray[np.int32]:
         if renew or self._scratch is None:
@@ -314,7 +314,7 @@ class Writer(MappedStore):
             gone.sequence, gone.target = gone.sequence + 1, REPLACED
             gone.seal(self.mapping.mem, gone.slot())
 
-    # -- restore points ----------------------------------------------------------------------------------------------
+    # -- restore points ----------------------------------------------------------------------------
 
     def mark(self) -> str:
         self.stay()
