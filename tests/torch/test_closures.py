@@ -307,3 +307,33 @@ def test_exemplars_with_logits():
     with pytest.raises(Exception, match="stores the metadata"):
         learner.store = True
         learner.step(*batches(1, 6)[0])
+
+
+@pytest.mark.parametrize(("method", "scale"), [*((method, 3e38) for method in LEARNERS), ("er", 1024.0)])
+def test_a_scaler_of_gradients(method, scale):
+    """Does what a loop by hand does; where gradients overflow, samples are stored, but neither model nor copies move."""
+    kind, options = LEARNERS[method]
+    learner, by_hand = (kind(model := dense().float(), sgd(model), ReservoirBuffer(20, seed=1), **options) for _ in range(2))
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=scale) for _ in range(2))
+    skipped = 0
+    for x, y in batches(5, 6):
+        x = 100 * x.float()  # for a loss above 1
+        step = learner.step(x, y, scaler)
+        by_hand.optimizer.zero_grad()
+        other.scale(by_hand.loss(x, y)).backward()
+        before = other.get_scale()
+        other.step(by_hand.optimizer)
+        other.update()
+        by_hand.after_step(other.get_scale() >= before)
+        assert step.stepped == (other.get_scale() >= before) and step.targets.equal(y)
+        skipped += not step.stepped
+    assert scaler.state_dict() == other.state_dict() and learner.steps == by_hand.steps == 5 - skipped
+    assert bool(skipped) == (scale > 1e38) and skipped < 5 and learner.buffer.seen == 30
+    for mine, theirs in ((held(learner.buffer), held(by_hand.buffer)), (states(learner), states(by_hand))):
+        assert list(mine) == list(theirs) and all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
+
+def states(learner):
+    """Weights of the model and of its copies."""
+    copies = [] if not hasattr(learner, "stable_model") else [learner.stable_model, learner.plastic_model]
+    return {f"{i} {name}": value for i, m in enumerate([learner.model, *copies]) for name, value in m.state_dict().items()}

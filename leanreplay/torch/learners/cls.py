@@ -71,6 +71,11 @@ class CLSLearner(ReplayLearner):
         return self._consistency.copies["stable"]
 
     @property
+    def evaluated_model(self) -> Module:
+        """The stable model."""
+        return self.stable_model
+
+    @property
     def plastic_model(self) -> Module:
         """The faster average of the model."""
         return self._consistency.copies["plastic"]

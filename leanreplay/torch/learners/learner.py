@@ -22,6 +22,7 @@ from . import checks
 from .draws import draw, load_reading_state, prepare, reading_state
 from .forward import Statistics, forward
 from .intake import Experiences, Intake
+from .optimizing import make_step
 from .pending import Batch, Draws, as_array, classes_seen, unwritten, values_to_keep, values_to_move, versions, write
 from .term import Term
 
@@ -36,12 +37,15 @@ class Step:
 
     loss: the whole loss. losses: its terms by name, before weights and normalisation; "stream" is
     the batch's own, "stream+replay" one mean over batch and replay. outputs: the model's for the
-    batch, (n, ...), detached.
+    batch, (n, ...), detached. targets: what the loss compared them with, transformed. stepped: False
+    if a scaler of gradients skipped the optimizer's step.
     """
 
     loss: float
     losses: dict[str, float]
     outputs: Tensor = field(repr=False, compare=False)
+    targets: Tensor = field(repr=False, compare=False)
+    stepped: bool = True
 
 
 class ReplayLearner:
@@ -170,7 +174,7 @@ class ReplayLearner:
 
         self.steps = 0
         self.task: int | str | None = None
-        self.outputs = torch.empty(0)
+        self.outputs = self.targets = torch.empty(0)
         self.losses: dict[str, float] = {}
         self.mask: Tensor | None = None
         self.pending: list[Batch] = []
@@ -194,6 +198,11 @@ class ReplayLearner:
     def module(self) -> Module:
         """The model, without a DistributedDataParallel around it."""
         return unwrapped(self.model)
+
+    @property
+    def evaluated_model(self) -> Module:
+        """What the method evaluates: the model, or a copy of it that the method says is better."""
+        return self.module
 
     @property
     def store(self) -> bool:
@@ -263,7 +272,7 @@ class ReplayLearner:
             all_y = torch.cat([batch.targets, replay.y])
             replay.joint = run = forward(self.model, torch.cat([inputs, replay.x]), self.layers)
         outputs = run.outputs if joined is None else run.outputs.narrow(0, 0, n)
-        self.outputs = outputs.detach()
+        self.outputs, self.targets = outputs.detach(), batch.targets
         if self._labels and not (inputs.is_cpu or inputs.is_meta):
             checks.check_labels(self.outputs, batch.all_labels, self.ignore_index)  # a kernel would abort
         before = self.pending[-1].seen if self.pending else self._seen
@@ -350,36 +359,33 @@ class ReplayLearner:
             for term in self._with_after_step:
                 term.after_step(self)
 
-    def step(self, x: Tensor, y: Tensor) -> Step:
+    def step(self, x: Tensor, y: Tensor, scaler: Any = None) -> Step:
         """One training step on a batch x (n, ...), y (n, ...) of the stream. Raises as `loss` does.
 
         An optimizer that needs a closure (LBFGS, SAM) gets one; the first evaluation is returned
         and stored. A step that fails leaves no sample queued, so it can be made again.
+
+        scaler: a torch.amp.GradScaler, for a step within torch.autocast of float16. Where gradients
+        overflow it skips the optimizer's step: the samples are stored, but the step does not count.
         """
         queued = len(self.pending)
         try:
-            self._evaluate(x, y)
-            made = Step(self._loss, self.losses, self.outputs)
-            try:
-                self.optimizer.step()
-            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-                if "closure" not in str(error) and "'NoneType' object is not callable" not in str(error):
-                    raise
-                closure: Any = partial(self._evaluate, x, y)
-                self.optimizer.step(closure)  # it asks for one before it has changed anything
+            self._evaluate(x, y, scaler)
+            made = Step(self._loss, self.losses, self.outputs, self.targets)
+            made.stepped = make_step(self.optimizer, partial(self._evaluate, x, y), scaler)
         except BaseException:
             del self.pending[queued:]
             raise
-        self.after_step()
+        self.after_step(made.stepped)
         return made
 
-    def _evaluate(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch, and its gradients."""
+    def _evaluate(self, x: Tensor, y: Tensor, scaler: Any = None) -> Tensor:
+        """The loss of a batch, and its gradients, scaled if there is a scaler."""
         self.optimizer.zero_grad()
         loss = self.loss(x, y)
         if not loss.requires_grad:
             raise ArgumentError("nothing to train: all parameters are frozen by requires_grad_(False), or this is within torch.no_grad()")
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss
 
     def on_task_start(self, task: int | str | None = None) -> None:
