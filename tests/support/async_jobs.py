@@ -31,7 +31,7 @@ def processes(source, function=identity, most=10, **options):
 
 def settle(reservoir):
     """Wait until every job that was begun is done, and no longer held by its worker."""
-    assert not wait(list(reservoir._jobs.pending), PATIENCE).not_done
+    assert not wait(list(reservoir._intake.jobs.pending), PATIENCE).not_done
 
 
 class Paths(Dataset):

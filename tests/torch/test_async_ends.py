@@ -65,7 +65,7 @@ def test_nothing_is_left(make, method, how, monkeypatch):
             while how == "fail":
                 list(reservoir)
         if how == "close":
-            assert reservoir._jobs.pool is not None
+            assert reservoir._intake.jobs.pool is not None
             reservoir.close()
         elif how == "abandon":
             del reservoir, found
@@ -110,7 +110,7 @@ def test_close_lets_short_jobs_end(tmp_path, monkeypatch):
     path = str(tmp_path / "cache")
     with processes([(path, 0), (path, 1)], finishes) as reservoir:
         assert list(reservoir) == [0]
-        while not next(iter(reservoir._jobs.pending)).running():
+        while not next(iter(reservoir._intake.jobs.pending)).running():
             time.sleep(0.01)
         open(path + ".go", "w").close()
     with open(path, encoding="utf-8") as file:
@@ -163,13 +163,13 @@ def test_the_source_is_closed_whatever_happens(monkeypatch):
     source = Paths(9)
     reservoir = threads(source)
     iter(reservoir)
-    stop = reservoir._stop
+    stop = reservoir._intake.stop
 
     def broken():
         stop()
         raise OSError
 
-    monkeypatch.setattr(reservoir, "_stop", broken)
+    monkeypatch.setattr(reservoir._intake, "stop", broken)
     with pytest.raises(OSError):
         reservoir.close()
     assert source.closed == 1
@@ -231,10 +231,10 @@ SCRIPT = """
         try:
             if place == "begin":
                 reservoir._queue()
-                say(f"children {[p.pid for p in reservoir._jobs.pool.processes]}")
+                say(f"children {[p.pid for p in reservoir._intake.jobs.pool.processes]}")
             for entry in reservoir:
                 pass
-            children = [p.pid for p in reservoir._jobs.pool.processes]
+            children = [p.pid for p in reservoir._intake.jobs.pool.processes]
             say(f"children {children}")
             if place == "wait":
                 reservoir.min_reservoir_samples = 3

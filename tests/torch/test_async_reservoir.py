@@ -36,7 +36,7 @@ def test_an_epoch_takes_in_what_is_ready_and_queues_as_much():
             settle(reservoir)
             seen.append(sorted(reservoir))
         assert seen == [[0, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8], [5, 6, 7, 8, 9, 10]]
-        assert len(reservoir._jobs.pending) == 2
+        assert len(reservoir.queued()) == 2
 
 
 def test_only_what_is_ready():
@@ -51,7 +51,7 @@ def test_only_what_is_ready():
     with threads(range(5), load, workers=2) as reservoir:
         assert list(reservoir) == [0]
         gates[2].set()
-        assert not wait([f for f, (_, s) in reservoir._jobs.pending.items() if s == 2], PATIENCE).not_done
+        assert not wait([f for f, (_, s) in reservoir._intake.jobs.pending.items() if s == 2], PATIENCE).not_done
         assert list(reservoir) == [0, 2]
         assert list(reservoir) == [0, 2]
         for gate in gates:
@@ -66,8 +66,8 @@ def test_max_jobs_at_once(workers, most, begun):
     source = Again(20)
     with threads(source, most=50, workers=workers, max_jobs_at_once=most, max_reservoir_replacement_size=1) as reservoir:
         next(iter(reservoir))
-        outstanding = len(reservoir._jobs.pending)
-        assert reservoir._jobs.count == begun + (0 if most == 0 else 1)
+        outstanding = len(reservoir.queued())
+        assert reservoir._intake.jobs.count == begun + (0 if most == 0 else 1)
         assert outstanding == begun - (1 if most == 0 else 0)
         if most == 0:
             for _ in range(19):
@@ -75,7 +75,7 @@ def test_max_jobs_at_once(workers, most, begun):
                 assert source.passes == 1
                 list(reservoir)
             list(reservoir)
-            assert reservoir._jobs.count == 40
+            assert reservoir._intake.jobs.count == 40
 
 
 def test_the_source_starts_over():
@@ -138,10 +138,10 @@ def test_what_has_left_is_forgotten(deterministic):
         for _ in range(20):
             list(reservoir)
             settle(reservoir)
-            jobs.update(reservoir._jobs.pending)
+            jobs.update(reservoir._intake.jobs.pending)
         gc.collect()
-        assert reservoir._jobs.count > 20
-        assert set(jobs) == set(reservoir._jobs.pending), "jobs, with their results, that were taken in long ago"
+        assert reservoir._intake.jobs.count > 20
+        assert set(jobs) == set(reservoir._intake.jobs.pending), "jobs, with their results, that were taken in long ago"
 
 
 def test_breaking_off_loses_nothing():

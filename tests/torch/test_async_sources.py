@@ -19,8 +19,8 @@ from torch.utils.data import RandomSampler
 
 from leanreplay import ArgumentError, ReservoirBuffer, SlidingWindowBuffer, StateError, WorkerError
 from leanreplay.torch import AsyncReservoir
+from leanreplay.torch.loading.async_reservoir import intake as module
 from leanreplay.torch.loading.async_reservoir import pool
-from leanreplay.torch.loading.async_reservoir import reservoir as module
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif("fork" not in METHODS, reason="needs fork")
@@ -125,7 +125,7 @@ def test_a_source_that_fails_or_runs_dry():
     with threads(Bad(3), min_reservoir_samples=5) as reservoir:
         with pytest.raises(OSError, match="gone"):
             iter(reservoir)
-        assert not reservoir._jobs.pending
+        assert not reservoir._intake.jobs.pending
 
 
 def dies(i):
@@ -237,7 +237,7 @@ def test_bad_samplers():
         assert next(found) == 0
         with pytest.raises(ArgumentError, match=r"indices \[7\] for a snapshot of 1 entries"):
             next(found)
-        assert reservoir._jobs.pool is None
+        assert reservoir._intake.jobs.pool is None
 
 
 # -- a part of the source ----------------------------------------------------------------------------------------------
@@ -277,10 +277,13 @@ def test_subsample_is_uniform():
 def test_subsample_uids():
     whole = threads(Paths(100), lambda s: s["uid"], most=50, min_reservoir_samples=20, deterministic=True)
     with whole.subsample_uids(np.array([7, 3, 11, 1000]), "uid") as part:
-        assert list(part) == [3, 7, 11]
+        assert list(part) == [7, 3, 11]
         assert (part.max_reservoir_samples, part.min_reservoir_samples, part.sampler) == (3, 3, None)
     with whole.subsample_uids([3, 4], "uid", new_sampler=lambda s: [1, 0]) as part:
         assert list(part) == [4, 3]
+    twice = threads([{"uid": i % 5, "place": i} for i in range(10)])
+    assert [s["place"] for s in twice.subsample_uids([4, 1, 4], "uid").source] == [4, 9, 1, 6]
+    assert [s["place"] for s in twice.subsample_uids({4, 1}, "uid").source] == [1, 4, 6, 9]
     tensors = threads([{"uid": torch.tensor(i)} for i in range(5)], lambda s: int(s["uid"]), deterministic=True)
     assert [int(s["uid"]) for s in tensors.subsample_uids([torch.tensor(2)], "uid").source] == [2]
     with pytest.raises(ArgumentError, match=r"no sample of the source has a 'uid' among \[1000\]"):

@@ -115,6 +115,29 @@ def test_resume_persistent_workers():
         assert values(loader) == expected  # without a state: from the start
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loading_before_the_first_pass(persistent):
+    """`start` lets workers read ahead, once; the next pass takes that, unless a state moves its begin. `queued` tells what they have."""
+    sampler, expected = case(*SMALL)
+    samples = own_numbers(expected, sampler)
+    loader = sampler.get_data_loader(2, multiprocessing_context="fork", prefetch_factor=2, persistent_workers=persistent)
+    assert loader.queued() == []
+    loader.start()
+    loader.start()
+    assert loader.queued() == expected[:4] and sampler.state_dict()["batches"] == 0
+    batches = iter(loader)
+    assert next(batches).tolist() == samples[0]
+    assert loader.queued() == expected[1:5]
+    assert values(batches) == samples[1:] and loader.queued() == []
+    loader.start()
+    state = sampler.state_dict()
+    sampler.load_state_dict({**state, "batches": 3})
+    assert values(loader) == samples[3:]
+    plain = sampler.get_data_loader()
+    plain.start()
+    assert plain.queued() == [] and values(plain) == samples
+
+
 def test_a_loader_of_ones_own_resumes():
     """dataset, batch_sampler and collator in any DataLoader; with workers (which draw ahead), a pass goes on from a state all the same."""
     sampler, expected = case(*SMALL)

@@ -19,10 +19,11 @@ from ...arrays import Ints
 from ...buffers.base import DataBuffer
 from ...buffers.drawing import UNIFORM, Drawn
 from ...buffers.reading import all_rows, metadata_index
-from ...errors import ArgumentError, ModeError, RowError, SchemaError, StateError, WorkerError
+from ...errors import ArgumentError, ModeError, RowError, SchemaError, WorkerError
 from ...kernels import reservoir
 from ...storage.store import refuse_within
 from ..data import bfloat16_fields, device_named, each_tensor, to_torch
+from .states import check_state, is_count
 
 Self = TypeVar("Self", bound="ReplayLoader")  # typing has one of its own from Python 3.11 on
 
@@ -334,14 +335,7 @@ class ReplayLoader:
         `batches` and `device` may differ.
         """
         self._check_open()
-        wanted = {"format": int, "delivered": int, "passed": int, "ahead": list, "of": dict}
-        right = isinstance(state, Mapping) and all(type(state.get(k)) is t for k, t in wanted.items()) and state["format"] == 1
-        right = right and all(0 <= state[k] < 2**62 for k in ("delivered", "passed"))
-        if not right or any(type(item) is not tuple or len(item) != 2 for item in state["ahead"]):
-            raise StateError(f"not a state of a ReplayLoader: expected a dict with {sorted(wanted)}, got {state!r:.200}")
-        wrong = [f"{key}: {state['of'].get(key)!r}, here {value!r}" for key, value in self._same.items() if state["of"].get(key) != value]
-        if wrong:
-            raise StateError(f"the state is of another ReplayLoader ({'; '.join(wrong)}); make this one with the same arguments")
+        check_state(state, "a ReplayLoader", {"delivered": _counts, "passed": _counts, "ahead": _are_batches}, self._same)
         ahead: list[_Job] = [_Made(self.buffer, self._placed(each_tensor(item, _copied))) for item in state["ahead"]]
         self._delivered, self._passed, self._planned = state["delivered"], state["passed"], ahead
         _drain(self._queue)
@@ -393,6 +387,14 @@ def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
     found = method()
     if found is not None:
         found()
+
+
+def _counts(value: Any) -> bool:
+    return is_count(value) and value < 2**62
+
+
+def _are_batches(value: Any) -> bool:
+    return type(value) is list and all(type(item) is tuple and len(item) == 2 for item in value)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,12 @@ class InMemory:
     def snapshot(self) -> Sequence[Any]:
         return tuple(self._entries)
 
+    def state(self) -> list[Any] | None:
+        return list(self._entries)
+
+    def load_state(self, entries: list[Any] | None) -> None:
+        self._entries = deque(entries or (), maxlen=self._entries.maxlen)
+
     def pick(self, snapshot: Any, indices: list[int], copies: bool) -> list[Any]:
         """Give entries of a snapshot. copies: whether the caller may change them."""
         return [_copied(snapshot[i]) if copies else snapshot[i] for i in indices]
@@ -55,6 +61,12 @@ class InBuffer:
 
     def snapshot(self) -> Sequence[Any]:
         return _Rows(self._buffer, len(self))
+
+    def state(self) -> list[Any] | None:
+        return None  # the buffer has states of its own
+
+    def load_state(self, entries: list[Any] | None) -> None:
+        pass
 
     def pick(self, snapshot: Any, indices: list[int], copies: bool) -> list[Any]:
         return snapshot.pick(indices)  # what is read is a copy anyway

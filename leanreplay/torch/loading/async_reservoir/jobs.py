@@ -43,11 +43,12 @@ class Jobs:
         if self.pool is not None and self._pid != os.getpid():
             raise ModeError("this AsyncReservoir is a forked copy of one whose workers belong to another process; make a new one here")
 
-    def begin(self, sample: Any) -> None:
-        """Queue a job. Raises WorkerError if no worker can start."""
+    def begin(self, sample: Any, number: int | None = None) -> None:
+        """Queue the next job, or one of a number again. WorkerError if no worker can start."""
+        number = self.count if number is None else number
         try:
             pool = self.pool or self._start()
-            job = pool.submit(sample, int(key_pair(f"async reservoir, job {self.count}", self._seed)[0]))
+            job = pool.submit(sample, int(key_pair(f"async reservoir, job {number}", self._seed)[0]))
         except LeanReplayError:
             raise
         except (OSError, RuntimeError) as error:
@@ -55,8 +56,8 @@ class Jobs:
                 f"a worker cannot start: {error}; use fewer workers, or raise the limits of processes and descriptors (ulimit -u, -n). "
                 "The jobs under way are lost"
             ) from error
-        self.pending[job] = self.count, sample
-        self.count += 1
+        self.pending[job] = number, sample
+        self.count = number + 1
         if not self._ordered:
             job.add_done_callback(self._done.put)
 

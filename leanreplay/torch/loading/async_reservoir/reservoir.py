@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
-import logging
+import itertools
 import operator
 import sys
-import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,21 +18,28 @@ from torch.utils.data import default_collate, default_convert
 
 from .... import SlidingWindowBuffer
 from ....arguments import call, choice, function_or_none, instance, integer, length, required, required_function
-from ....errors import ArgumentError, ModeError, SchemaError, WorkerError
+from ....errors import ArgumentError, ModeError, StateError
 from ....keys import key_pair
+from ..states import check_state, is_count
 from .entries import InBuffer, InMemory
+from .intake import FIELDS, Intake
 from .jobs import Jobs
 from .pool import Pool, context_named
 from .source import END, Source, subsample, subsample_uids
 
-ENDLESS = 10_000  # failures in a row that end a source whose length is not known
 _MOST = 2**40
-_LOG = logging.getLogger("leanreplay")
 _KEPT = (  # by a reservoir over a part of the source
     *("workers", "max_jobs_at_once", "collate_fn", "maximum_number_of_samples_per_epoch", "max_reservoir_replacement_size"),
     *("executor", "mp_context", "on_error", "flatten", "deterministic", "seed"),
 )
 Self = TypeVar("Self", bound="AsyncReservoir")  # typing has one of its own from Python 3.11 on
+
+
+@dataclasses.dataclass
+class _Place:
+    """How many batches an epoch handed out; None before it, and after its end."""
+
+    batches: int | None
 
 
 class AsyncReservoir:
@@ -123,7 +127,6 @@ class AsyncReservoir:
         seed: int = 0,
     ) -> None:
         self._closed = False
-        self._source = Source(source)
         self.source = source
         self.function: Callable[[Any], Any] = required_function("function", function)
         self.max_reservoir_samples = required("max_reservoir_samples", max_reservoir_samples, 1, _MOST)
@@ -145,86 +148,111 @@ class AsyncReservoir:
         self.executor, self.on_error, self.mp_context = executor, on_error, context_named(mp_context)
         self.flatten, self.deterministic = bool(flatten), bool(deterministic)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
-        size = self.max_reservoir_samples
-        self._entries: InMemory | InBuffer = InMemory(size) if buffer is None else InBuffer(buffer, size)
         self.epoch = 0
-        self.skipped = 0
         make_pool = functools.partial(Pool, self.workers, self.function, self.executor, self.mp_context)
-        self._jobs = Jobs(make_pool, self.seed, self.deterministic)
-        self._good = -1  # number of the newest job that gave an entry
-        self._left: deque[tuple[Any, int, Any]] = deque()  # (entry, number, sample) of a later epoch
-        self._times = {name: [0.0, 0] for name in ("sending", "receiving", "waiting")}
+        entries = InMemory(self.max_reservoir_samples) if buffer is None else InBuffer(buffer, self.max_reservoir_samples)
+        jobs = Jobs(make_pool, self.seed, self.deterministic)
+        self._intake = Intake(Source(source), jobs, entries, self.max_jobs_at_once, self.flatten, on_error == "skip")
+        self._place = _Place(None)  # in the latest epoch
+        self._resumes = False  # whether the next epoch goes on from that place
 
     # -- iterating ---------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Begin loading now, not with the first epoch: queue jobs, up to `max_jobs_at_once`.
+
+        >>> from leanreplay.torch import AsyncReservoir
+        >>> with AsyncReservoir(range(9), abs, 5, max_jobs_at_once=3, executor="thread") as reservoir:
+        ...     reservoir.start()
+        ...     reservoir.queued()
+        [0, 1, 2]
+        """
+        self._check_open()
+        with self._stopping_on_error():
+            self._intake.queue()
+
+    def queued(self) -> list[Any]:
+        """Give the samples whose jobs were begun and not yet taken in, oldest first."""
+        self._check_open()
+        return [sample for _, sample in self._intake.jobs.pending.values()]
+
     def __iter__(self) -> Iterator[Any]:
         self._check_open()
-        try:
-            self._refresh()
-            snapshot = self._entries.snapshot()
-            order = self._order(snapshot)
-        except BaseException:
-            self._stop()
-            raise
-        self.epoch += 1
-        return self._batches(snapshot, order)
+        done = self._place.batches or 0 if self._resumes else 0
+        with self._stopping_on_error():
+            if not self._resumes:
+                self._refresh()
+            snapshot = self._intake.entries.snapshot()
+            order = self._order(snapshot, self.epoch - self._resumes)
+        self.epoch += not self._resumes
+        self._place, self._resumes = _Place(done), False
+        return self._batches(snapshot, order, self._place, done)
 
     def _refresh(self) -> None:
         """Take in what is ready, and queue new jobs.
 
         It waits only for what the minimum needs, or for what `deterministic` says.
         """
+        intake, pending = self._intake, self._intake.jobs.pending
         free = self.max_reservoir_replacement_size or sys.maxsize
-        due = len(self._jobs.pending) if self.deterministic else 0
+        due = len(pending) if self.deterministic else 0
         while True:
-            need = self.min_reservoir_samples - len(self._entries)
+            need = self.min_reservoir_samples - len(intake.entries)
             if free <= 0 and need <= 0:
                 break
-            if self._left:
-                free -= self._absorb(max(free, need))
+            if intake.left:
+                free -= intake.absorb(max(free, need))
                 continue
             if need > 0:
-                self._queue()
-            wait = bool(self._jobs.pending) and (need > 0 or due > 0)
-            with self._timed("waiting") if wait else contextlib.nullcontext():
-                job = self._jobs.next_done(wait)
-            if job is None:
+                intake.queue()
+            if not intake.receive(wait=bool(pending) and (need > 0 or due > 0)):
                 break
             due -= 1
-            self._receive(job)
-        self._queue()
+        intake.queue()
 
-    def _order(self, snapshot: Sequence[Any]) -> Iterator[Any]:
+    def _order(self, snapshot: Sequence[Any], epoch: int) -> Iterator[Any]:
         if self.sampler is None:
             return iter(range(len(snapshot)))
-        seeded = {"generator": self._generator(f"epoch {self.epoch}")} if _takes_generator(self.sampler) else {}
+        seeded = {"generator": self._generator(f"epoch {epoch}")} if _takes_generator(self.sampler) else {}
         order = self.sampler(snapshot, **seeded)
         if hasattr(order, "set_epoch"):
-            order.set_epoch(self.epoch)
+            order.set_epoch(epoch)
         instance(order, Iterable, "sampler(snapshot) must return an iterable of indices")
         return iter(order)
 
-    def _batches(self, snapshot: Sequence[Any], order: Iterator[Any]) -> Iterator[Any]:
+    def _batches(self, snapshot: Sequence[Any], order: Iterator[Any], place: _Place, done: int) -> Iterator[Any]:
+        """Give the batches of an epoch but for the first `done`."""
         left = self.maximum_number_of_samples_per_epoch or sys.maxsize
-        while left > 0:
-            self._check_open()
-            try:
-                index: Any = next(order, END)
-                if index is END:
-                    return
-                batched = isinstance(index, Iterable) and getattr(index, "ndim", 1) > 0
-                indices = [operator.index(i) for i in (index if batched else [index])][:left]
-                left -= len(indices)
-                batch = self._collated(snapshot, indices, batched)
-            except BaseException:
-                self._stop()
-                raise
-            yield batch
+        try:
+            for number in itertools.count(1):
+                self._check_open()
+                with self._stopping_on_error():
+                    index: Any = next(order, END) if left > 0 else END
+                    if index is END:
+                        return
+                    batched = isinstance(index, Iterable) and getattr(index, "ndim", 1) > 0
+                    indices = [operator.index(i) for i in (index if batched else [index])][:left]
+                    left -= len(indices)
+                    if number <= done:
+                        continue
+                    batch = self._collated(snapshot, indices, batched)
+                place.batches = number
+                yield batch
+        finally:
+            place.batches = None
+
+    @contextlib.contextmanager
+    def _stopping_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._intake.stop()
+            raise
 
     def _collated(self, snapshot: Sequence[Any], indices: list[int], batched: bool) -> Any:
         stacked = batched and self.collate_fn == "default"  # which copies
         try:
-            entries = self._entries.pick(snapshot, indices, copies=not stacked)
+            entries = self._intake.entries.pick(snapshot, indices, copies=not stacked)
         except IndexError as error:  # RowError is one
             raise ArgumentError(f"the sampler gave indices {indices!r:.200} for a snapshot of {len(snapshot)} entries") from error
         if stacked:
@@ -234,68 +262,17 @@ class AsyncReservoir:
             return batch
         return call("collate_fn", self.collate_fn, batch) if callable(self.collate_fn) else default_convert(batch)  # type: ignore[no-untyped-call]
 
-    # -- jobs --------------------------------------------------------------------------------------
-
-    def _queue(self) -> None:
-        """Begin jobs, up to `max_jobs_at_once`."""
-        pending = self._jobs.pending
-        while len(pending) < (self.max_jobs_at_once or sys.maxsize):
-            if self.max_jobs_at_once == 0 and pending and self._source.between_passes:
-                return  # this pass is queued; the next one begins when it is taken in
-            with self._timed("sending", 0):
-                sample = self._source.next_sample()
-            if sample is not END:
-                with self._timed("sending"):
-                    self._jobs.begin(sample)
-
-    def _receive(self, job: Future[Any]) -> None:
-        """Take the result of a job that is done."""
-        with self._timed("receiving"):
-            number, sample, (text, value) = self._jobs.take(job)
-        if text is not None:
-            self._failed(sample, text, value)
-            return
-        entries = value if self.flatten and isinstance(value, list) else [value]
-        self._left.extend((entry, number, sample) for entry in entries)
-        if not entries:
-            self._gave_nothing(f"the last sample {sample!r:.200} gave an empty list")
-
-    def _absorb(self, n: int) -> int:
-        """Move up to n results into the reservoir, and count them."""
-        taken = 0
-        with self._timed("receiving", 0):
-            while self._left and taken < n:
-                entry, number, sample = self._left.popleft()
-                try:
-                    self._entries.append(entry)
-                except SchemaError as error:
-                    self._failed(sample, traceback.format_exc(), error)
-                    continue
-                self._good = max(self._good, number)
-                taken += 1
-        return taken
-
-    def _failed(self, sample: Any, text: str, error: BaseException | None) -> None:
-        message = f"loading the sample {sample!r:.200} failed in a worker:\n{text}"
-        if self.on_error == "raise":
-            raise _worker_error(f"{message}(on_error='skip' leaves such samples out)", sample) from error
-        self.skipped += 1
-        _LOG.warning("skipped (%d so far): %s", self.skipped, message)
-        self._gave_nothing(message)
-
-    def _gave_nothing(self, message: str) -> None:
-        """Raise WorkerError if a whole pass of jobs in a row is done and gave nothing."""
-        waiting = [self._left[0][1]] if self._left else []
-        failed = min([*waiting, self._jobs.oldest]) - 1 - self._good
-        if failed >= (self._source.samples_of_a_pass or ENDLESS):
-            raise WorkerError(f"none of the last {failed} jobs, a whole pass through the source, gave an entry; of the last: {message}")
-
     # -- what it is --------------------------------------------------------------------------------
 
     def reservoir_size(self) -> int:
         """Count the entries: 0 before the first epoch, unless a `buffer` held some."""
         self._check_open()
-        return len(self._entries)
+        return len(self._intake.entries)
+
+    @property
+    def skipped(self) -> int:
+        """How many failing jobs were left out, with on_error="skip"."""
+        return self._intake.skipped
 
     @property
     def performance(self) -> dict[str, dict[str, float]]:
@@ -305,19 +282,67 @@ class AsyncReservoir:
         source and handing out jobs, per sample. receiving: unpacking and storing, per job. waiting:
         for workers, per result waited for. average: 0 where there was none.
         """
+        return self._intake.times.report()
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state for a checkpoint, within an epoch too.
+
+        It holds the entries, the samples of pending jobs, and how many batches of the latest epoch
+        were handed out. `torch.load(weights_only=True)` takes it if samples and entries are tensors
+        and plain values. Entries in a `buffer` are not in it: save the buffer's own state with it.
+
+        >>> from leanreplay.torch import AsyncReservoir
+        >>> options = {"min_reservoir_samples": 3, "executor": "thread", "deterministic": True}
+        >>> def make():
+        ...     return AsyncReservoir(range(9), abs, 3, collate_fn=None, **options)
+        >>> with make() as reservoir:
+        ...     for entry in reservoir:
+        ...         if entry == 1:
+        ...             state = reservoir.state_dict()
+        >>> with make() as again:
+        ...     again.load_state_dict(state)
+        ...     list(again), list(again)
+        ([2], [1, 2, 3])
+        """
+        self._check_open()
+        return {"format": 1, "epoch": self.epoch, "batches": self._place.batches, **self._intake.state(), "of": self._settings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, and begin its pending jobs again.
+
+        The next epoch gives the batches that the latest one still had to give, unless that had
+        ended or was broken off. If `deterministic`, all epochs then are what they would have been:
+        no entry is lost and none comes twice. The source must give the same samples, the function
+        the same entries, and the sampler must take a `generator` or have no random order. A
+        `buffer` must get its state of the same checkpoint too, before or after. Raises StateError
+        for a state of other arguments. `workers` and `executor` may differ.
+        """
+        self._check_open()
+        fields = {"epoch": is_count, "batches": lambda value: value is None or is_count(value), **FIELDS}
+        check_state(state, "an AsyncReservoir", fields, self._settings)
+        if (state["entries"] is None) != self._settings["buffer"] or len(state["entries"] or ()) > self.max_reservoir_samples:
+            raise StateError("the state's entries do not fit this AsyncReservoir; it is damaged")
+        with self._stopping_on_error():
+            self._intake.resume(state)
+        self.epoch, self._place = state["epoch"], _Place(state["batches"])
+        self._resumes = state["batches"] is not None
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The arguments that a state must agree with."""
+        names = (
+            *("max_reservoir_samples", "min_reservoir_samples", "max_jobs_at_once", "maximum_number_of_samples_per_epoch"),
+            *("max_reservoir_replacement_size", "flatten", "deterministic", "seed"),
+        )
         return {
-            name: {"seconds": spent, "count": count, "average": spent / count if count else 0.0}
-            for name, (spent, count) in self._times.items()
+            **{name: getattr(self, name) for name in names},
+            "samples": length(self.source),
+            "buffer": isinstance(self._intake.entries, InBuffer),
         }
 
-    @contextlib.contextmanager
-    def _timed(self, name: str, count: int = 1) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._times[name][0] += time.perf_counter() - start
-            self._times[name][1] += count
+    # -- a part of the source ----------------------------------------------------------------------
 
     def subsample(self, n: int) -> AsyncReservoir:
         """Make a new reservoir over n samples of the source, in the source's order.
@@ -338,9 +363,10 @@ class AsyncReservoir:
     def subsample_uids(
         self, uids: Iterable[Any], uids_name: str, new_sampler: Callable[..., Iterable[Any]] | None = None
     ) -> AsyncReservoir:
-        """Make a new reservoir over the samples whose `sample[uids_name]` is in uids, in order.
+        """Make a new reservoir over the samples whose `sample[uids_name]` is in uids.
 
-        It reads the whole source (not the function), unless that has a `subsample_uids(uids,
+        They come in the order of the uids, samples of one uid in the order of the source; if uids
+        is a set, all do. It reads the whole source (not the function), unless that has a `subsample_uids(uids,
         uids_name)` of its own. uids that no sample has are ignored, but ArgumentError if none has
         any. new_sampler: in place of `sampler`. Otherwise as `subsample`.
 
@@ -375,11 +401,9 @@ class AsyncReservoir:
             return
         self._closed = True
         try:
-            self._stop()
+            self._intake.stop()
         finally:
-            self._source.end_pass()
-            self._left.clear()
-            self._entries = InMemory(1)
+            self._intake.close()
             close = getattr(self.source, "close", None)
             if callable(close):
                 close()
@@ -392,18 +416,14 @@ class AsyncReservoir:
 
     def __del__(self) -> None:
         try:  # noqa: SIM105 - when the interpreter ends, contextlib may be empty already
-            self._stop()
+            self._intake.stop()
         except Exception:
             pass
 
     def _check_open(self) -> None:
         if self._closed:
             raise ModeError("this AsyncReservoir is closed; make a new one")
-        self._jobs.check_process()
-
-    def _stop(self) -> None:
-        self._jobs.stop()
-        self._good = self._jobs.count - 1  # what was dropped did not fail
+        self._intake.jobs.check_process()
 
 
 def _takes_generator(sampler: Callable[..., Any]) -> bool:
@@ -411,9 +431,3 @@ def _takes_generator(sampler: Callable[..., Any]) -> bool:
         return "generator" in inspect.signature(sampler).parameters
     except (ValueError, TypeError):  # not every callable has a signature
         return False
-
-
-def _worker_error(message: str, sample: Any) -> WorkerError:
-    error = WorkerError(message)  # a variable of the frame that raises it would make a cycle
-    error.sample = sample
-    return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,28 +32,39 @@ class Source:
 
     @property
     def between_passes(self) -> bool:
-        return self._items is None
+        return self._items is None and not self._given
+
+    @property
+    def given(self) -> int | None:
+        """How many samples this pass gave; None between passes."""
+        return None if self.between_passes else self._given
 
     def end_pass(self) -> None:
         """Let the next sample be the first one again."""
-        self._items = None
+        self._items, self._given = None, 0
+
+    def resume(self, given: int | None, samples_of_a_pass: int) -> None:
+        """Let the next sample be the one after the first `given` of a pass."""
+        self._items, self._given, self.samples_of_a_pass = None, given or 0, samples_of_a_pass
 
     def next_sample(self) -> Any:
         """Read one sample; END at the end of each pass."""
         if self._items is None:
             source = self.source
-            mapped = not isinstance(source, Iterable)
-            self._items = (call("source", source.__getitem__, i) for i in range(len(source))) if mapped else iter(source)
-            self._given = 0
+            if isinstance(source, Iterable):
+                self._items = itertools.islice(source, self._given, None)
+            else:
+                self._items = (call("source", source.__getitem__, i) for i in range(self._given, len(source)))
         try:
             sample = next(self._items)
         except BaseException as error:
-            self._items = None
+            given = self._given
+            self.end_pass()
             if not isinstance(error, StopIteration):
                 raise
-            if not self._given:
+            if not given:
                 raise ArgumentError("source is empty: there is nothing to load; it must be able to start over") from None
-            self.samples_of_a_pass = self._given
+            self.samples_of_a_pass = given
             return END
         self._given += 1
         return sample
@@ -69,14 +81,21 @@ def subsample(source: Any, n: int, generator: torch.Generator) -> Any:
 
 
 def subsample_uids(source: Any, uids: Iterable[Any], uids_name: str) -> Any:
-    """Select the samples of a source whose `sample[uids_name]` is in uids, in its order."""
+    """Select the samples of a source whose `sample[uids_name]` is in uids, in the order of uids.
+
+    Samples of one uid, or of all if uids is a set, stand in the order of the source.
+    """
     if hasattr(source, "subsample_uids"):
         return source.subsample_uids(uids, uids_name)
-    wanted = {_plain(uid) for uid in uids}
-    found = [i for i in range(_size(source, "subsample_uids")) if _uid(source[i], i, uids_name) in wanted]
-    if not found:
-        raise ArgumentError(f"no sample of the source has a {uids_name!r} among {list(wanted)!r:.200}")
-    return Subset(source, found)
+    found: dict[Any, list[int]] = {_plain(uid): [] for uid in uids}
+    for i in range(_size(source, "subsample_uids")):
+        uid = _uid(source[i], i, uids_name)
+        if uid in found:
+            found[uid].append(i)
+    chosen = [i for places in found.values() for i in places]
+    if not chosen:
+        raise ArgumentError(f"no sample of the source has a {uids_name!r} among {list(found)!r:.200}")
+    return Subset(source, sorted(chosen) if isinstance(uids, (set, frozenset)) else chosen)
 
 
 def _size(source: Any, name: str) -> int:

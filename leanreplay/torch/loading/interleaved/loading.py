@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -76,10 +77,13 @@ class Progress:
 
 
 class Pass:
-    """One pass over batches. It tells its `Progress` what it delivered; an error ends it."""
+    """One pass over batches. It tells its `Progress` what it delivered; an error ends it.
 
-    def __init__(self, progress: Progress, batches: Iterator[Any]) -> None:
-        self._progress, self._batches = progress, batches
+    queued: batches of indices that are read ahead; the first one goes with each delivery.
+    """
+
+    def __init__(self, progress: Progress, batches: Iterator[Any], queued: deque[list[int]] | None = None) -> None:
+        self._progress, self._batches, self._queued = progress, batches, queued
         self._position = progress.begin()
         self._failed = False
 
@@ -96,6 +100,8 @@ class Pass:
         except BaseException:
             self._failed = True
             raise
+        if self._queued:
+            self._queued.popleft()
         self._position += 1
         self._progress.delivered = self._position
         return batch
@@ -111,9 +117,18 @@ class BatchSampler(Sampler[list[int]]):
     def __init__(self, batches: Batches, progress: Progress) -> None:
         self.batches, self.progress = batches, progress
         self.position: int | None = None
+        self.queued: deque[list[int]] = deque()  # batches that were drawn since then
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self._drawn() if self.position is None else self.batches.since(self.position)
+        if self.position is None:
+            return self._drawn()
+        self.queued = deque()
+        return self._queueing(self.position, self.queued)
+
+    def _queueing(self, position: int, queued: deque[list[int]]) -> Iterator[list[int]]:
+        for batch in self.batches.since(position):
+            queued.append(batch)
+            yield batch
 
     def _drawn(self) -> Iterator[list[int]]:
         # The pass begins with its first batch: a DataLoader with workers calls iter() twice.
@@ -128,8 +143,28 @@ class Loader(DataLoader[Any]):
 
     def __init__(self, datasets: Datasets, batches: Batches, progress: Progress, collator: Collator, **arguments: Any) -> None:
         self._indices, self._progress = BatchSampler(batches, progress), progress
+        self._started: tuple[int, Any] | None = None  # where a pass begins, and its batches
         super().__init__(datasets, batch_sampler=self._indices, collate_fn=collator, **arguments)
 
+    def start(self) -> None:
+        """Begin loading the next pass now: its workers start, and read `prefetch_factor` batches.
+
+        Without workers nothing is read ahead.
+        """
+        position = self._progress.next
+        if self._started is None or self._started[0] != position:
+            self._indices.position = position
+            self._started = position, super().__iter__()
+
+    def queued(self) -> list[list[int]]:
+        """Give the batches that workers were given and that were not handed out yet, as indices.
+
+        They are those of the latest pass, in order, and indices of `sampler.dataset`.
+        """
+        return list(self._indices.queued)
+
     def __iter__(self) -> Any:
-        self._indices.position = self._progress.next
-        return Pass(self._progress, super().__iter__())  # if that raises, no pass has begun
+        self.start()  # if that raises, no pass has begun
+        assert self._started is not None
+        (_, batches), self._started = self._started, None
+        return Pass(self._progress, batches, self._indices.queued)

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from ....arguments import instance
-from ....errors import ArgumentError, StateError
+from ....errors import ArgumentError
+from ..states import check_state, is_count
 from .batches import Batches, Reader
 from .config import InterleavedSamplerConfig, SamplerIntervalConfig, collator, dataset_of, interval_of, sampler_length, trains
 from .loading import BatchSampler, Collator, Datasets, Loader, Progress
@@ -137,9 +138,10 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
                 )
         return update // epochs.updates, update, epochs.samples_after(update)
 
-    def get_data_loader(self, num_workers: int = 0, pin_memory: bool = False, **dataloader_arguments: Any) -> DataLoader[Any]:
+    def get_data_loader(self, num_workers: int = 0, pin_memory: bool = False, **dataloader_arguments: Any) -> Loader:
         """Make a DataLoader over all datasets. `state_dict` counts what the loader hands out.
 
+        Its `start()` lets workers load before the first pass; `queued()` gives what they hold.
         The samples of each dataset go through its own collator. dataloader_arguments: any others of
         torch's DataLoader, for instance persistent_workers=True. Those that say what a batch is,
         and in_order=False, are an ArgumentError. A pass that ended with an error stays ended
@@ -197,13 +199,7 @@ class InterleavedSampler(Sampler[tuple[bool, int]]):
         The start in the config does not matter then, and limits may differ. Raises StateError if
         batch sizes, lengths, intervals or the train_sampler's seed do.
         """
-        right = isinstance(state, Mapping) and state.get("format") == 1 and isinstance(state.get("of"), Mapping)
-        if not right or type(state.get("batches")) is not int or state["batches"] < 0:
-            raise StateError(f"not a state of an InterleavedSampler: expected a dict with format 1, batches and of, got {state!r:.200}")
-        found = state["of"]
-        wrong = [f"{key}: {found.get(key)!r}, here {value!r}" for key, value in self._settings.items() if found.get(key) != value]
-        if wrong:
-            raise StateError(f"the state is of another InterleavedSampler ({'; '.join(wrong)}); make this one with the same settings")
+        check_state(state, "an InterleavedSampler", {"batches": is_count}, self._settings)
         self._progress.resume(state["batches"])
 
 
