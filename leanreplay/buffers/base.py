@@ -236,7 +236,8 @@ class DataBuffer(ReadableBuffer):
         """Go back to a state of `state_dict`: samples, metadata, `seen`, and draws that follow.
 
         Raises StateError, and changes nothing, for a state of another buffer, one that the buffer
-        is behind of, or one whose restore point is gone. Costs a copy of the rows that changed.
+        is behind of, or one whose restore point is gone. Newer states end, unless there are kept
+        ones. Costs a copy of the rows that changed; of those before too, if there are kept states.
 
         >>> import numpy as np
         >>> from leanreplay import ReservoirBuffer
@@ -249,6 +250,48 @@ class DataBuffer(ReadableBuffer):
         """
         with self.current.lock:
             self.checkpoints.roll_back(state)
+
+    def keep(self, state: State) -> None:
+        """Keep the restore point of a state of `state_dict` until `release`, however old it gets.
+
+        For the best of many checkpoints, while `restore_points` are enough for the newest. Kept are
+        the old bytes of the rows that changed since: at most each row once for each point that is
+        kept, beside the buffer. `load_state_dict` of an older state leaves it (in an InfiniteBuffer
+        unless a part of it goes); `resize`, `load` and a new metadata field end it, as all. A list
+        of kept states stands beside the buffer, so it does not matter where the program is killed:
+        keep the state first, then write the checkpoint, then release the one that it replaces.
+        Raises StateError if the state cannot be loaded any more.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(2)
+        >>> buffer.add(np.arange(3.0))
+        >>> best = buffer.state_dict()
+        >>> buffer.keep(best)
+        >>> for epoch in range(20):
+        ...     buffer.add(np.arange(5.0))
+        ...     state = buffer.state_dict()
+        >>> buffer.load_state_dict(best)
+        >>> buffer.seen, [state["seen"] for state in buffer.kept_states()]
+        (3, [3])
+        >>> buffer.release(best)
+        """
+        with self.current.lock:
+            self.checkpoints.keep(state)
+
+    def release(self, state: State | None = None) -> None:
+        """Keep the restore point of this state no longer, or of any state: free its disk space.
+
+        It stays while it is one of the newest. What older points need of its bytes moves to them,
+        which costs a copy. A state that is not kept is none to release: nothing happens.
+        """
+        with self.current.lock:
+            self.checkpoints.release(state)
+
+    def kept_states(self) -> list[dict[str, Any]]:
+        """The states that are kept and can be loaded, the last one given to `keep` last."""
+        with self.current.lock:
+            return list(self.checkpoints.kept(self.current.writing()).values())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Copy the buffer into a folder, made if missing. Disk blocks are shared where they can be.

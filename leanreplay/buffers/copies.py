@@ -105,23 +105,32 @@ def save_file(store: Reader | Writer, folder: str, state: State) -> None:
     temp = copy_aside(store, path + ".saved", store.status)
     try:
         older = [s for s in saved_states(folder) if not is_same_copy(s, state)]
-        write_state(folder, {**state, "older": older}, store.status)
+        write_json(state_path(folder), {**state, "older": older}, store.status)
     except BaseException:
         system.discard(temp)
         raise
     publish(temp, path)
     if older:
         with contextlib.suppress(OSError):  # state.json is then only longer than it need be
-            write_state(folder, state, store.status)
+            write_json(state_path(folder), state, store.status)
+
+
+def state_path(folder: str) -> str:
+    """The file in a folder of `save` that describes the copy."""
+    return os.path.join(folder, "state.json")
+
+
+def read_json(path: str) -> Any:
+    """Read a file that `write_json` wrote. ValueError or RecursionError for anything else."""
+    with open(path, encoding="utf-8", opener=lambda name, _: system.open_own(name, system.OPEN_READ)) as file:
+        return json.load(file)
 
 
 def saved_states(folder: str, strict: bool = False) -> list[State]:
     """The states in state.json, the last copy's first. strict: raise if it is missing or
     damaged."""
     try:
-        opener = lambda path, _: system.open_own(path, system.OPEN_READ)  # noqa: E731
-        with open(os.path.join(folder, "state.json"), encoding="utf-8", opener=opener) as file:
-            state = json.load(file)
+        state = read_json(state_path(folder))
         if state["format"] != 1:
             raise ValueError(f"format {state['format']!r:.100}, but this release reads 1")
         states = [state, *state.pop("older", [])]
@@ -144,13 +153,12 @@ def is_same_copy(one: State, other: State) -> bool:
     return all(one.get(name) == other[name] for name in ("uuid", "max_size", "state"))
 
 
-def write_state(folder: str, state: State, model: os.stat_result | None) -> None:
-    """Put state.json into a folder, whole and durable."""
-    path = os.path.join(folder, "state.json")
+def write_json(path: str, value: object, model: os.stat_result | None) -> None:
+    """Put a value into a file, whole and durable. model: whose mode and owner it gets."""
     fd, temp = system.temporary(path, model)
     try:
         try:
-            system.write_all(fd, json.dumps(state).encode(), 0)
+            system.write_all(fd, json.dumps(value).encode(), 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -163,11 +171,11 @@ def write_state(folder: str, state: State, model: os.stat_result | None) -> None
 def remove_leftovers(folder: str) -> None:
     """Remove what killed savers left, and older copies, while nobody saves or loads there."""
     system.remove_temporaries(os.path.join(folder, "buffer.h5.saved"))
-    system.remove_temporaries(os.path.join(folder, "state.json"))
+    system.remove_temporaries(state_path(folder))
     states = saved_states(folder)
     named = {state.get("parts") for state in states}
     for name in os.listdir(folder):
         unknown = re.fullmatch("parts-[0-9a-f]{8}", name) and name not in named
         # A state.json that is damaged may name it.
-        if unknown and (states or not os.path.lexists(os.path.join(folder, "state.json"))):
+        if unknown and (states or not os.path.lexists(state_path(folder))):
             system.remove_folder(os.path.join(folder, name))

@@ -32,7 +32,7 @@ from ..storage.reader import Reader
 from ..storage.store import Store, WritableStore
 from ..storage.writer import Writer
 from .base import DataBuffer
-from .copies import State, copy_store, is_left_over, write_state
+from .copies import State, copy_store, is_left_over, state_path, write_json
 from .location import Location, new_store
 from .parameters import Parameters, Pieces
 
@@ -73,7 +73,7 @@ class PartsInMemory(Location):
         try:
             for i, part in enumerate(cast(Folder, store).stores):
                 copy_store(part, part_path(fresh, i), store.status)
-            write_state(folder, {**state, "parts": name}, store.status)
+            write_json(state_path(folder), {**state, "parts": name}, store.status)
         except BaseException:
             system.remove_folder(fresh)
             raise
@@ -116,6 +116,10 @@ class PartsInFolder(PartsInMemory):
     def file(self) -> str:
         return part_path(self.where, 0)
 
+    @property
+    def stem(self) -> str:
+        return os.path.join(self.where, "parts")
+
     def exists(self) -> bool:
         return self._is_folder() and (is_loading(self.where) or parts_there(self.where) > 0)
 
@@ -137,7 +141,7 @@ class PartsInFolder(PartsInMemory):
             system.make_folders(self.where)
         if not self.options.guard or not os.path.isdir(self.where):
             return None
-        return locks.lock(os.path.join(self.where, "parts"), system.status(self.file))
+        return locks.lock(self.stem, system.status(self.file))
 
     def remove_leftovers(self) -> None:
         system.remove_folder(os.path.join(self.where, LOADING + ".tmp"))

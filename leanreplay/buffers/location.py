@@ -55,6 +55,11 @@ class Location:
         """The file, or first part, whose lock stands for the buffer; None in memory."""
         return None
 
+    @property
+    def stem(self) -> str | None:
+        """What the names of the files beside the buffer begin with; None in memory."""
+        return None
+
     def exists(self) -> bool:
         """Whether there is a buffer to open."""
         return False
@@ -119,11 +124,13 @@ class OneFile(Location):
     def file(self) -> str:
         return self.where
 
+    stem = file
+
     def exists(self) -> bool:
         return system.exists(self.where)
 
     def lock(self, create: bool) -> int | None:
-        return locks.lock(self.where, system.status(self.where)) if self.options.guard else None
+        return locks.lock(self.stem, system.status(self.where)) if self.options.guard else None
 
     def remove_leftovers(self) -> None:
         system.remove_temporaries(self.where)

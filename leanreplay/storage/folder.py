@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -255,13 +255,21 @@ class Folder:
 
     # -- restore points ----------------------------------------------------------------------------
 
-    def mark(self) -> str:
+    def mark(self, kept: Collection[str] = ()) -> str:
         self.stay()
-        return ",".join(s.mark() for s in self._writers)
+        return ",".join(s.mark(_of_part(i, kept)) for i, s in enumerate(self._writers))
 
-    def rollback(self, name: str, seen: int) -> None:
+    def trim(self, kept: Collection[str]) -> None:
+        for i, store in enumerate(self._writers):
+            store.trim(_of_part(i, kept))
+
+    def has_point(self, name: str) -> bool:
+        names = name.split(",")
+        return len(names) <= len(self.stores) and all(s.has_point(one) for s, one in zip(self._writers, names, strict=False))
+
+    def rollback(self, name: str, seen: int, kept: Collection[str] = ()) -> None:
         """Later parts go, the last first, then the others go back: cut off anywhere, it holds the
-        first `seen` samples all the same."""
+        first `seen` samples all the same. Points of states with later parts end, kept or not."""
         self.stay()
         names = name.split(",") if name != empty_state() else [name]
         if len(names) > len(self.stores):
@@ -269,8 +277,9 @@ class Folder:
         for i, (store, one) in enumerate(zip(self._writers, names, strict=False)):
             store.points.find(one, max(0, min(self.rows, seen - i * self.rows)), store.state)  # raises, before anything is changed
         self._cut(len(names))
-        for store, one in zip(reversed(self._writers), reversed(names), strict=True):
-            store.rollback(one, 0)
+        kept = [one for one in kept if one.count(",") < len(names)]
+        for i in reversed(range(len(names))):
+            self._writers[i].rollback(names[i], 0, _of_part(i, kept))
 
     @system.storage_errors("removing parts of an InfiniteBuffer")
     def _cut(self, parts: int) -> None:
@@ -293,3 +302,8 @@ class Folder:
     def drop_points(self) -> None:
         for store in self._writers:
             store.drop_points()
+
+
+def _of_part(number: int, names: Collection[str]) -> set[str]:
+    """What states of the folder, by name, are called in one part."""
+    return {parts[number] for parts in (name.split(",") for name in names) if number < len(parts)}

@@ -5,15 +5,22 @@ Going back to a point writes back the frames of its segment and of all later one
 oldest record counts. A segment is believed only if the file's header is in the state that its tail
 names, or one commit further. Before anything is changed, the rows to restore must add up to the
 digests of the point.
+
+The newest points stay, and those that are kept. The frames of a point that goes are moved to the
+point before it, which needs them: those of rows that it has not itself. So a point never holds more
+than each row once, and a point before which there is none leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import NO_ROWS, Ints
 from ..errors import RecoveryError, StateError, StorageError
 from . import system
 from .journal import NO_STAMPS, BeforeImage
@@ -22,7 +29,8 @@ from .segment import Segment, refuse_alien, undo_files, unlink
 from .state import State
 from .store import Change
 
-_FRAME_BYTES = 4 << 20  # of freed rows kept at a time
+_FRAME_BYTES = 4 << 20  # of rows in the columns that are kept at a time
+STAYING = 2**62  # added to the target of a rollback after which the newer points are there still
 
 
 class RestorePoints:
@@ -33,6 +41,7 @@ class RestorePoints:
         self.segments: list[Segment] = []
         self.attached = False  # whether the segments of an earlier writer were looked for
         self._keeps_descriptors = True
+        self._absorbing: tuple[Segment | None, npt.NDArray[Any]] = None, NO_ROWS  # which point absorbed others last, and the rows it has
         self.synced = False  # whether all that the points need is on the disk, if every commit is
         self.stamps: npt.NDArray[np.int32] = NO_STAMPS  # per row, once there is a point: `stamp` if the newest point has the row
         self.stamp = 1
@@ -46,24 +55,12 @@ class RestorePoints:
         self._mapping.stay(state.seen)  # undo files that stand there are not this file's otherwise
         segments = self._load_all()
         here = state.identity
-        chain: list[Segment] = []
-        for segment in reversed(segments):
-            if not chain:
-                if segment.state.identity == here:
-                    segment.length = 0  # the buffer is at this point itself: whatever came after does not matter
-                    chain.append(segment)
-                elif segment is segments[-1] and segment.before in (here, state.previous):
-                    chain.append(segment)
-            elif segment.before == chain[-1].state.identity:
-                chain.append(segment)
-            else:
-                break
-        self.segments = chain[::-1]
+        self.segments = _chain(segments, (here, state.previous), here)
         for segment in segments:
-            if segment not in chain:
+            if segment not in self.segments:
                 segment.remove()
         for number, name in self._files():
-            if not any(number == s.number for s in chain):
+            if not any(number == s.number for s in self.segments):
                 unlink(name)
         if self.segments and self.segments[-1].state.identity == here:
             self.segments[-1].write_tail(here, 0)
@@ -74,13 +71,7 @@ class RestorePoints:
     def attach_for_rollback(self, state: State) -> Segment:
         """The point that a rollback was going to when it was cut off. Changes nothing on disk."""
         if not self.segments:
-            chain: list[Segment] = []
-            for segment in reversed(self._load_all()):
-                if segment.before == (chain[0].state.identity if chain else state.previous):
-                    chain.insert(0, segment)
-                else:
-                    break
-            self.segments = chain
+            self.segments = _chain(self._load_all(), (state.previous,))
         target = self._newest(state.identity)
         if target is None:
             raise RecoveryError(
@@ -124,13 +115,15 @@ class RestorePoints:
             self.stamps = np.zeros(self._mapping.layout.max_size, np.int32)
         return True
 
-    def mark(self, state: State) -> None:
-        """Make a restore point of this state, unless the newest point is that already."""
+    def mark(self, state: State, kept: Collection[str]) -> None:
+        """Make a restore point of this state, unless the newest point is that already. kept: names
+        of states."""
         self.attach(state)
         self.renew_stamps()  # before: an exception in between must not leave rows that count as kept
         if not self.segments or self.segments[-1].state.identity != state.identity:
             self._add(state)
             self.synced = False
+        self.trim(kept)
 
     def _add(self, state: State) -> None:
         path, number = self._mapping.path, 0
@@ -140,10 +133,26 @@ class RestorePoints:
         with system.storage_errors(f"making a restore point of {path}"):
             name = None if path is None else f"{path}.undo.{number}"
             self.segments.append(Segment.make(self._mapping.layout, number, state, name, path))
-        while len(self.segments) > self._limit:
-            self.segments.pop(0).remove()
         if not self._keeps_descriptors:
             self.release()
+
+    def trim(self, kept: Collection[str]) -> None:
+        """End the points beyond the limit, the oldest first, unless they are kept."""
+        newest = {segment.state.name: segment for segment in self.segments}
+        for segment in self.segments[: -self._limit]:
+            if segment.state.name in kept and newest[segment.state.name] is segment:
+                segment.file.close()  # there may be many
+                continue
+            at = self.segments.index(segment)
+            if at:
+                (into, has), self._absorbing = self._absorbing, (None, NO_ROWS)
+                if into is not self.segments[at - 1]:
+                    into = self.segments[at - 1]
+                    has = into.rows_held()
+                into.absorb(segment, has, self._mapping.durable)
+                self._absorbing = into, has
+            del self.segments[at]
+            segment.remove()
 
     def renew_stamps(self) -> None:
         """No row counts as kept from here on."""
@@ -151,20 +160,25 @@ class RestorePoints:
 
     def keep(self, before: BeforeImage | None, change: Change, state: State) -> None:
         """Keep what a change is about to overwrite, before the journal is sealed. None: no row."""
-        segment, length, sequence, freed = self.segments[-1], self.segments[-1].length, state.sequence + 1, change.freed
+        segment, length = self.segments[-1], self.segments[-1].length
         if before is not None and before.new + before.count - before.live:
-            length += segment.append(before, sequence, state.identity, length)
-        if freed.shape[0]:
-            fresh = self.stamps[freed] != self.stamp
-            new = freed if fresh.all() else freed[fresh]  # mostly all, and many
-            step = max(1, _FRAME_BYTES // self._mapping.layout.record_bytes)
-            for start in range(0, new.shape[0], step):
-                length += segment.append_freed(self._mapping, new[start : start + step], sequence, state.identity, length)
-        if length != segment.length or state.identity != segment.before:
-            segment.write_tail(state.identity, length)
-        self.stamps[freed] = self.stamp
+            length += segment.append(before, state, length)
+        self._keep_rows(change.freed, state, length)
         if before is not None and self._mapping.durable:
             segment.sync()
+
+    def _keep_rows(self, rows: Ints, state: State, length: int) -> None:
+        """Keep what stands in these rows, behind `length` bytes of frames of the newest point."""
+        segment = self.segments[-1]
+        if rows.shape[0]:
+            fresh = self.stamps[rows] != self.stamp
+            new = rows if fresh.all() else rows[fresh]  # mostly all, and many
+            step = max(1, _FRAME_BYTES // self._mapping.layout.record_bytes)
+            for start in range(0, new.shape[0], step):
+                length += segment.append_rows(self._mapping, new[start : start + step], state, length)
+        if length != segment.length or state.identity != segment.before:
+            segment.write_tail(state.identity, length)
+        self.stamps[rows] = self.stamp
 
     def flush(self) -> None:
         """Make all points durable, and their names."""
@@ -210,7 +224,10 @@ class RestorePoints:
                 f"{where} has seen {state.seen} samples, the state {seen}: the buffer is {-ahead} behind it; "
                 "load a copy of that age, or an older state"
             )
-        way = "raise restore_points, or "
+        way = (
+            f"{len(self.segments)} are there: the newest {self._limit} (restore_points={self._limit}), and those given to keep(state) "
+            "until release(state); keep what is to be loaded later, raise restore_points, or "
+        )
         if path is not None and not self.segments:
             way = (
                 f"no file {path}.undo.* stands beside it: bring them here if it was copied or moved without them (resize, load "
@@ -243,15 +260,26 @@ class RestorePoints:
         if self.segments:
             self.segments[-1].write_tail(state.identity, self.segments[-1].length)
 
-    def begin_rollback(self, state: State) -> None:
-        """A rollback begins: make what it needs durable, where every commit is."""
+    def begin_rollback(self, state: State, target: Segment, frames: list[BeforeImage], kept: Collection[str]) -> int:
+        """A rollback begins: make what it needs durable, where every commit is. Returns the number
+        for its header.
+
+        If any state is kept, the newest point gets what the rollback overwrites, as of any other
+        commit, and all points stay.
+        """
         self.synced = False
+        stay = bool(kept) and target is not self.segments[-1]
+        if stay and self.must_keep_old_rows(state):
+            rows = np.concatenate([NO_ROWS, *(frame.rows[frame.use == 1] for frame in frames)])
+            self._keep_rows(rows, state, self.segments[-1].length)
         self.close_tail(state)
         if self._mapping.durable:
             self.flush()
+        return target.number + 1 + stay * STAYING
 
     def rewind(self, target: Segment) -> None:
         """After a rollback: drop newer points, empty this one. Clearing up raises no errors."""
+        self._absorbing = None, NO_ROWS
         while self.segments[-1] is not target:
             self.segments.pop().remove()
         with contextlib.suppress(StorageError, StateError):  # `attach` knows a point that the buffer is at, whatever its tail says
@@ -287,3 +315,25 @@ class RestorePoints:
         """Close all descriptors; the files stay."""
         while self.segments:
             self.segments.pop().file.close()
+
+
+def _chain(segments: Sequence[Segment], ends: tuple[int, ...], here: int = -1) -> list[Segment]:
+    """Those of the segments, oldest first, that lead back from one of the states `ends`; or from
+    `here`, if one of them is that very point.
+
+    Between two of them there may be one whose frames the older one has absorbed.
+    """
+    chain: list[Segment] = []
+    for segment in reversed(segments):
+        if not chain:
+            if segment.state.identity == here:
+                segment.length = 0  # the buffer is at this point itself: whatever came after does not matter
+                chain = [segment]
+            elif segment is segments[-1] and segment.before in ends:
+                chain = [segment]
+            continue
+        leads_to = [i for i, later in enumerate(chain) if later.state.identity == segment.before]
+        if not leads_to:
+            break
+        chain = [segment, *chain[leads_to[0] :]]
+    return chain

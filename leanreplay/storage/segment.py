@@ -13,6 +13,7 @@ import os
 import re
 
 import numpy as np
+import numpy.typing as npt
 
 from ..arrays import Bytes, Ints
 from ..errors import FormatError, StateError
@@ -124,33 +125,66 @@ class Segment:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def append(self, before: BeforeImage, sequence: int, state: int, length: int) -> int:
-        """Add a frame with the new rows of a journal behind `length` bytes of others; its bytes."""
-        new, live, count = before.new, before.live, before.count
-        frame, records_at = self._frame(new, new + count - live)
-        rows = frame[8 * FRAME_WORDS : records_at].view(np.int64)
-        rows[:new], rows[new:] = before.rows[:new], before.rows[live:]
+    def append(self, before: BeforeImage, state: State, length: int) -> int:
+        """Add a frame with the new rows of a journal behind `length` bytes of others; its bytes.
+
+        state: of the buffer, before the commit.
+        """
+        new, live = before.new, before.live
+        frame, records_at = self._frame(before.rows[:new], before.rows[live:])
         frame[records_at:] = before.source[before.records_at :][: new * self.layout.record_bytes]
-        return self._write_frame(frame, new, new + count - live, sequence, state, length)
+        return self._write_frame(frame, new, records_at, state, length)
 
-    def append_freed(self, mapping: Mapping, rows: Ints, sequence: int, state: int, length: int) -> int:
-        """Add a frame with rows that are about to become free."""
-        frame, records_at = self._frame(rows.shape[0], rows.shape[0])
-        frame[8 * FRAME_WORDS : records_at] = rows.view(np.uint8)
-        before_images.copy_records(mapping.mem, mapping.cols, rows, frame, records_at, self.layout.record_bytes)
-        return self._write_frame(frame, rows.shape[0], rows.shape[0], sequence, state, length)
+    def append_rows(self, mapping: Mapping, rows: Ints, state: State, length: int) -> int:
+        """Add a frame with what stands in these rows now."""
+        is_live = mapping.positions[rows] >= 0
+        live = rows[is_live]
+        frame, records_at = self._frame(live, rows[~is_live])
+        before_images.copy_records(mapping.mem, mapping.cols, live, frame, records_at, self.layout.record_bytes)
+        return self._write_frame(frame, live.shape[0], records_at, state, length)
 
-    def _frame(self, live: int, rows: int) -> tuple[Bytes, int]:
-        """An empty frame, and where in it records go, behind the row numbers."""
-        records_at = 8 * (FRAME_WORDS + rows)
-        return np.zeros(records_at + live * self.layout.record_bytes, np.uint8), records_at
+    def absorb(self, later: Segment, has: npt.NDArray[np.bool_], durable: bool) -> None:
+        """Take over what the next segment has of rows that this one has not: it is needed no more.
 
-    def _write_frame(self, frame: Bytes, live: int, rows: int, sequence: int, state: int, length: int) -> int:
+        Until the tail says so, nothing of it counts. has: `rows_held`, which is brought up to date.
+        durable: it is to survive a power cut.
+        """
+        length, record = self.length, self.layout.record_bytes
+        for image in later.frames():
+            fresh, live = ~has[image.rows], image.live
+            if fresh.any():
+                records = image.source[image.records_at :][: live * record].reshape(live, record)[fresh[:live]]
+                frame, records_at = self._frame(image.rows[:live][fresh[:live]], image.rows[live:][fresh[live:]])
+                frame[records_at:] = records.reshape(-1)
+                length += self._write_frame(frame, records.shape[0], records_at, later.state, length)
+                has[image.rows] = True
+        if durable:
+            self.sync()
+        self.write_tail(later.before, length)
+        if durable:
+            self.sync()
+
+    def rows_held(self) -> npt.NDArray[np.bool_]:
+        """Which rows are in its frames."""
+        has = np.zeros(self.layout.max_size, np.bool_)
+        for frame in self.frames():
+            has[frame.rows] = True
+        return has
+
+    def _frame(self, live: Ints, free: Ints) -> tuple[Bytes, int]:
+        """A frame with the numbers of its rows, and where in it the records of the live ones go."""
+        records_at = 8 * (FRAME_WORDS + live.shape[0] + free.shape[0])
+        frame = np.zeros(records_at + live.shape[0] * self.layout.record_bytes, np.uint8)
+        frame[8 * FRAME_WORDS : records_at] = np.concatenate([live, free]).view(np.uint8)
+        return frame, records_at
+
+    def _write_frame(self, frame: Bytes, live: int, records_at: int, state: State, length: int) -> int:
         """Seal a frame and write it behind `length` bytes of others; its bytes."""
+        rows = records_at // 8 - FRAME_WORDS
         frozen = frame.view()
         frozen.flags.writeable = False
-        image = BeforeImage(self.layout, frozen, 8 * FRAME_WORDS, 8 * (FRAME_WORDS + rows), live, rows)
-        words = np.array([_FRAME, sequence, state, live, rows, image.computed_hash(), 0], np.uint64)
+        image = BeforeImage(self.layout, frozen, 8 * FRAME_WORDS, records_at, live, rows)
+        words = np.array([_FRAME, state.sequence + 1, state.identity, live, rows, image.computed_hash(), 0], np.uint64)
         checksums.seal_block(frame, 0, words, 0)
         with system.storage_errors(f"keeping a restore point of {self._buffer}"):
             if self.path is not None:

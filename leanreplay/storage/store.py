@@ -246,11 +246,19 @@ class WritableStore(Store, Protocol):
     def commit_planned(self, batch: PlannedBatch) -> bool:
         """Commit by one kernel call; False, and nothing has changed, where that cannot be."""
 
-    def mark(self) -> str:
-        """Make a restore point of the present state; its name."""
+    def mark(self, kept: Collection[str] = ()) -> str:
+        """Make a restore point of the present state; its name. kept: names of those that stay,
+        however old."""
 
-    def rollback(self, name: str, seen: int) -> None:
-        """Go back to a state that `mark` named. Raises StateError if that is impossible."""
+    def trim(self, kept: Collection[str]) -> None:
+        """End the restore points beyond the limit, unless they are kept."""
+
+    def has_point(self, name: str) -> bool:
+        """Whether there is a restore point of a state."""
+
+    def rollback(self, name: str, seen: int, kept: Collection[str] = ()) -> None:
+        """Go back to a state that `mark` named. Raises StateError if that is impossible. Newer
+        points end, unless any state is kept."""
 
     def drop_points(self) -> None:
         """End all restore points."""

@@ -9,7 +9,7 @@ rows back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ from .mapped import MappedStore
 from .mapping import Mapping
 from .paging import WritePages
 from .reader import Reader, newest_state
-from .restore_points import RestorePoints
+from .restore_points import STAYING, RestorePoints
 from .segment import Segment
 from .state import REPLACED, State
 from .store import Change, PlannedBatch, Problem, Survivors, refuse_within
@@ -132,7 +132,6 @@ class Writer(MappedStore):
         if self.state.target != 0:
             target = self.points.attach_for_rollback(self.state)
             self.apply_rollback(target, self.points.frames(target))
-            self.points.rewind(target)
         elif (before := self.journal.pending(self.state)) is not None:
             before.write_back(self.mapping)
             self.mapping.barrier()  # before the journal is void, or a power cut could keep only that
@@ -316,31 +315,39 @@ class Writer(MappedStore):
 
     # -- restore points ----------------------------------------------------------------------------
 
-    def mark(self) -> str:
+    def mark(self, kept: Collection[str] = ()) -> str:
         self.stay()
-        self.points.mark(self.state)
+        self.points.mark(self.state, kept)
         if self.durable and not self.points.synced:
             self.flush()
         return self.state.name
 
-    def rollback(self, name: str, seen: int) -> None:
+    def trim(self, kept: Collection[str]) -> None:
+        self.points.attach(self.state)
+        self.points.trim(kept)
+
+    def has_point(self, name: str) -> bool:
+        self.points.attach(self.state)
+        return any(segment.state.name == name for segment in self.points.segments)
+
+    def rollback(self, name: str, seen: int, kept: Collection[str] = ()) -> None:
         self.stay()
         found = self.points.find(name, seen, self.state)
         if found is None:
             return
         target, frames = found
         self._settled = False
-        self.points.begin_rollback(self.state)
-        self._publish_target(target, target.number + 1)
+        number = self.points.begin_rollback(self.state, target, frames, kept)
+        self._publish_target(target, number, self.state.identity)
         self.apply_rollback(target, frames)
-        self.points.rewind(target)
         self._settled = True
 
-    def _publish_target(self, target: Segment, number: int) -> None:
-        """Publish the target's state. number 0: the rows have arrived there."""
-        coming, sequence, start = self.next_state, self.state.sequence + 1, self.state.identity
+    def _publish_target(self, target: Segment, number: int, previous: int) -> None:
+        """Publish the target's state. number 0: the rows have arrived there. previous: the state
+        that the newest restore point leads back from."""
+        coming, sequence = self.next_state, self.state.sequence + 1
         np.copyto(coming.words, target.state.words)
-        coming.tag, coming.sequence, coming.target, coming.previous = self.layout.tag, sequence, number, start
+        coming.tag, coming.sequence, coming.target, coming.previous = self.layout.tag, sequence, number, previous
         self._policy = [-1]
         self.publish(coming)
         self.swap_headers()
@@ -350,7 +357,10 @@ class Writer(MappedStore):
         for frame in frames:
             frame.write_back(self.mapping)
         self.mapping.barrier()
-        self._publish_target(target, 0)
+        stay = self.state.target >= STAYING
+        self._publish_target(target, 0, self.state.previous if stay else self.state.identity)
+        if not stay:
+            self.points.rewind(target)
         self.points.renew_stamps()
         self.gaps = None
 

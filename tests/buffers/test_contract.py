@@ -291,6 +291,36 @@ def test_past_the_limit_of_restore_points(case: Case) -> None:
             buffer.load_state_dict(states[2])
 
 
+def test_kept_states(case: Case) -> None:
+    """The best of 20 checkpoints, and another one, are there in the end, rows and draws, also in the next process."""
+    buffer, then = case.filled(), {}
+    for n in range(20):
+        case.feed(buffer, 30 + 5 * n, 35 + 5 * n)
+        state = buffer.state_dict()
+        if n in (3, 8, 9):
+            buffer.keep(state)
+            then[n] = state, held(buffer), buffer.sample(4)[1]["position"].tolist()
+    assert [kept["seen"] for kept in buffer.kept_states()] == [50, 75, 80]
+    buffer.release(then[8][0])
+    if case.path is not None:
+        buffer.close()
+        buffer = case.make(mode="r+")
+    with buffer:
+        for n in (9, 3, 9, 3) if case.bounded else (9, 3):  # kept states stay, unless parts of them go
+            state, rows, drawn = then[n]
+            buffer.load_state_dict(state)
+            assert (held(buffer), buffer.sample(4)[1]["position"].tolist()) == (rows, drawn)
+            case.feed(buffer, buffer.seen, buffer.seen + 40)
+        if case.bounded:
+            with pytest.raises(StateError, match=r"cannot be kept.*newest 2 \(restore_points\)"):
+                buffer.keep(then[8][0])
+            case.resize(buffer, 10)
+        else:
+            buffer.release()
+        assert buffer.kept_states() == []
+        assert buffer.check() == []
+
+
 def test_save_and_load(case: Case, tmp_path: Path) -> None:
     """The whole buffer into a folder and back, draws included; into another buffer of the same parameters, and no other."""
     folder = tmp_path / "copies" / "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -78,15 +79,60 @@ def test_stopped_at_every_step_of_a_commit_with_restore_points(kind: str, tmp_pa
     assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else 30) > 15
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_stopped_at_every_step_of_a_rollback(kind: str, tmp_path: Any) -> None:
-    """G3: stopped within `load_state_dict` the buffer is where it was, or there; loading again, or going on, is exact."""
+@pytest.mark.parametrize(("kind", "durable"), [("reservoir", False), ("window", True), ("infinite", False)])
+def test_stopped_at_every_step_of_keep_and_release(kind: str, durable: bool, tmp_path: Any) -> None:
+    """G3: whatever is kept, or one of the newest, can be loaded; a point that goes leaves to the older ones what they need."""
+    scene = Scene(tmp_path, kind)
+    states = []
+    with scene.first() as buffer:
+        for stop in (60, 75, 90, 100):
+            feed(buffer, buffer.seen, stop)
+            states.append(buffer.state_dict())
+            if stop < 90:
+                buffer.keep(states[-1])
+        feed(buffer, 100, 110)
+
+    def work(arm: Any) -> None:
+        with scene.open(durable=durable) as buffer:
+            arm()
+            buffer.keep(states[3])
+            buffer.state_dict()  # the point at 90 goes, its rows to the one at 75
+            buffer.release(states[1])  # and from there to the one at 60
+            buffer.release(states[0])
+
+    def examine(note: str) -> None:
+        with scene.open() as buffer:
+            assert buffer.seen == 110, note
+            kept = buffer.kept_states()
+            with open(os.path.join(scene.path, "parts.undo.kept") if kind == "infinite" else scene.path + ".undo.kept") as file:
+                assert kept == json.load(file), note
+            assert [state["seen"] for state in kept] in ([60, 75], [60, 75, 100], [60, 100], [100]), note
+            for state in [states[3], *kept[:1]]:
+                buffer.load_state_dict(state)
+                assert buffer.seen == state["seen"], note
+                assert_prefix(kind, buffer, note)
+                feed(buffer, buffer.seen, 105)
+            buffer.release()
+            buffer.state_dict()
+            folder = scene.path if kind == "infinite" else scene.folder
+            assert len([name for name in os.listdir(folder) if ".undo." in name]) <= 2 * (2 if kind == "infinite" else 1), note
+            finish(buffer, kind, note)
+
+    assert stop_everywhere(work, scene, examine, 25 if kind == "infinite" else 10**6) > 15
+
+
+@pytest.mark.parametrize(("kind", "kept"), [*((kind, False) for kind in KINDS), ("window", True), ("infinite", True)])
+def test_stopped_at_every_step_of_a_rollback(kind: str, kept: bool, tmp_path: Any) -> None:
+    """G3: stopped within `load_state_dict` the buffer is where it was, or there; loading again, or going on, is exact. So is going
+    back to a newer state that is kept."""
     scene = Scene(tmp_path, kind)
     with scene.first() as buffer:
         feed(buffer, 0, 60)
         state = buffer.state_dict()
         feed(buffer, 60, 120)
-        buffer.state_dict()
+        newer = buffer.state_dict()
+        if kept:
+            buffer.keep(newer)
         feed(buffer, 120, 150)
 
     def work(arm: Any) -> None:
@@ -105,12 +151,16 @@ def test_stopped_at_every_step_of_a_rollback(kind: str, tmp_path: Any) -> None:
             assert_prefix(kind, buffer, note)
             if step % 2:
                 finish(buffer, kind, note)
+            if kept and kind != "infinite":
+                buffer.load_state_dict(newer)
+                assert buffer.seen == 120, note
+                assert_prefix(kind, buffer, note)
             buffer.load_state_dict(state)
             assert buffer.seen == 60, note
             assert_prefix(kind, buffer, note)
             finish(buffer, kind, note)
 
-    assert stop_everywhere(work, scene, examine) > 15
+    assert stop_everywhere(work, scene, examine, 25 if kept else 10**6) > 15
 
 
 def test_stopped_while_recovering(tmp_path: Any) -> None:

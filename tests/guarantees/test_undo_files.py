@@ -14,6 +14,7 @@ from storage_kernels import kernel
 
 import leanreplay
 from leanreplay import (
+    FormatError,
     LeanReplayError,
     RecoveryError,
     ReservoirBuffer,
@@ -143,6 +144,36 @@ def test_moved_in_the_middle_of_a_rollback(tmp_path: Any) -> None:
         assert buffer.seen == 60
         assert_prefix("reservoir", buffer, "moved back")
         finish(buffer, "reservoir", "moved back")
+
+
+def test_released_points_free_their_disk_space(tmp_path: Any) -> None:
+    """G3: what a point needs of later ones is moved to it, each row once; the files of released ones go."""
+    path, states, row = str(tmp_path / "b.h5"), [], 1021 + 8 + 12 + 16 + 24 + 7  # its record, rounded up
+
+    def on_disk() -> int:
+        return sum(os.path.getsize(name) for name in undo_files(path))
+
+    with KINDS["window"](path) as buffer:
+        for n in range(1, 13):
+            feed(buffer, buffer.seen, ROWS * n)  # all rows are others
+            states.append(buffer.state_dict())
+            if n in (2, 5, 9):
+                buffer.keep(states[-1])
+        assert len(undo_files(path)) == 3 + 2 + 1  # and the list
+        assert 4 * ROWS * row < on_disk() < 4 * ROWS * (row + 100) + 5 * 3 * 4096 + 1000
+        before = on_disk()
+        buffer.release(states[4])
+        assert before - on_disk() > ROWS * row
+        buffer.load_state_dict(states[1])
+        assert_prefix("window", buffer, "what it needs of the released one")
+        buffer.load_state_dict(states[8])
+        assert_prefix("window", buffer, "a newer one")
+        buffer.release()
+        assert len(undo_files(path)) == 2
+        with open(path + ".undo.kept", "w") as file:
+            file.write("{")
+    with leanreplay.open(path, mode="r+") as buffer, pytest.raises(FormatError, match="which restore points are kept"):
+        buffer.state_dict()
 
 
 @pytest.mark.parametrize("kind", BOUNDED)

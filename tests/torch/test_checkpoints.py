@@ -74,6 +74,51 @@ def test_buffer(kind: str, tmp_path: Path) -> None:
         assert positions(again) == coming
 
 
+def test_the_best_of_20_checkpoints(tmp_path: Path) -> None:
+    """Frameworks write many checkpoints and keep the best: its state was kept, so training goes on from it to the same weights."""
+    path, best_file = tmp_path / "b.h5", tmp_path / "best.pt"
+    x = torch.randn(21 * 40, 6, generator=torch.Generator().manual_seed(1))
+
+    def learner_on(buffer: Any) -> ERLearner:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 3)
+        return ERLearner(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), buffer, replay_batch_size=8)
+
+    def train(learner: ERLearner, checkpoint: int) -> float:
+        for part in x[40 * checkpoint : 40 * checkpoint + 40].split(10):
+            loss = float(learner.step(part, part[:, :3].argmax(1)).loss)
+        return loss if checkpoint < 16 else 1e9  # so that others come after the best
+
+    def weights(learner: ERLearner) -> list[float]:
+        return learner.model.weight.flatten().tolist()
+
+    best, best_loss, kept, trained = -1, 1e9, None, []
+    with ReservoirBuffer(30, path, seed=3) as buffer:
+        learner = learner_on(buffer)
+        for checkpoint in range(20):
+            loss = train(learner, checkpoint)
+            trained.append(weights(learner))
+            state = learner.state_dict()
+            if loss < best_loss:
+                best, best_loss = checkpoint, loss
+                buffer.keep(state["buffer"])
+                torch.save((state, learner.model.state_dict(), learner.optimizer.state_dict()), best_file)
+                if kept is not None:
+                    buffer.release(kept)
+                kept = state["buffer"]
+    assert 2 < best < 16
+    with ReservoirBuffer(path=path, mode="r+") as buffer:
+        learner = learner_on(buffer)
+        state, model_state, optimizer_state = torch.load(best_file, weights_only=True)
+        assert buffer.kept_states() == [state["buffer"]]
+        learner.load_state_dict(state)
+        learner.model.load_state_dict(model_state)
+        learner.optimizer.load_state_dict(optimizer_state)
+        for checkpoint in range(best + 1, 20):
+            train(learner, checkpoint)
+            assert weights(learner) == trained[checkpoint]
+
+
 def test_replay_loader(tmp_path: Path) -> None:
     path, saved = tmp_path / "b.h5", tmp_path / "checkpoint"
     with ReservoirBuffer(60, path, seed=3) as buffer:
