@@ -288,7 +288,7 @@ class DataBuffer(ReadableBuffer):
         with self.current.lock:
             self.checkpoints.release(state)
 
-    def kept_states(self) -> list[dict[str, Any]]:
+    def kept_states(self) -> list[State]:
         """The states that are kept and can be loaded, the last one given to `keep` last."""
         with self.current.lock:
             return list(self.checkpoints.kept(self.current.writing()).values())

@@ -120,7 +120,7 @@ def state_path(folder: str) -> str:
     return os.path.join(folder, "state.json")
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str) -> object:
     """Read a file that `write_json` wrote. ValueError or RecursionError for anything else."""
     with open(path, encoding="utf-8", opener=lambda name, _: system.open_own(name, system.OPEN_READ)) as file:
         return json.load(file)
@@ -130,7 +130,7 @@ def saved_states(folder: str, strict: bool = False) -> list[State]:
     """The states in state.json, the last copy's first. strict: raise if it is missing or
     damaged."""
     try:
-        state = read_json(state_path(folder))
+        state: Any = read_json(state_path(folder))
         if state["format"] != 1:
             raise ValueError(f"format {state['format']!r:.100}, but this release reads 1")
         states = [state, *state.pop("older", [])]
