@@ -12,6 +12,7 @@ from .buffers.base import DataBuffer
 from .buffers.exemplars import ParametricBuffer
 from .buffers.infinite import InfiniteBuffer
 from .buffers.registry import open_buffer
+from .buffers.scored import ScoredBuffer
 from .buffers.simple import GreedyClassBalancingBuffer, ReservoirBuffer, SlidingWindowBuffer
 from .buffers.weighted import WeightedReservoirBuffer
 from .errors import (
@@ -43,6 +44,7 @@ from .policies.base import Plan, Policy
 from .policies.exemplars import ParametricPolicy
 from .policies.greedy import GreedyClassBalancingPolicy
 from .policies.reservoir import ReservoirPolicy
+from .policies.scored import ScoredPolicy
 from .policies.selection import (
     ClosestToCenterSelection,
     FeatureBasedSelection,
@@ -100,6 +102,8 @@ __all__ = [
     "RowError",
     "Schema",
     "SchemaError",
+    "ScoredBuffer",
+    "ScoredPolicy",
     "SelectionStrategy",
     "SlidingWindowBuffer",
     "SlidingWindowPolicy",

@@ -23,7 +23,7 @@ from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store, Writabl
 from .current import Current
 from .reading import metadata_index, parse_rows
 from .rewriting import lengthen_log
-from .tag import Label
+from .tag import Label, checked_scores
 
 Moved = tuple[object, object, Mapping[str, Any]]  # rows, their positions, values by name
 
@@ -34,13 +34,15 @@ class Fed(NamedTuple):
     """What is fed: n samples. fetch: loads some of them, for the commits that want more than a
     kernel call.
 
-    tags: of all; None if `fetch` finds them. data: the bytes of all, if they are at hand.
+    tags: of all; None if `fetch` finds them. data: the bytes of all, if they are at hand. offered:
+    what the policy sees of all, if that is not the tags.
     """
 
     n: int
     tags: Ints | None
     fetch: Fetch
     data: Sequence[Bytes] | None
+    offered: Ints | None = None
 
 
 class Feeder:
@@ -93,10 +95,21 @@ class Feeder:
             if isinstance(policy, AppendPolicy):
                 policy.start_at(store.seen)  # the index of all parts would take memory for each row
             else:
-                policy.load(*store.index())
+                policy.load(*self.policys_index(store))
         except MemoryError:
             raise StorageError(errno.ENOMEM, f"no memory for the policy of {layout.max_size} rows; read with mode='r'") from None
         return policy
+
+    def policys_index(self, store: WritableStore) -> tuple[Ints, Ints]:
+        """Position (-1: free), and what the policy sees, of the rows below `high`: for one call."""
+        positions, tags = store.index()
+        if not self._tag.ranked:
+            return positions, tags
+        seen = np.zeros(positions.shape[0], np.int64)
+        for start in range(0, seen.shape[0], MAX_PLANNED):
+            rows = start + np.flatnonzero(positions[start : start + MAX_PLANNED] >= 0)
+            seen[rows] = store.read(rows, metadata_index(store.layout.schema, self._tag.ranked))[0][0].view(np.int64)
+        return positions, seen
 
     # -- batches and datasets ----------------------------------------------------------------------
 
@@ -114,7 +127,8 @@ class Feeder:
                 self.commit_update(store, update)
             return
         self.begin(store, schema, tags[skip:])
-        self.feed(Fed(n, tags, checked.fetch, checked.data if checked.simple else None), skip, update)
+        offered = self._offered(schema, checked.leaves)
+        self.feed(Fed(n, tags, checked.fetch, checked.data if checked.simple else None, offered), skip, update)
 
     def check(self, batch: Any, metadata: Any, group: object) -> None:
         """Raise what `add` would raise for this batch because of what it is."""
@@ -144,7 +158,15 @@ class Feeder:
         if n == skip:
             return
         self.begin(store, items.schema, None if tags is None else tags[skip:])
-        self.feed(Fed(n, tags, items.fetch(tags), None if tags is None else items.data), skip)
+        offered = self._offered(items.schema, [*items.schema.data, *items.metadata])
+        self.feed(Fed(n, tags, items.fetch(tags), None if tags is None else items.data, offered), skip)
+
+    def _offered(self, schema: Schema, leaves: Sequence[Any]) -> Ints | None:
+        """What the policy sees of samples, if that is a field of theirs; None if it is the tags."""
+        if not self._tag.ranked:
+            return None
+        values: npt.NDArray[np.float64] = leaves[metadata_index(schema, self._tag.ranked)]
+        return values.view(np.int64)
 
     def begin(self, store: WritableStore, schema: Schema, tags: Ints | None) -> None:
         """Make the store of a new buffer, unless the policy refuses these tags."""
@@ -156,10 +178,10 @@ class Feeder:
     def feed(self, fed: Fed, skip: int, update: MetadataUpdate | None = None) -> None:
         """Plan and commit all samples but the first `skip`. `update` goes with the first commit."""
         store, n, tags = cast(WritableStore, self._current.store), fed.n, fed.tags
-        if tags is None:
-            if not self._no_tags.shape[0]:
-                self._no_tags = np.zeros(MAX_PLANNED, np.int64)
-        else:
+        offered = tags if fed.offered is None else fed.offered
+        if offered is None and not self._no_tags.shape[0]:
+            self._no_tags = np.zeros(MAX_PLANNED, np.int64)
+        if tags is not None:
             if self._parameters.kind.policy_class.check_groups is not Policy.check_groups:
                 self.policy(store).check_groups(tags[skip:])
             if not tags.flags.carray:  # for other memory the kernels would be compiled once more
@@ -172,7 +194,8 @@ class Feeder:
             seen, policy = store.seen, self.take_policy(store)
             m, start = min(n - done, MAX_PLANNED), stream + seen
             max_rows = store.max_rows if update is None else store.max_rows - update.rows.shape[0]
-            plan = policy.plan(start, self._no_tags[:m] if tags is None else tags[done : done + m], max_rows)
+            self._retag(policy, update)
+            plan = policy.plan(start, self._no_tags[:m] if offered is None else offered[done : done + m], max_rows)
             check_plan(policy, plan)
             if plan is LOG_TOO_SHORT and policy.slots:
                 store = lengthen_log(self._current, store, 4 * policy.slots)
@@ -230,7 +253,7 @@ class Feeder:
     def set_metadata(self, store: WritableStore, name: str, values: Any, rows: Ints, positions: object) -> None:
         """Overwrite a metadata field of rows; see `DataBuffer.set_metadata`."""
         field = metadata_index(store.layout.schema, name)
-        data = _source(store, field, values, rows)
+        data = self._source(store, field, values, rows)
         rows, samples = _rows_still_holding(store, rows, positions)
         if not rows.shape[0]:
             return
@@ -252,7 +275,7 @@ class Feeder:
             raise RowError("moved: the buffer is empty, there is nothing to move")
         found = parse_rows(store, rows)
         fields = [metadata_index(store.schema, name) for name in names]
-        sources = {f: _source(store, f, values[name], found) for f, name in zip(fields, names, strict=True)}
+        sources = {f: self._source(store, f, values[name], found) for f, name in zip(fields, names, strict=True)}
         found, samples = _rows_still_holding(store, found, positions)
         if not found.shape[0] or not fields:
             return None
@@ -263,13 +286,32 @@ class Feeder:
 
     def commit_update(self, store: WritableStore, update: MetadataUpdate) -> None:
         """Commit new metadata, in commits of as many rows as the journal holds."""
+        policy = self.take_policy(store) if self._tag.ranked else None
         fits = self._store is store and self._sequence == store.sequence
         for start in range(0, update.rows.shape[0], store.max_rows):
             part = slice(start, start + store.max_rows)
             sources = {f: (data, samples[part]) for f, (data, samples) in update.sources.items()}
             store.commit(Change(store.seen, store.policy, update=MetadataUpdate(update.rows[part], sources)))
-        if fits:
+        if policy is not None:
+            self._retag(policy, update)
+            self.keep_policy(policy, store)
+        elif fits:
             self._sequence = store.sequence  # metadata does not concern the policy
+
+    def _retag(self, policy: Policy, update: MetadataUpdate | None) -> None:
+        """Tell the policy of new metadata, if it looks at that."""
+        if update is None or not self._tag.ranked:
+            return
+        for field, (data, samples) in update.sources.items():
+            if self._current.store.layout.schema.fields[field].name == f"metadata/{self._tag.ranked}":
+                policy.retag(update.rows, data.view(np.int64)[samples])
+
+    def _source(self, store: WritableStore, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
+        """The bytes of a field's values for these rows. SchemaError where they do not fit."""
+        f = store.layout.schema.fields[field]
+        if self._tag.ranked and f.name == f"metadata/{self._tag.ranked}":
+            values = checked_scores(values, rows.shape[0])
+        return flat(to_numpy(check_leaf(values, f, rows.shape[0]), f))
 
 
 def skipped(at: int | None, n: int, store: Store) -> int:
@@ -282,12 +324,6 @@ def skipped(at: int | None, n: int, store: Store) -> int:
     if position > seen:
         raise ArgumentError(f"at={position}, but the buffer has seen only {seen} samples: {position - seen} between would be missing")
     return min(n, seen - position)
-
-
-def _source(store: WritableStore, field: int, values: Any, rows: Ints) -> npt.NDArray[np.uint8]:
-    """The bytes of a field's values for these rows. Raises SchemaError where they do not fit."""
-    f = store.layout.schema.fields[field]
-    return flat(to_numpy(check_leaf(values, f, rows.shape[0]), f))
 
 
 def _rows_still_holding(store: WritableStore, rows: Ints, positions: object) -> tuple[Ints, Ints]:

@@ -9,11 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..arguments import integers, plain_array
-from ..arrays import Ints
+from ..arrays import Floats, Ints
 from ..errors import ArgumentError, SchemaError
 from ..samples.batch import Batch
 from ..samples.dataset import Items
 from ..samples.schema import Schema
+
+SCORE = "score"  # the metadata field of a ScoredBuffer
 
 
 class Label:
@@ -24,6 +26,7 @@ class Label:
     """
 
     shown: ClassVar[tuple[str, ...]] = ()  # names that `show` adds to the metadata of samples
+    ranked: ClassVar[str] = ""  # a metadata field, one float64 a sample: the policy sees its bits, not tags
 
     def __init__(self, buffer: str, required: bool) -> None:
         self.buffer, self.required = buffer, required
@@ -67,20 +70,38 @@ class Weight(Label):
         return {"weight": tags.view(np.float64)}
 
 
+class Score(Label):
+    """The tag is a label. The policy sees the bits of the scores, which are metadata."""
+
+    ranked = SCORE
+
+
 def checked_weights(weights: object, n: int) -> Ints:
     """The bits of n weights, a copy. SchemaError for anything but n numbers, ArgumentError for a
     negative or non-finite one."""
     if weights is None:
         raise ArgumentError("a weighted reservoir needs weights=(n,) numbers with every batch; use ReservoirBuffer for equal ones")
-    array = plain_array(weights, "weights")
-    if array.shape != (n,) or (array.dtype.kind not in "iufb" and n):
-        raise SchemaError(f"weights: expected {n} real numbers, got {array.dtype} of shape {array.shape}")
+    return _real_numbers("weights", weights, n, 0.0, "finite and not negative; 0 never stays").view(np.int64)
+
+
+def checked_scores(scores: object, n: int | None = None) -> Floats:
+    """n scores, a copy; None: however many come. SchemaError for anything but n numbers,
+    ArgumentError for a non-finite one."""
+    if scores is None:
+        raise ArgumentError("a ScoredBuffer needs scores=(n,) numbers with every batch; give equal ones where nothing is known yet")
+    return _real_numbers("scores", scores, n, -np.inf, "finite")
+
+
+def _real_numbers(name: str, values: object, n: int | None, low: float, wanted: str) -> Floats:
+    """The values as float64, a copy. Raises the errors of their checks, which name the first wrong
+    one."""
+    array = plain_array(values, name)
+    if array.ndim != 1 or array.shape[0] != (array.shape[0] if n is None else n) or (array.dtype.kind not in "iufb" and array.size):
+        raise SchemaError(f"{name}: expected {'(n,)' if n is None else n} real numbers, got {array.dtype} of shape {array.shape}")
     with np.errstate(over="ignore"):  # of a longdouble: it is then infinite, which is refused
         found = array.astype(np.float64)
-    wrong = np.flatnonzero(~((found >= 0) & (found < np.inf)))
+    wrong = np.flatnonzero(~((found >= low) & (np.abs(found) < np.inf)))
     if wrong.shape[0]:
         i = int(wrong[0])
-        raise ArgumentError(
-            f"weights[{i}] is {found[i]} ({wrong.shape[0]} of {n} are wrong): weights must be finite and not negative; 0 never stays"
-        )
-    return found.view(np.int64)
+        raise ArgumentError(f"{name}[{i}] is {found[i]} ({wrong.shape[0]} of {found.shape[0]} are wrong): {name} must be {wanted}")
+    return found

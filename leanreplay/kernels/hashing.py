@@ -26,3 +26,19 @@ def scramble(x):
 def key_of(position, k0, k1):
     """Return the key of a position, or the hash of a group's id (uint64): a bijection, no ties."""
     return scramble(scramble(np.uint64(position) * GOLDEN + k0) + k1)
+
+
+@helper
+def hash_of_draw(k0, k1, seen, counter):
+    """Return the hash (uint64) that the numbers of one draw come from."""
+    return scramble(scramble(scramble(np.uint64(seen) * GOLDEN + k0) + np.uint64(counter)) + k1)
+
+
+@helper
+def find_slot(table, entry):
+    """Return where `entry` stands in an open-addressing table, or would."""
+    mask = np.uint64(table.shape[0] - 1)
+    at = scramble(np.uint64(entry)) & mask
+    while table[at] != -1 and table[at] != entry:
+        at = (at + np.uint64(1)) & mask
+    return at

@@ -1,8 +1,26 @@
-"""Heaps in arrays: steps that kernels of reservoirs, merging and sorting share."""
+"""Heaps and trees in arrays: steps that kernels of reservoirs, merging and sorting share."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from . import helper
+
+FANOUT = 8  # entries below an entry of a tree: a cache line of 8-byte numbers
+
+
+def levels(rows: int) -> Any:
+    """Return where each level of a tree over so many rows begins, and where the highest ends.
+
+    Level 0 are the rows. Levels are padded to multiples of FANOUT, but the highest is one entry.
+    """
+    starts, size = [0], max(1, rows)
+    while size > 1 or len(starts) == 1:
+        size = -(-size // FANOUT)
+        starts.append(starts[-1] + size * FANOUT)
+    return np.array([*starts, starts[-1] + 1])
 
 
 @helper

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import compile_kernel, helper
-from .hashing import GOLDEN, key_of, scramble
+from . import compile_kernel
+from .hashing import GOLDEN, find_slot, hash_of_draw, key_of, scramble
 from .heaps import sink
 
 
@@ -64,16 +64,6 @@ def plan_reservoir(keys, rows, size, limit, k0, k1, start, max_rows, out):
     return out.shape[0], size
 
 
-@helper
-def _slot(table, entry):
-    """Return where `entry` stands in an open-addressing table, or would."""
-    mask = np.uint64(table.shape[0] - 1)
-    at = scramble(np.uint64(entry)) & mask
-    while table[at] != -1 and table[at] != entry:
-        at = (at + np.uint64(1)) & mask
-    return at
-
-
 @compile_kernel
 def draw(size, k0, k1, seen, counter, replace, out):
     """Draw numbers below `size` uniformly into out, (n,) int64: by (k0, k1, seen, counter) alone.
@@ -82,7 +72,7 @@ def draw(size, k0, k1, seen, counter, replace, out):
     open-addressing table: O(n), not O(size).
     """
     n = out.shape[0]
-    base = scramble(scramble(scramble(np.uint64(seen) * GOLDEN + k0) + np.uint64(counter)) + k1)
+    base = hash_of_draw(k0, k1, seen, counter)
     if replace:
         for i in range(n):
             out[i] = np.int64(scramble(base + np.uint64(i) * GOLDEN) % np.uint64(size))
@@ -96,9 +86,9 @@ def draw(size, k0, k1, seen, counter, replace, out):
         moved[i] = -1
     for i in range(n):
         pick = i + np.int64(scramble(base + np.uint64(i) * GOLDEN) % np.uint64(size - i))
-        at = _slot(moved, i)
+        at = find_slot(moved, i)
         mine = value[at] if moved[at] == i else np.int64(i)
-        at = _slot(moved, pick)
+        at = find_slot(moved, pick)
         out[i] = value[at] if moved[at] == pick else pick
         moved[at] = pick
         value[at] = mine

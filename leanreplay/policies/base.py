@@ -144,6 +144,10 @@ class Policy:
         """
         raise NotImplementedError
 
+    def retag(self, rows: Ints, groups: Ints) -> None:
+        """Note that `rows` have other groups now, (k,) int64 both. Only of buffers whose groups may
+        change: those with scores."""
+
     def keep(self, capacity: int, positions: Ints, groups: Ints) -> Ints:
         """For `resize`: return the rows to keep, at most `capacity`, in the order that they get
         their new rows in. Updates `state`."""

@@ -443,7 +443,7 @@ def test_what_a_buffer_says(case: Case) -> None:
     assert (len(buffer), buffer.seen, buffer.nbytes, buffer.schema) == (0, 0, 0, None)
     assert type(buffer).__name__ in repr(buffer)
     buffer.add(digits(0, 30), **case.given(0, 30))
-    assert str(buffer.schema) == f"Schema(data/0: f4[1, 4, 4], data/1: i8[]{RANK if case.kind == 'parametric' else ''})"
+    assert str(buffer.schema) == f"Schema(data/0: f4[1, 4, 4], data/1: i8[]{OWN_FIELDS.get(case.kind, '')})"
     assert buffer.path == (None if case.path is None else str(case.path))
     assert "seen=30" in repr(buffer)
     if case.path is None:
@@ -460,7 +460,7 @@ def test_what_a_buffer_says(case: Case) -> None:
         len(buffer)
 
 
-RANK = ", metadata/rank: i8[]"
+OWN_FIELDS = {"parametric": ", metadata/rank: i8[]", "scored": ", metadata/score: f8[]"}
 WRITES: dict[str, Callable[[Case, Any], Any]] = {
     "add": lambda case, b: case.feed(b, 30, 31),
     "add nothing": lambda case, b: case.feed(b, 30, 30),

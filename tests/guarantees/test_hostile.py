@@ -44,6 +44,7 @@ KINDS = {
     "borrow": lambda path: lr.ExperienceBalancedBuffer(CAPACITY, path, borrow=True),
     "cbrs": lambda path: lr.ClassBalancingReservoirBuffer(CAPACITY, path),
     "weighted": lambda path: lr.WeightedReservoirBuffer(CAPACITY, path),
+    "scored": lambda path: lr.ScoredBuffer(CAPACITY, path, evict="proportional"),
     "parametric": lambda path: lr.ParametricBuffer(CAPACITY, path, groupby="class"),
     "folder": lambda path: lr.InfiniteBuffer(path, rows_per_part=CAPACITY),
 }
@@ -57,6 +58,8 @@ def feed(buffer, start, n):
     batch = p[:, None] * np.ones(5, np.uint8), p % 4
     if isinstance(buffer, lr.WeightedReservoirBuffer):
         buffer.add(batch, weights=1.0 + p % 3)
+    elif isinstance(buffer, lr.ScoredBuffer):
+        buffer.add(batch, scores=1.0 + p % 3)
     elif isinstance(buffer, lr.ExperienceBalancedBuffer):
         buffer.add(batch, experience=start // 20)
     else:
@@ -298,7 +301,7 @@ def rows_of(base):
     for name, at, values in (
         ("position", p, (-(2**63), -2, -1, 2**47, 2**62, 2**63 - 1)),
         ("group", g, (-(2**63), -1, 0, 2**62, 2**63 - 1, *np.array([np.nan, -1.0, np.inf, -0.0, 5e-324]).view(np.int64).tolist())),
-        *((f.name, t.columns[i][0], (-1, 0, 7, 2**62)) for i, f in enumerate(t.schema.fields) if f.dtype == np.int64 and not f.shape),
+        *((f.name, t.columns[i][0], (-1, 0, 7, 2**62)) for i, f in enumerate(t.schema.fields) if f.dtype.kind in "if" and f.nbytes == 8),
     ):
         for value in values:
             for which in (slice(0, 1), slice(None)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_oracle import GOLDEN, M64, PINNED, digest, fin, key, keys, read_only, words
 
-from leanreplay.kernels import greedy, hashing, heaps, reservoir
+from leanreplay.kernels import greedy, hashing, heaps, reservoir, scored, sums
 from leanreplay.keys import key_pair
 
 
@@ -285,3 +285,74 @@ def test_plan_greedy(run: None, capacity: int, n: int) -> None:
         assert rows_taken.tolist() == wanted
         assert held[:size].tolist() == row_labels
         assert counts.tolist() == [row_labels.count(c) for c in LABELS]
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_slots_and_hashes_of_draws(run: None) -> None:
+    """Entries are found where they were put, in a table that is half full; the hash of a draw is pinned by its definition."""
+    table = np.full(16, -1, np.int64)
+    for entry in range(0, 80, 10):
+        table[hashing.find_slot(table, entry)] = entry
+    assert all(table[hashing.find_slot(table, entry)] == entry for entry in range(0, 80, 10))
+    assert table[hashing.find_slot(table, 5)] == -1
+    wanted = fin((fin((fin((9 * GOLDEN + 3) & M64) + 7) & M64) + 5) & M64)
+    assert int(hashing.hash_of_draw(np.uint64(3), np.uint64(5), 9, 7)) == wanted
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 65, 600])
+def test_ranks(run: None, n: int) -> None:
+    """The lowest score, of equal ones the oldest, and the highest, of equal ones the youngest: built, and changed row by row."""
+    rng = np.random.default_rng(n)
+    starts = heaps.levels(n + 3)
+    assert starts[0] == 0
+    assert starts[-1] == starts[-2] + 1
+    starts = starts[1:] - starts[1]
+    scores, held = rng.choice([0.0, 1.0, -1.0, 5.0], n + 3), rng.permutation(n + 3)
+    lows, highs = np.full((2, starts[-1]), -1, np.int64)
+    scored.build_ranks(scores, held, lows, highs, starts, n)
+    for _ in range(20):
+        order = np.lexsort((held[:n], scores[:n]))
+        assert (lows[-1], highs[-1]) == (order[0], order[-1])
+        rows = rng.integers(0, n, 2)
+        scored.set_scores(scores, held, lows, highs, starts, n, rows, rng.choice([0.0, -2.0, 7.0], 2))
+    rows = np.empty(5, np.int64)
+    new = np.array([9.0, -9.0, 9.0, 9.0, 9.0])
+    k = np.uint64(1)
+    used, size = scored.plan_scored(scores, held, lows, highs, starts, n, n + 3, scored.LOWEST, False, k, k, 1000, 3, new, rows)
+    assert (used, size, rows[:3].tolist()) == (3, n + 3, [n, n + 1, n + 2])
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 100, 700])
+def test_sums(run: None, n: int) -> None:
+    """A tree of sums finds what adding up finds, and follows from its weights alone, whatever changed before."""
+    rng = np.random.default_rng(n)
+    starts = heaps.levels(n)
+    values = rng.integers(0, 5, n).astype(np.float64)
+    values[0] = 3.0
+    tree, again = np.zeros((2, starts[-1]))
+    assert sums.weigh(values, 2.0, tree[:n]) == -1
+    assert (tree[:n] == values**2).all()
+    assert sums.weigh(np.array([1.0, np.nan, -1.0]), 1.0, np.empty(3)) == 1
+    assert sums.build_sums(tree, starts) == (values**2).sum()
+    rows = np.unique(rng.integers(0, n, 9))
+    new = rng.integers(0, 9, rows.shape[0]).astype(np.float64)
+    values = values**2
+    values[rows] = new
+    again[:n] = values
+    assert sums.set_weights(tree, starts, rows, new) == sums.build_sums(again, starts) == values.sum()
+    assert (tree == again).all()
+    numbers = np.arange(int(values.sum()))
+    found = np.empty(numbers.shape[0], np.int64)
+    sums.rows_at(tree, starts, numbers, found)
+    assert (found == np.repeat(np.arange(n), values.astype(np.int64))).all()
+    drawn = np.empty(min(20, n), np.int64)
+    assert sums.draw_by_weight(tree, starts, np.uint64(1), np.uint64(2), 3, 4, True, drawn) == drawn.shape[0]
+    base = fin((fin((fin((3 * GOLDEN + 1) & M64) + 4) & M64) + 2) & M64)
+    targets = [(fin((base + i * GOLDEN) & M64) >> 11) / 2**53 * values.sum() for i in range(drawn.shape[0])]
+    assert drawn.tolist() == np.searchsorted(np.cumsum(values), targets, side="right").tolist()
+    few = np.empty(n, np.int64)
+    distinct = sums.draw_by_weight(tree, starts, np.uint64(1), np.uint64(2), 3, 4, False, few)
+    assert 0 < distinct <= (values > 0).sum()
+    assert few[:distinct].tolist() == list(dict.fromkeys(drawn.tolist()))[:distinct] or distinct > len(set(drawn.tolist()))

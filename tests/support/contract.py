@@ -24,10 +24,11 @@ KINDS: dict[str, Callable[..., Any]] = {
     "experience": lambda path=None, **o: lr.ExperienceBalancedBuffer(12, path, **o),
     "cbrs": lambda path=None, **o: lr.ClassBalancingReservoirBuffer(12, path, **o),
     "weighted": lambda path=None, **o: lr.WeightedReservoirBuffer(12, path, **o),
+    "scored": lambda path=None, **o: lr.ScoredBuffer(12, path, evict="proportional", **o),
     "parametric": lambda path=None, **o: lr.ParametricBuffer(12, path, **o),
     "infinite": lambda path=None, **o: lr.InfiniteBuffer(path, rows_per_part=8, **o),
 }
-OWN = {"weighted": ["weight"], "parametric": ["rank"]}  # metadata that a buffer adds of its own
+OWN = {"weighted": ["weight"], "scored": ["score"], "parametric": ["rank"]}  # metadata that a buffer adds of its own
 AN_EXPERIENCE = 30  # samples
 
 
@@ -86,6 +87,8 @@ class Case:
         """What `add` wants to know beside the batch. Samples of one call are of one experience."""
         if self.kind == "weighted":
             return {"weights": 1.0 + np.arange(start, stop) % 4}
+        if self.kind == "scored":
+            return {"scores": 1.0 + np.arange(start, stop) % 4}
         return {"experience": start // AN_EXPERIENCE} if self.kind == "experience" else {}
 
     def feed(self, buffer: Any, start: int, stop: int, **metadata: Any) -> None:

@@ -23,11 +23,18 @@ def z_score(statistic: float, df: int) -> float:
 
 def assert_even(counts: Any, note: str = "") -> None:
     """Independent draws over equally likely cells."""
-    counts = np.asarray(counts, float).ravel()
-    mean = counts.mean()
-    assert mean >= 5, f"too few draws for chi-square: {mean} a cell"
-    z = z_score(((counts - mean) ** 2 / mean).sum(), counts.shape[0] - 1)
-    assert abs(z) < LIMIT, f"{note}: z={z:.1f}, counts {counts.astype(int).tolist()[:40]}"
+    assert_shares(counts, np.ones(np.asarray(counts).size), note)
+
+
+def assert_shares(counts: Any, shares: Any, note: str = "") -> None:
+    """Independent draws over cells that are likely in proportion to `shares`; cells of share 0 are never hit."""
+    counts, shares = np.asarray(counts, float).ravel(), np.asarray(shares, float).ravel()
+    assert not counts[shares == 0].any(), f"{note}: counts {counts.astype(int).tolist()[:40]} where none can be"
+    counts, shares = counts[shares > 0], shares[shares > 0]
+    wanted = counts.sum() * shares / shares.sum()
+    assert wanted.min() >= 5, f"too few draws for chi-square: {wanted.min()} a cell"
+    z = z_score(((counts - wanted) ** 2 / wanted).sum(), counts.shape[0] - 1)
+    assert abs(z) < LIMIT, f"{note}: z={z:.1f}, counts {counts.astype(int).tolist()[:40]}, not {wanted.tolist()[:40]}"
 
 
 def assert_inclusion(kept: Any, k: int, note: str = "") -> None:
