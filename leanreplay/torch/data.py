@@ -17,6 +17,7 @@ from ..buffers.reading import Reach
 from ..errors import ArgumentError
 from ..samples.batch import stack
 from ..samples.schema import Schema
+from . import nests
 
 Function = Callable[[Any], Any]
 
@@ -132,21 +133,22 @@ def transformed(function: Function, batch: Any, n: int) -> Any:
     return type(batch)((x, batch[1])) if pair else x  # type: ignore[call-arg]
 
 
-def per_sample(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
-    """The function's results for each entry, stacked. It gets copies, as it may work in place."""
-    results = [call(name, function, value) for value in values.clone()]
+def per_sample(function: Function, values: Any, name: str) -> Any:
+    """The function's results for each entry of a nest, stacked. It gets copies, as it may work in
+    place."""
+    values = nests.copied(values)
+    results = [call(name, function, nests.each_leaf(operator.itemgetter(i), values)) for i in range(nests.first(values).shape[0])]
     try:
-        return torch.stack([torch.as_tensor(result) for result in results])
-    except (RuntimeError, TypeError, ValueError) as error:
+        return nests.each_leaf(lambda *leaves: torch.stack([torch.as_tensor(leaf) for leaf in leaves]), *results)
+    except (ArgumentError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f"{name}: its results cannot be stacked: {error}; it must return a tensor of one shape and dtype") from error
 
 
-def per_batch(function: Function, values: torch.Tensor, name: str) -> torch.Tensor:
-    """The function's result for all entries, (n, ...). It gets a copy."""
-    result = call(name, function, values.clone())
-    if not isinstance(result, torch.Tensor) or result.shape[:1] != values.shape[:1]:
-        got = f"shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else type(result).__name__
-        raise ArgumentError(f"{name}: it gets (n, ...) and must return a tensor (n, ...), n being {values.shape[0]}, got {got}")
+def per_batch(function: Function, values: Any, name: str) -> Any:
+    """The function's result for all entries of a nest, (n, ...). It gets a copy."""
+    result, n = call(name, function, nests.copied(values)), nests.first(values).shape[0]
+    if not nests.is_nest(result) or any(leaf.shape[:1] != (n,) for leaf in nests.leaves(result)):
+        raise ArgumentError(f"{name}: it gets (n, ...) and must return a tensor (n, ...), n being {n}, got {nests.described(result)}")
     return result
 
 
@@ -162,28 +164,21 @@ class Transforms(NamedTuple):
     batch_transform: Function | None
     prefix: str = ""
 
-    def apply(self, x: torch.Tensor, y: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x and y transformed, on the device; then y before it went there."""
+    def apply(self, x: Any, y: Any, device: torch.device) -> tuple[Any, Any, Any]:
+        """x and y, nests of tensors, transformed, on the device; then y before it went there."""
         if self.transform is not None:
             x = per_sample(self.transform, x, f"{self.prefix}transform")
         if self.target_transform is not None:
             y = per_sample(self.target_transform, y, f"{self.prefix}target_transform")
-        if x.device != device:
-            x = x.to(device)
+        x = nests.placed(x, device)
         if self.batch_transform is not None:
             x = per_batch(self.batch_transform, x, f"{self.prefix}batch_transform")
-        return x, y if y.device == device else y.to(device), y
+        return x, nests.placed(y, device), y
 
 
 def each_tensor(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     """What a function makes of each tensor in any nesting; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: each_tensor(v, function) for key, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(each_tensor(v, function) for v in value))
-    return type(value)([each_tensor(v, function) for v in value]) if type(value) in (tuple, list) else value
+    return nests.each_leaf(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def _bfloat16(buffer: DataBuffer) -> frozenset[str]:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..buffers.base import DataBuffer
 from ..errors import ArgumentError
+from .nests import leaves
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -71,7 +72,7 @@ def uncompiled(model: torch.nn.Module) -> Any:
     return model if getattr(model, "_compiled_call_impl", None) is None else model._call_impl
 
 
-def check_reach(model: torch.nn.Module, outputs: torch.Tensor, total: torch.Tensor, first: bool) -> None:
+def check_reach(model: torch.nn.Module, outputs: Any, total: torch.Tensor, first: bool) -> None:
     """Raise ArgumentError for a loss whose gradients a DistributedDataParallel could not exchange.
 
     outputs: of the pass through it; total: the loss, with other passes through the module in it. first: whether this is the first
@@ -95,7 +96,7 @@ def check_reach(model: torch.nn.Module, outputs: torch.Tensor, total: torch.Tens
                 "or freeze them with requires_grad_(False)"
             )
         return
-    through = _reached(outputs) or set()
+    through = _reached(*leaves(outputs)) or set()
     others = [name for p, name in trained.items() if p in reached and p not in through]
     if others:
         raise ArgumentError(
@@ -105,10 +106,10 @@ def check_reach(model: torch.nn.Module, outputs: torch.Tensor, total: torch.Tens
         )
 
 
-def _reached(tensor: torch.Tensor) -> set[torch.Tensor] | None:
+def _reached(*tensors: torch.Tensor) -> set[torch.Tensor] | None:
     """The leaves that a backward pass reaches; None where the graph does not tell."""
     found: set[torch.Tensor] = set()
-    seen, todo = set(), [tensor.grad_fn]
+    seen, todo = set(), [tensor.grad_fn for tensor in tensors]
     while todo:
         node = todo.pop()
         if node is None or node in seen:

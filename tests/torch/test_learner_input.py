@@ -277,7 +277,7 @@ def test_batches_and_buffers_that_do_not_fit():
     def learner(buffer=None, kind=DERLearner, **options):
         return kind(model, sgd(model), ReservoirBuffer(20) if buffer is None else buffer, **options)
 
-    with pytest.raises(ArgumentError, match="two tensors, x and y; got ndarray"):
+    with pytest.raises(ArgumentError, match="x and y, or nests of tensors; got ndarray"):
         learner().step(x.numpy(), y)
     for wrong in ((x, y[:5]), (x[0, 0], y)):
         with pytest.raises(ArgumentError, match="one entry per sample each"):
@@ -306,7 +306,7 @@ def test_batches_and_buffers_that_do_not_fit():
     model.double()
     buffer = ReservoirBuffer(20, target_transform=lambda y: "name")
     buffer.add((x, y))
-    with pytest.raises(ArgumentError, match=r"drawn were Tensor and list: what does the buffer's transform return"):
+    with pytest.raises(ArgumentError, match=r"drawn were torch.float64 of shape .* and list.*: what does the buffer's transform return"):
         learner(buffer, ERLearner).step(x, y)
     with pytest.raises(ArgumentError, match="transform: its results cannot be stacked"):
         learner(transform=lambda v: v[: 1 + int(v[0] > 0)]).step(x, y)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ...arguments import instance
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, LossError, StateError
+from .. import nests
 from .forward import check_layers
 from .pending import Batch
 from .term import Learner, Term
@@ -62,17 +63,22 @@ def ignored_by(loss_fn: Any) -> int | None:
 
 
 def check_tensors(x: Any, y: Any) -> None:
-    """Raise ArgumentError unless x and y are tensors of samples, as many of each."""
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise ArgumentError(f"a batch is two tensors, x and y; got {type(x).__name__} and {type(y).__name__}")
-    if x.is_nested or y.is_nested:
-        raise ArgumentError(
-            "a batch is two tensors of samples of one shape, got a nested tensor; pad it: torch.nested.to_padded_tensor(x, 0)"
-        )
-    shapes = x.shape, y.shape
-    if not shapes[0] or not shapes[1] or shapes[0][0] != shapes[1][0]:
-        raise ArgumentError(f"x and y need one entry per sample each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
-    if shapes[0][0] == 0:
+    """Raise ArgumentError unless x and y are nests of tensors, with an entry per sample each."""
+    if not nests.is_nest(x) or not nests.is_nest(y):
+        raise ArgumentError(f"a batch is two tensors, x and y, or nests of tensors; got {nests.described(x)} and {nests.described(y)}")
+    n = -1
+    for leaf in (*nests.leaves(x), *nests.leaves(y)):
+        if leaf.is_nested:
+            raise ArgumentError(
+                "a batch is tensors of samples of one shape, got a nested tensor; pad it: torch.nested.to_padded_tensor(x, 0)"
+            )
+        if not leaf.ndim or n not in (-1, leaf.shape[0]):
+            raise ArgumentError(
+                f"x and y need one entry per sample each, got {nests.described(x)} and {nests.described(y)}; what belongs to the whole "
+                "batch, a task's number say, is given for each sample: torch.full((n,), 3)"
+            )
+        n = leaf.shape[0]
+    if n == 0:
         raise ArgumentError("the batch is empty; leave such a batch out")
 
 
@@ -81,19 +87,19 @@ def explain(error: Exception, learner: Learner, batch: Batch, cross_entropy: boo
 
     labels: whether the loss needs labels that are numbers of outputs.
     """
-    inputs, targets, outputs, message = batch.inputs, batch.targets, learner.outputs, str(error)
+    inputs, targets, outputs, message = nests.first(batch.inputs), batch.targets, learner.outputs, str(error)
     places = {p.device for p in learner.module.parameters()}
     if inputs.device not in places:
         where = ", ".join(sorted(map(str, places)))
         raise ArgumentError(f"the batch is on {inputs.device}, the model on {where}; give device=, or move the model") from error
-    if targets.device != inputs.device:
-        raise ArgumentError(f"x is on {inputs.device}, y on {targets.device}; give device=, or move one of them") from error
     dtypes = {p.dtype for p in learner.module.parameters()}
-    if inputs.dtype not in dtypes and "type" in message:
+    if inputs is batch.inputs and inputs.dtype not in dtypes and "type" in message:
         raise ArgumentError(
             f"the model does not take x of {inputs.dtype}: {message.splitlines()[0]:.200}; its parameters are "
             f"{', '.join(sorted(map(str, dtypes)))}: convert x before, or with transform and buffer_transform"
         ) from error
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return
     if cross_entropy and outputs.shape[:1] == inputs.shape[:1]:
         shape = outputs.shape[:1] + outputs.shape[2:]
         numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == shape
@@ -108,16 +114,16 @@ def explain(error: Exception, learner: Learner, batch: Batch, cross_entropy: boo
         raise ArgumentError(f"loss_fn: {error}: a label is no class of the outputs {tuple(outputs.shape)}") from error
 
 
-def check_labels(outputs: Tensor, found: Iterable[tuple[str, Tensor]], ignored: int | None) -> None:
+def check_labels(outputs: Any, found: Iterable[tuple[str, Any]], ignored: int | None) -> None:
     """Raise ArgumentError unless labels (whose, (n, ...) integers) are numbers of outputs.
 
     ignored: a label that need not be one. On the CPU torch notices by itself.
     """
-    if outputs.ndim < 2:
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         return
     classes = outputs.shape[1]
     for where, y in found:
-        if y.shape[1:] != outputs.shape[2:] or y.is_floating_point() or y.is_complex() or not y.numel():
+        if not isinstance(y, Tensor) or y.shape[1:] != outputs.shape[2:] or y.is_floating_point() or y.is_complex() or not y.numel():
             continue
         low, high = (int(v) for v in torch.aminmax(y))
         if ignored is not None and not 0 <= low <= high < classes:  # as cross entropy does

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError, StateError
+from .. import nests
 from ..data import Transforms, to_torch
 from .forward import Replay
 from .pending import Draws
 from .term import Learner
 
 
-def prepare(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(learner: Learner, x: Any, y: Any) -> tuple[Any, Any, Any]:
     """A batch of the stream, transformed, on the device; then y before it went there."""
     stream = Transforms(learner.transform, learner.target_transform, learner.batch_transform)
-    return stream.apply(x, y, x.device if learner.device is None else learner.device)
+    return stream.apply(x, y, nests.first(x).device if learner.device is None else learner.device)
 
 
-def draw(learner: Learner, inputs: Tensor, targets: Tensor) -> Draws:
+def draw(learner: Learner, inputs: Any, targets: Any) -> Draws:
     """The terms that count now, each with its draw; none if the buffer is empty.
 
     inputs, targets: the prepared batch, which draws must resemble.
@@ -37,9 +36,9 @@ def draw(learner: Learner, inputs: Tensor, targets: Tensor) -> Draws:
                 return []
             schema = learner.buffer.schema
             bits = schema.bfloat16 if schema is not None else frozenset()
-            x, y, labels = transforms.apply(*_tensors(drawn[0], bits), inputs.device)
+            x, y, labels = transforms.apply(*_tensors(drawn[0], bits), nests.first(inputs).device)
             _check_alike(inputs, targets, x, y, term.together)
-            replay = Replay(learner.module, x, y, drawn[1], layers, labels, bits)
+            replay = Replay(learner.module, x, y, drawn[1], layers, labels, bits, learner.forward)
         else:
             replay.shared = True
         replay.layers = (*replay.layers, *term.layers)
@@ -59,25 +58,25 @@ def _transforms_of_draws(learner: Learner) -> Transforms:
     )
 
 
-def _tensors(pair: Any, bits: frozenset[str]) -> tuple[Tensor, Tensor]:
-    """What was drawn, as two tensors. bits: names of bfloat16 fields."""
+def _tensors(pair: Any, bits: frozenset[str]) -> tuple[Any, Any]:
+    """What was drawn, as two nests of tensors. bits: names of bfloat16 fields."""
     x, y = to_torch(pair[0], bits, path="data/0"), to_torch(pair[1], bits, path="data/1")
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
+    if nests.is_nest(x) and nests.is_nest(y):
         return x, y
     raise ArgumentError(
-        f"a learner needs tensors or arrays from its buffer, but drawn were {type(x).__name__} and {type(y).__name__}: "
+        f"a learner needs tensors or arrays from its buffer, but drawn were {nests.described(x)} and {nests.described(y)}: "
         "what does the buffer's transform return?"
     )
 
 
-def _check_alike(x: Tensor, y: Tensor, x_old: Tensor, y_old: Tensor, together: bool) -> None:
+def _check_alike(x: Any, y: Any, x_old: Any, y_old: Any, together: bool) -> None:
     """Raise ArgumentError if the model would see two kinds of samples.
 
     together: in one batch, where torch would widen dtypes.
     """
-    if x.dtype == x_old.dtype and (not together or (x.shape[1:], y.shape[1:], y.dtype) == (x_old.shape[1:], y_old.shape[1:], y_old.dtype)):
+    if nests.kind(x, together) == nests.kind(x_old, together) and (not together or nests.kind(y) == nests.kind(y_old)):
         return
-    stream, draw = (f"x {a.dtype} of {tuple(a.shape[1:])}, y {b.dtype} of {tuple(b.shape[1:])}" for a, b in ((x, y), (x_old, y_old)))
+    stream, draw = (f"x {nests.described(a)}, y {nests.described(b)}" for a, b in ((x, y), (x_old, y_old)))
     raise ArgumentError(
         f"samples of the stream ({stream}) and of the buffer ({draw}) differ: the model would see two kinds; let transforms of "
         "the stream (transform, ...) and of draws (buffer_transform, ..., or the buffer's own) make the same"

@@ -15,62 +15,66 @@ from torch.nn.modules import batchnorm
 from torch.nn.parameter import is_lazy
 
 from ...errors import ArgumentError
+from .. import nests
 from ..data import to_torch
 from ..distributed import innermost, layer_of, uncompiled, unwrapped
+from ..models import ForwardFunction, run_model
 
 
 class Forward(NamedTuple):
     """One pass through the model.
 
-    outputs: (n, ...). features: by name, the outputs of the layers that terms asked for, (n, ...).
+    outputs: (n, ...), a tensor or a nest of tensors. features: by name, the outputs of the layers
+    that terms asked for, (n, ...).
     """
 
-    outputs: Tensor
+    outputs: Any
     features: dict[str, Tensor]
 
     def part(self, start: int, n: int) -> Forward:
         """n of the samples, from `start` on."""
         features = {name: f.narrow(0, start, n) for name, f in self.features.items()}
-        return Forward(self.outputs.narrow(0, start, n), features)
+        return Forward(nests.part(self.outputs, start, n), features)
 
     def detached(self) -> Forward:
         """The same values without a graph: further operations cost less."""
-        return Forward(self.outputs.detach(), {name: f.detach() for name, f in self.features.items()})
+        return Forward(nests.each_leaf(Tensor.detach, self.outputs), {name: f.detach() for name, f in self.features.items()})
 
 
-def forward(model: Module, x: Tensor, layers: Sequence[str] = ()) -> Forward:
-    """Pass x through the model. The hooks on `layers` are removed afterwards, whatever happens."""
-    if x.shape[0] < 2:
+def forward(model: Module, x: Any, layers: Sequence[str] = (), function: ForwardFunction | None = None) -> Forward:
+    """Pass x, a nest of tensors (n, ...), through the model, as `run_model` does.
+
+    The hooks on `layers` are removed afterwards, whatever happens.
+    """
+    n = nests.first(x).shape[0]
+    if n < 2:
         _refuse_batch_norm(model)
     features: dict[str, Tensor] = {}
     if not layers:
-        outputs = model(x)
+        outputs = run_model(model, x, function)
     else:
         handles = []
         try:
             for name in layers:
                 layer: Any = layer_of(model, name)
                 handles.append(layer.register_forward_hook(partial(_keep_output, features, name)))
-            outputs = uncompiled(model)(x)
+            outputs = run_model(uncompiled(model), x, function)
         finally:
             for handle in handles:
                 handle.remove()
-    if not isinstance(outputs, Tensor):
-        raise ArgumentError(
-            f"the model must return a tensor of outputs (n, ...), got {type(outputs).__name__}; wrap it in a module that does"
-        )
     for name in layers:
         f = features.get(name)
         if f is None:
             raise ArgumentError(f"layer {name!r} did not run in this pass through the model; name one that always does")
-        if f.ndim < 1 or f.shape[0] != x.shape[0]:
-            raise ArgumentError(f"layer {name!r} gives shape {tuple(f.shape)} for {x.shape[0]} samples, expected ({x.shape[0]}, ...)")
+        if f.ndim < 1 or f.shape[0] != n:
+            raise ArgumentError(f"layer {name!r} gives shape {tuple(f.shape)} for {n} samples, expected ({n}, ...)")
     return Forward(outputs, features)
 
 
 class Replay:
     """Samples drawn from the buffer: x (m, ...) and y (m, ...), transformed, on the model's device.
 
+    x, y and `outputs` are tensors, or nests of them.
     Several terms may share a draw. `outputs` and `features` come from the draw's own pass through
     the model. The first term that asks for them starts that pass; terms that share the draw share
     the pass.
@@ -78,15 +82,16 @@ class Replay:
     """
 
     def __init__(
-        self, module: Module, x: Tensor, y: Tensor, metadata: dict[str, Any], layers: Sequence[str],
-        labels: Tensor | None = None, bits: frozenset[str] = frozenset(),
+        self, module: Module, x: Any, y: Any, metadata: dict[str, Any], layers: Sequence[str],
+        labels: Any = None, bits: frozenset[str] = frozenset(), function: ForwardFunction | None = None,
     ) -> None:  # fmt: skip
-        """labels: y where reading it does not wait for a device. bits: names of bfloat16 fields."""
+        """labels: y where reading it does not wait for a device. bits: names of bfloat16 fields.
+        function: calls the model, see `run_model`."""
         self.x, self.y, self.metadata, self.layers = x, y, metadata, layers
         self.labels, self.bits = y if labels is None else labels, bits
         self.shared = False  # whether each pass gets a copy of x, because a model may work in place
         self.joint: Forward | None = None  # the pass of the stream's batch followed by this draw
-        self._module = module
+        self._module, self._function = module, function
         self._own: Forward | None = None
 
     def __len__(self) -> int:
@@ -95,7 +100,7 @@ class Replay:
     def stored(self, name: str) -> Tensor:
         """A copy of what was stored with these samples as `name`, (m, ...), on their device."""
         tensor: Tensor = to_torch(self.metadata[name], self.bits, path=f"metadata/{name}")
-        return tensor.to(self.x.device, copy=True)
+        return tensor.to(nests.first(self.x).device, copy=True)
 
     @property
     def together(self) -> Forward | None:
@@ -106,11 +111,12 @@ class Replay:
     def alone(self) -> Forward:
         """The draw's own pass through the model."""
         if self._own is None:
-            self._own = forward(self._module, self.x.clone() if self.shared else self.x, tuple(dict.fromkeys(self.layers)))
+            x = nests.copied(self.x) if self.shared else self.x
+            self._own = forward(self._module, x, tuple(dict.fromkeys(self.layers)), self._function)
         return self._own
 
     @property
-    def outputs(self) -> Tensor:
+    def outputs(self) -> Any:
         """The model's outputs in the draw's own pass."""
         return self.alone.outputs
 

@@ -15,9 +15,9 @@ from ...buffers.weighted import WeightedReservoirBuffer
 from ...errors import ArgumentError, ModeError, SchemaError
 from ...policies.base import Policy
 from ...samples.leaves import check_leaf
+from .. import nests
 from .pending import Batch
-
-_PAIRS = (["tuple", ["leaf", 0], ["leaf", 1]], ["list", ["leaf", 0], ["leaf", 1]])
+from .term import is_labels
 
 
 class Intake:
@@ -65,26 +65,26 @@ class Intake:
                 "ReservoirBuffer or an ExperienceBalancedBuffer"
             )
 
-    def kind(self, x: Tensor, y: Tensor, pending: Sequence[Batch]) -> Any:
+    def kind(self, x: Any, y: Any, pending: Sequence[Batch]) -> Any:
         """Shapes and dtypes of the samples of a batch, checked.
 
         Raises SchemaError for a batch that the buffer would refuse after the step, ArgumentError
         for a buffer of something else.
         """
-        kind = x.shape[1:], x.dtype, y.shape[1:], y.dtype
+        kind = nests.kind(x), nests.kind(y)
         if kind == self._kind:
             return kind
-        if self.store and (y.ndim != 1 or y.is_floating_point() or y.dtype is torch.bool):
-            self._refuse_classes(f"labels are {y.dtype} of shape {tuple(y.shape)}, where integers (n,) are expected")
+        if self.store and (not is_labels(y) or y.dtype is torch.bool):
+            self._refuse_classes(f"labels are {nests.described(y)}, where integers (n,) are expected")
         waiting = next((batch.kind for batch in pending if batch.offered and self.store), kind)
         if kind != waiting:
             raise SchemaError(f"samples of shapes and dtypes {kind}, but those that wait for after_step have {waiting}")
         schema = self.buffer.schema
         if schema is not None:
-            if schema.structure not in _PAIRS:
-                raise ArgumentError(f"a learner needs a buffer of pairs (x, y) of arrays, but this one's samples are {schema}")
-            for leaf, field in zip((x, y), schema.data, strict=True) if self.store else ():
-                check_leaf(leaf, field, x.shape[0])
+            if schema.structure[0] not in ("tuple", "list") or len(schema.structure) != 3:
+                raise ArgumentError(f"a learner needs a buffer of pairs (x, y), but this one's samples are {schema}")
+            for leaf, field in zip(schema.flatten((x, y)), schema.data, strict=True) if self.store else ():
+                check_leaf(leaf, field, nests.first(x).shape[0])
         self._kind = kind
         return kind
 
@@ -121,7 +121,7 @@ class Intake:
             if shapes != others:
                 raise SchemaError(f"terms store {shapes} with this batch, but with those that wait for after_step {others}")
             options: dict[str, Any] = {"experience": batch.experience} if self.by_task else {}
-            self.buffer.check_batch((batch.x, batch.y), metadata=stored or None, **options)
+            self.buffer.check_batch(batch.pair, metadata=stored or None, **options)
         self._metadata = self._asked
 
 

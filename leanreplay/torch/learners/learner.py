@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,19 +14,20 @@ from torch.optim import Optimizer
 
 from ...arguments import call, check_call, fraction, function_or_none, integer, number, required, required_function
 from ...buffers.base import DataBuffer
-from ...errors import ArgumentError, LossError, ModeError, StateError, StorageError
+from ...errors import ArgumentError, ModeError, StateError, StorageError
+from .. import nests
 from ..data import Function, device_named
 from ..distributed import check_reach, unwrapped
+from ..models import ForwardFunction
 from . import checks
 from .draws import draw, load_reading_state, prepare, reading_state
 from .forward import Statistics, forward
 from .intake import Experiences, Intake
+from .losses import Losses
 from .optimizing import make_step
-from .pending import Batch, Draws, as_array, classes_seen, unwritten, values_to_keep, values_to_move, versions, write
+from .pending import Batch, classes_seen, copied_array, unwritten, values_to_keep, values_to_move, versions, write
 from .term import Term
 
-# Modules of losses that change nothing that they get.
-_LEAVES_ARGUMENTS_ALONE = ("torch.nn.functional", "torch.nn.modules.loss")
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
 
 
@@ -37,14 +37,14 @@ class Step:
 
     loss: the whole loss. losses: its terms by name, before weights and normalisation; "stream" is
     the batch's own, "stream+replay" one mean over batch and replay. outputs: the model's for the
-    batch, (n, ...), detached. targets: what the loss compared them with, transformed. stepped: False
-    if a scaler of gradients skipped the optimizer's step.
+    batch, (n, ...), detached. targets: what the loss compared them with, transformed. Both are
+    tensors, or nests of them. stepped: False if a scaler of gradients skipped the optimizer's step.
     """
 
     loss: float
     losses: dict[str, float]
-    outputs: Tensor = field(repr=False, compare=False)
-    targets: Tensor = field(repr=False, compare=False)
+    outputs: Any = field(repr=False, compare=False)
+    targets: Any = field(repr=False, compare=False)
     stepped: bool = True
 
 
@@ -55,7 +55,8 @@ class ReplayLearner:
 
     (x, y) is the batch of the stream; the terms draw from the buffer, unless it is empty. After the
     step the batch is offered to the buffer, so a draw never holds samples of its own step. The
-    batch is stored as it came, whatever models, transforms and losses change in place.
+    batch is stored as it came, whatever models, transforms and losses change in place. x, y and the
+    model's outputs are tensors (n, ...), or nests of them (dicts, lists, tuples).
 
     model: has parameters, and outputs (n, ...). In a DistributedDataParallel only the stream's pass
         goes through the wrapper; if a pass leaves a head out, it needs find_unused_parameters=True.
@@ -81,6 +82,8 @@ class ReplayLearner:
         buffer of pairs that holds what terms compare with: of exemplars, or open for reading.
     ignore_index: a label that `loss_fn` leaves out; default: what `loss_fn` says, as cross entropy
         does. If all labels are this one, the loss is 0. Without one all samples count.
+    forward: a function of (model, x) that returns the outputs. None: a dict x is passed by name, a
+        tuple by position; the outputs are the result's `logits`, if it has that, else the result.
     max_outputs: width of stored logits, for a model that will get more outputs.
     seed: of the terms' random choices, the same on all ranks; draws follow from the buffer's seed.
     device: where batches go; default: where x is.
@@ -135,6 +138,7 @@ class ReplayLearner:
         buffer_batch_transform: Function | Literal[False] | None = None,
         store: bool = True,
         ignore_index: int | None = None,
+        forward: ForwardFunction | None = None,
         max_outputs: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -164,6 +168,7 @@ class ReplayLearner:
         self.ignore_index = (
             checks.ignored_by(loss_fn) if ignore_index is None else required("ignore_index", ignore_index, -(2**63), 2**63 - 1)
         )
+        self.forward = function_or_none("forward", forward)
         self.max_outputs = integer("max_outputs", max_outputs, 1, 2**30)
         self.seed = required("seed", seed, -(2**127), 2**127 - 1)
         self.device = device_named(device)
@@ -174,7 +179,8 @@ class ReplayLearner:
 
         self.steps = 0
         self.task: int | str | None = None
-        self.outputs = self.targets = torch.empty(0)
+        self.outputs: Any = torch.empty(0)
+        self.targets: Any = self.outputs
         self.losses: dict[str, float] = {}
         self.mask: Tensor | None = None
         self.pending: list[Batch] = []
@@ -183,12 +189,11 @@ class ReplayLearner:
         self._experiences = Experiences(buffer)
         self._statistics = Statistics()
         self._repeats: bool | None = None  # whether closures ask again; None: not known yet
-        self._ignored: int | None = None  # while all targets may be this label
         self._cross_entropy = loss_fn is torch.nn.functional.cross_entropy or isinstance(loss_fn, torch.nn.CrossEntropyLoss)
         self._labels = self._cross_entropy or mask_unused_classes or any(term.needs_labels for term in self.terms)
         for term in self.terms:
             term.attach(self)
-        self._first = "stream+replay" if any(term.weight is None for term in self.terms) else "stream"
+        self._losses = Losses(self, "stream+replay" if any(term.weight is None for term in self.terms) else "stream")
         self._with_modules = [term for term in self.terms if type(term).modules is not Term.modules]
         self._with_after_step = [term for term in self.terms if getattr(term.after_step, "__func__", None) is not Term.after_step]
         self._with_keep = [term for term in self.terms if type(term).keep is not Term.keep]
@@ -213,7 +218,7 @@ class ReplayLearner:
     def store(self, value: bool) -> None:
         self._intake.set_store(value)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x: Any, y: Any) -> Tensor:
         """The loss of a batch x (n, ...), y (n, ...) and its replay, for a backward pass.
 
         Queues a copy of the batch for `after_step`; several calls before that accumulate. Changes
@@ -234,15 +239,16 @@ class ReplayLearner:
         again = next((batch for batch in self.pending if batch.is_same(x, y)), None) if self.pending else None
         if again is None:
             inputs, targets, labels = prepare(self, x, y)
-            arrays = as_array(x, copy=True), as_array(y, copy=True)  # before the model can change them
-            given, draws = (x, y, versions(x, y)), draw(self, inputs, targets)
-            batch = Batch(*arrays, given, inputs, targets, labels, draws, kind, self.store, self._experiences.now)
+            pair = x, y
+            arrays = nests.each_leaf(copied_array, pair)  # before the model can change them
+            given, draws = (pair, versions(pair)), draw(self, inputs, targets)
+            batch = Batch(arrays, given, inputs, targets, labels, draws, kind, self.store, self._experiences.now)
         else:
             batch, self._repeats = again, True
         inputs = batch.inputs
         self._statistics.remember([self.module, *(module for term in self._with_modules for module in term.modules())])
         if self._repeats is not False:  # the model may work in place, and is to see the same again
-            inputs = inputs.clone()
+            inputs = nests.copied(inputs)
             for _, replay in batch.draws:
                 replay.shared = True
         try:
@@ -261,20 +267,21 @@ class ReplayLearner:
             self.pending.append(batch)
         return total
 
-    def _compute(self, batch: Batch, inputs: Tensor) -> tuple[Tensor, Any, Any, Any]:
+    def _compute(self, batch: Batch, inputs: Any) -> tuple[Tensor, Any, Any, Any]:
         """The loss, checked; what to store with the batch, what moves, which classes occurred."""
-        n, draws = inputs.shape[0], batch.draws
+        n, draws = batch.size, batch.draws
         joined = next((draw for draw in draws if draw[0].together), None)
         if joined is None:
-            all_y, run = batch.targets, forward(self.model, inputs, self.layers)
+            all_y, run = batch.targets, forward(self.model, inputs, self.layers, self.forward)
         else:
             replay = joined[1]
-            all_y = torch.cat([batch.targets, replay.y])
-            replay.joint = run = forward(self.model, torch.cat([inputs, replay.x]), self.layers)
-        outputs = run.outputs if joined is None else run.outputs.narrow(0, 0, n)
-        self.outputs, self.targets = outputs.detach(), batch.targets
-        if self._labels and not (inputs.is_cpu or inputs.is_meta):
-            checks.check_labels(self.outputs, batch.all_labels, self.ignore_index)  # a kernel would abort
+            all_y = nests.joined([batch.targets, replay.y])
+            replay.joint = run = forward(self.model, nests.joined([inputs, replay.x]), self.layers, self.forward)
+        outputs = run.outputs if joined is None else nests.part(run.outputs, 0, n)
+        self.outputs, self.targets = nests.each_leaf(Tensor.detach, outputs), batch.targets
+        if self._labels and nests.first(inputs).device.type not in ("cpu", "meta"):
+            # A kernel on a device would abort.
+            checks.check_labels(self.outputs, batch.all_labels, self.ignore_index)
         before = self.pending[-1].seen if self.pending else self._seen
         self.mask = classes_seen(self, run.outputs, batch, before) if self.mask_unused_classes else None
         stored = values_to_keep(self, self._with_keep, run.detached().part(0, n) if joined and self._with_keep else run)
@@ -283,7 +290,8 @@ class ReplayLearner:
             self._intake.check_names(stored)
 
         one_mean = joined is not None and joined[0].weight is None
-        total = self._total(run.outputs, all_y, draws, n) if one_mean else self._total(outputs, batch.targets, draws, n)
+        total = self._losses.total(*((run.outputs, all_y) if one_mean else (outputs, batch.targets)), draws, n)
+        self.losses = self._losses.values
         if self.model is not self.module:
             check_reach(self.model, run.outputs, total, self._task_begins)
             self._task_begins = False
@@ -291,48 +299,9 @@ class ReplayLearner:
             self._intake.check_values(batch, stored, self.pending)
         return total, stored, values_to_move(self, draws) if self.ema_memory_update_gamma < 1 else [], self.mask
 
-    def _total(self, outputs: Tensor, targets: Tensor, draws: Draws, n: int) -> Tensor:
-        """The whole loss. Raises LossError unless it is finite.
-
-        A mean over ignored labels only is NaN in torch. Only then is it computed once more, as 0.
-        """
-        try:
-            return self._weigh(outputs, targets, draws, n)
-        except LossError as error:
-            if self.ignore_index is None:
-                hint = "" if targets.is_floating_point() else "; if none of its labels counts, say which do not: ignore_index=..."
-                raise LossError(f"{error}{hint}") from None
-        self._ignored = self.ignore_index
-        try:
-            return self._weigh(outputs, targets, draws, n)
-        finally:
-            self._ignored = None
-
-    def _weigh(self, outputs: Tensor, targets: Tensor, draws: Draws, n: int) -> Tensor:
-        """The weighted sum of the losses, whose values go into `losses`."""
-        total = first = self.criterion(outputs, targets)
-        losses, weights = {self._first: first}, self.loss_weight
-        if weights != 1:
-            total = weights * first
-        for term, replay in draws:
-            if term.weight is not None:
-                losses[term.name] = value = term.loss(self, replay)
-                total, weights = total + (value if term.weight == 1 else term.weight * value), weights + term.weight
-        if self.loss_normalization and weights not in (0, 1):
-            total = total / weights
-        *values, self._loss = checks.finite(total, losses, self.steps, n, len(draws[0][1]) if draws else 0)
-        self.losses = dict(zip(losses, values, strict=True))
-        return total
-
-    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def criterion(self, outputs: Any, targets: Any) -> Tensor:
         """`loss_fn`, with unused classes masked if they are to be. It may change what it gets."""
-        if self._ignored is not None and bool(targets.eq(self._ignored).all()) and not bool(outputs.isnan().any()):
-            return outputs[:0].sum()  # 0, with a gradient
-        if self.mask is not None:
-            outputs = outputs.masked_fill(~self.mask, -math.inf)
-        if getattr(self.loss_fn, "__module__", None) not in _LEAVES_ARGUMENTS_ALONE:
-            outputs, targets = outputs.clone(), targets.clone()
-        return self.loss_fn(outputs, targets)
+        return self._losses.criterion(outputs, targets)
 
     def after_step(self, stepped: bool = True) -> None:
         """Write the queued batches and moved metadata, in one commit; then the terms update.
@@ -359,7 +328,7 @@ class ReplayLearner:
             for term in self._with_after_step:
                 term.after_step(self)
 
-    def step(self, x: Tensor, y: Tensor, scaler: Any = None) -> Step:
+    def step(self, x: Any, y: Any, scaler: Any = None) -> Step:
         """One training step on a batch x (n, ...), y (n, ...) of the stream. Raises as `loss` does.
 
         An optimizer that needs a closure (LBFGS, SAM) gets one; the first evaluation is returned
@@ -371,7 +340,7 @@ class ReplayLearner:
         queued = len(self.pending)
         try:
             self._evaluate(x, y, scaler)
-            made = Step(self._loss, self.losses, self.outputs, self.targets)
+            made = Step(self._losses.value, self.losses, self.outputs, self.targets)
             made.stepped = make_step(self.optimizer, partial(self._evaluate, x, y), scaler)
         except BaseException:
             del self.pending[queued:]
@@ -379,7 +348,7 @@ class ReplayLearner:
         self.after_step(made.stepped)
         return made
 
-    def _evaluate(self, x: Tensor, y: Tensor, scaler: Any = None) -> Tensor:
+    def _evaluate(self, x: Any, y: Any, scaler: Any = None) -> Tensor:
         """The loss of a batch, and its gradients, scaled if there is a scaler."""
         self.optimizer.zero_grad()
         loss = self.loss(x, y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,33 +13,34 @@ from torch import Tensor
 
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError
+from .. import nests
+from ..models import single
 from .forward import Forward, Replay
-from .term import Learner, Term
+from .term import Learner, Term, is_labels
 
 Draws = list[tuple[Term, Replay]]  # the terms that count, each with its draw
 Moved = tuple[Any, Any, dict[str, Tensor]]  # rows, positions, name -> values
-Versions = tuple[int, int]
+Versions = list[int]
 
 
 @dataclass(slots=True)
 class Batch:
     """A batch, what the model sees of it, and what will be written.
 
-    x, y: copies to be stored, because models, transforms and losses may work in place, and a loop
-    may fill one batch again and again. given: x and y as they came, and their versions; None if
-    this batch cannot come again. inputs, targets: x and y transformed, on the device. labels: the
-    targets before they went there. kind: shapes and dtypes of samples. offered: whether the samples
-    go to the buffer.
+    pair: copies of x and y to be stored, because models, transforms and losses may work in place,
+    and a loop may fill one batch again and again. given: x and y as they came, and their versions;
+    None if this batch cannot come again. inputs, targets: x and y transformed, on the device. All
+    of them are nests. labels: the targets before they went there. kind: shapes and dtypes of
+    samples. offered: whether the samples go to the buffer.
     experience: the task's number. stored, moved, seen: what the pass gave: metadata of the batch,
     new metadata of drawn samples, the classes that occurred up to here (with masks).
     """
 
-    x: Any
-    y: Any
-    given: tuple[Tensor, Tensor, Versions] | None
-    inputs: Tensor
-    targets: Tensor
-    labels: Tensor
+    pair: tuple[Any, Any]
+    given: tuple[Any, Versions] | None
+    inputs: Any
+    targets: Any
+    labels: Any
     draws: Draws
     kind: Any
     offered: bool
@@ -48,16 +50,23 @@ class Batch:
     seen: Tensor | None = None
 
     @property
-    def all_labels(self) -> list[tuple[str, Tensor]]:
+    def size(self) -> int:
+        """How many samples."""
+        return len(nests.leaves(self.pair)[0])
+
+    @property
+    def all_labels(self) -> list[tuple[str, Any]]:
         """(whose, labels) of the batch and its draws, where reading does not wait for a device."""
         return [("batch", self.labels), *(("replayed samples", replay.labels) for _, replay in self.draws)]
 
-    def is_same(self, x: Tensor, y: Tensor) -> bool:
+    def is_same(self, x: Any, y: Any) -> bool:
         """Whether x and y are this batch: the same memory, not written to since."""
-        if self.given is None or versions(x, y) != self.given[2]:
+        pair = x, y
+        if self.given is None or versions(pair) != self.given[1] or nests.kind(pair) != nests.kind(self.given[0]):
             return False
-        same_memory = _same_memory(x, self.given[0]) and _same_memory(y, self.given[1])
-        return same_memory and _equal(self.x, x) and _equal(self.y, y)  # NumPy counts no writes
+        same_memory = all(nests.leaves(nests.each_leaf(_same_memory, pair, self.given[0])))
+        # NumPy counts no writes.
+        return same_memory and all(nests.leaves(nests.each_leaf(_equal, self.pair, pair)))
 
 
 def values_to_keep(learner: Learner, terms: Sequence[Term], stream: Forward) -> dict[str, Tensor]:
@@ -83,9 +92,10 @@ def values_to_move(learner: Learner, draws: Draws) -> list[Moved]:
     return moved
 
 
-def classes_seen(learner: Learner, outputs: Tensor, batch: Batch, before: Tensor | None) -> Tensor:
+def classes_seen(learner: Learner, outputs: Any, batch: Batch, before: Tensor | None) -> Tensor:
     """Which classes occurred up to and with this batch, (outputs,) bool."""
-    if outputs.ndim != 2 or batch.targets.ndim != 1 or batch.targets.is_floating_point():
+    outputs = single(outputs, "mask_unused_classes")
+    if outputs.ndim != 2 or not is_labels(batch.targets):
         raise ArgumentError(f"mask_unused_classes needs outputs (n, classes) and integer labels (n,), got {tuple(outputs.shape)}")
     classes = outputs.shape[1]
     seen = torch.zeros(classes + 1, dtype=torch.bool, device=outputs.device)  # the last: ignored
@@ -114,15 +124,15 @@ def write(buffer: DataBuffer, batches: Sequence[Batch]) -> None:
         return
     first = batches[0]
     if len(batches) == 1:
-        x, y, stored = first.x, first.y, first.stored
+        pair, stored = first.pair, first.stored
     else:
-        x, y = (torch.cat([torch.as_tensor(part) for part in parts]) for parts in zip(*((b.x, b.y) for b in batches), strict=True))
+        pair = nests.joined([batch.pair for batch in batches])
         stored = {name: torch.cat([batch.stored[name] for batch in batches]) for name in first.stored}
     metadata = {name: as_array(value) for name, value in stored.items()} or None
     options: dict[str, Any] = {}
     if first.experience is not None:
-        options["experience"] = np.repeat([int(b.experience or 0) for b in batches], [b.x.shape[0] for b in batches])
-    buffer.add((x, y), metadata=metadata, moved=moved, **options)
+        options["experience"] = np.repeat([int(b.experience or 0) for b in batches], [b.size for b in batches])
+    buffer.add(pair, metadata=metadata, moved=moved, **options)
 
 
 def unwritten(batches: Sequence[Batch], arrived: int) -> list[Batch]:
@@ -132,33 +142,39 @@ def unwritten(batches: Sequence[Batch], arrived: int) -> list[Batch]:
     """
     left, some = [], arrived > 0
     for batch in batches:
-        skip = min(arrived, batch.x.shape[0]) if batch.offered else 0
+        skip = min(arrived, batch.size) if batch.offered else 0
         arrived -= skip
-        if skip < batch.x.shape[0] and (batch.offered or not some):
+        if skip < batch.size and (batch.offered or not some):
             stored = {name: value[skip:] for name, value in batch.stored.items()}
             moved = [] if some else batch.moved
-            left.append(replace(batch, x=batch.x[skip:], y=batch.y[skip:], stored=stored, moved=moved, given=None, draws=[]))
+            pair = nests.each_leaf(operator.itemgetter(slice(skip, None)), batch.pair)
+            left.append(replace(batch, pair=pair, stored=stored, moved=moved, given=None, draws=[]))
     return left
 
 
-def versions(x: Tensor, y: Tensor) -> Versions:
+def versions(nest: Any) -> Versions:
     """How often each was written to in place; tensors of inference mode do not count that."""
     try:
-        return x._version, y._version
+        return [leaf._version for leaf in nests.leaves(nest)]
     except RuntimeError:
-        return 0, 0
+        return []
 
 
-def as_array(tensor: Tensor, copy: bool = False) -> Any:
-    """The tensor's array, which the buffer takes faster; else the tensor, detached if it is a copy.
+def as_array(tensor: Tensor) -> Any:
+    """The tensor's array, which the buffer takes faster; else the tensor.
 
     A tensor on a GPU has none: there the buffer copies only the samples that it keeps.
     """
     try:
-        array = tensor.numpy()
+        return tensor.numpy()
     except (RuntimeError, TypeError):
-        return tensor.detach().clone() if copy else tensor
-    return array.copy() if copy else array
+        return tensor
+
+
+def copied_array(tensor: Tensor) -> Any:
+    """A copy of the tensor, as an array if it has one."""
+    array = as_array(tensor)
+    return array.copy() if array is not tensor else tensor.detach().clone()
 
 
 def _equal(held: Any, tensor: Tensor) -> bool:

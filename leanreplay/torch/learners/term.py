@@ -14,6 +14,7 @@ from ...arguments import number
 from ...buffers.base import DataBuffer
 from ...errors import ArgumentError
 from ...keys import key_pair
+from ..models import ForwardFunction
 from .forward import Forward, Replay
 
 
@@ -21,13 +22,16 @@ class Learner(Protocol):
     """What terms, and the parts of a `ReplayLearner`, see of it. Its docstring has the parameters.
 
     layers: names of all layers that its terms ask for. mask: during a `loss`, (outputs,) bool: the
-    classes that occurred so far; None without `mask_unused_classes`. outputs: of the last `loss`.
-    steps: how many the optimizer made.
+    classes that occurred so far; None without `mask_unused_classes`. outputs: of the last `loss`,
+    a tensor or a nest of tensors. steps: how many the optimizer made.
     """
 
     model: Module
     buffer: DataBuffer
     terms: list[Term]
+    loss_fn: Any
+    loss_weight: float
+    loss_normalization: bool
     replay_batch_size: int
     ema_memory_update_gamma: float
     transform: Any
@@ -42,14 +46,15 @@ class Learner(Protocol):
     device: torch.device | None
     layers: tuple[str, ...]
     mask: Tensor | None
-    outputs: Tensor
+    outputs: Any
+    forward: ForwardFunction | None
     steps: int
 
     @property
     def module(self) -> Module:
         """The model, without a DistributedDataParallel around it."""
 
-    def criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def criterion(self, outputs: Any, targets: Any) -> Tensor:
         """`loss_fn`, with the outputs of unused classes masked."""
 
 
@@ -142,6 +147,11 @@ def mean_square(outputs: Tensor, targets: Tensor, valid: Tensor | None = None) -
         return mse_loss(outputs, targets)
     valid = valid.expand_as(outputs)
     return torch.where(valid, outputs - targets, 0).square().sum() / valid.sum().clamp(min=1)
+
+
+def is_labels(y: Any) -> bool:
+    """Whether these are integers (n,), one tensor."""
+    return isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point()
 
 
 def random_bits(purpose: str, seed: int, step: int) -> int:

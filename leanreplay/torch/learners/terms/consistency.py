@@ -14,8 +14,10 @@ from torch.nn.modules import batchnorm
 
 from ....arguments import fraction
 from ....errors import ArgumentError, StateError
+from ...models import single
+from ...nests import copied, described
 from ..forward import Replay, check_initialized, forward
-from ..term import Learner, Term, mean_square, random_bits
+from ..term import Learner, Term, is_labels, mean_square, random_bits
 
 
 class Consistency(Term):
@@ -71,10 +73,11 @@ class Consistency(Term):
         return self.copies.values()
 
     def loss(self, learner: Learner, replay: Replay) -> Tensor:
-        if replay.y.ndim != 1 or replay.y.is_floating_point() or replay.outputs.ndim != 2:
+        outputs = single(replay.outputs, f"the term {self.name!r}")
+        if not is_labels(replay.y) or outputs.ndim != 2:
             raise ArgumentError(
-                f"the term {self.name!r} needs outputs (n, classes) and integer labels (n,), got {tuple(replay.outputs.shape)} and "
-                f"{replay.y.dtype} of {tuple(replay.y.shape)}"
+                f"the term {self.name!r} needs outputs (n, classes) and integer labels (n,), got {tuple(outputs.shape)} and "
+                f"{described(replay.y)}"
             )
         self._follow(learner.module)
         labelled, true = None, replay.y.long()
@@ -86,14 +89,15 @@ class Consistency(Term):
             for which, model in self.copies.items():
                 if not model.training:  # after an evaluation
                     model.train()
-                logits[which] = z = forward(model, replay.x.clone()).outputs  # it may work in place
+                # A copy, because the model may work in place.
+                logits[which] = z = forward(model, copied(replay.x), (), learner.forward).outputs
                 z = z if learner.mask is None else z.masked_fill(~learner.mask, -math.inf)
                 probability[which] = z.softmax(1).gather(1, true[:, None])
             stable = probability["stable"] > probability["plastic"]
             if labelled is not None:
                 stable &= labelled[:, None]
             target = torch.where(stable, logits["stable"], logits["plastic"])
-        return mean_square(replay.outputs, target, learner.mask)
+        return mean_square(outputs, target, learner.mask)
 
     def after_step(self, learner: Learner) -> None:
         self._follow(learner.module)

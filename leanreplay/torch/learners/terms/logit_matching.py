@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ....errors import ArgumentError
+from ...models import single
 from ..forward import Forward, Replay
 from ..term import Learner, Term, mean_square
 
@@ -29,7 +30,7 @@ class LogitMatching(Term):
         super().__init__(name, weight, draw)
 
     def keep(self, learner: Learner, stream: Forward) -> dict[str, Tensor]:
-        outputs = stream.outputs.detach().float()
+        outputs = single(stream.outputs, f"the term {self.name!r}").detach().float()
         if learner.max_outputs is None:
             return {"logits": outputs}
         if outputs.ndim != 2 or outputs.shape[1] > learner.max_outputs:
@@ -49,7 +50,7 @@ class LogitMatching(Term):
         return {"logits": moved}
 
     def loss(self, learner: Learner, replay: Replay) -> Tensor:
-        outputs, stored, valid = replay.outputs, replay.stored("logits"), None
+        outputs, stored, valid = single(replay.outputs, f"the term {self.name!r}"), replay.stored("logits"), None
         if learner.max_outputs is not None:
             stored = stored[:, : outputs.shape[1]]
             valid = _columns(outputs.shape[1], replay.stored("logits_width"))
