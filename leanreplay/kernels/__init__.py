@@ -6,8 +6,15 @@ those made by `helper`, `reordered` and `inlined`.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
+import logging
 import os
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -53,8 +60,9 @@ def inlined(function: Any) -> Any:
 def compile_kernel(function: Any) -> Any:
     """Make a kernel, or from a helper a kernel of its own. Its first call compiles it.
 
-    Kernels run without the interpreter's lock, divide as NumPy does, and are cached on disk. Where
-    a cache cannot be had, kernels work without.
+    Kernels run without the interpreter's lock, divide as NumPy does, and are cached on disk: beside
+    the library, or if that folder cannot be written, in the user's folder of caches. Where none can
+    be had, kernels work without.
     """
     function = getattr(function, "py_func", function)
     try:
@@ -62,10 +70,44 @@ def compile_kernel(function: Any) -> Any:
         if hasattr(kernel, "_cache"):  # private; and with NUMBA_DISABLE_JIT there is none
             _watch_folder(kernel._cache)
             kernel._cache = _Cache(kernel._cache)
-        return kernel
     except (RuntimeError, OSError, ValueError) as error:  # no folder for a cache can be written
         _warn(error)
-        return numba.njit(**_OPTIONS)(function)
+        kernel = numba.njit(**_OPTIONS)(function)
+    compiler: Any = getattr(kernel, "_compiler", None)
+    if hasattr(compiler, "compile"):  # private
+        compiler.compile = functools.partial(compile_aloud, compiler.compile)
+    return kernel
+
+
+PATIENCE = 1.0  # seconds that kernels compile without a word
+_LOG = logging.getLogger("leanreplay")
+spent: list[float] = []  # seconds that each kernel took
+
+
+def compile_aloud(compile_it: Callable[..., Any], *arguments: Any) -> Any:
+    """Compile a kernel, under Numba's lock. If it takes long, one line on the log says so.
+
+    Python's garbage collector, which finds nothing but would take a tenth of the time, waits.
+    """
+    start, collects = time.monotonic(), gc.isenabled()
+    timer = threading.Timer(max(0.0, PATIENCE - sum(spent)), tell)
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # no thread can start
+        timer.start()
+    gc.disable()
+    try:
+        return compile_it(*arguments)
+    finally:
+        if collects:
+            gc.enable()
+        timer.cancel()
+        spent.append(time.monotonic() - start)
+
+
+@functools.cache
+def tell() -> None:
+    """Say that kernels are being compiled, once in a process."""
+    _LOG.warning("compiling kernels for this processor: this takes some seconds, once; they are kept in Numba's cache")
 
 
 def _stamp_of(folder: str) -> tuple[tuple[str, int, int], ...]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
+import logging
 import os
 import pathlib
 import shutil
+import sys
+import threading
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +31,7 @@ def make(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     source.write_text("def double(a):\n    return 2 * a[0]\n")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels, "_warned", [])
+    monkeypatch.setitem(sys.modules, "source", types.ModuleType("source"))  # which Numba imports when it loads a kernel
 
     def made() -> Any:
         space: dict[str, Any] = {"__name__": "source"}
@@ -120,6 +126,47 @@ def test_damaged_files(ending: str, damage: str, make: Callable[[], Any], tmp_pa
         again = make()
         assert call(again) == []
         assert sum(again.stats.cache_hits.values()) == 1
+
+
+def test_a_package_that_cannot_be_written(make: Callable[[], Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the source takes no cache: the user's folder of caches does, without a word."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "__pycache__").touch()  # so that no folder can be made of this name, by root neither
+    assert call(make()) == []
+    again = make()
+    assert call(again) == []
+    assert sum(again.stats.cache_hits.values()) == 1
+    assert again.stats.cache_path.startswith(str(tmp_path / "home"))
+
+
+def test_compiling_for_long_is_told_once(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it lasts, not afterwards; what is quick is not told. The garbage collector rests meanwhile."""
+    told, lines = threading.Event(), []
+
+    def note(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        told.set()
+        return True
+
+    def slow() -> int:
+        assert not gc.isenabled() and told.wait(60)
+        return 1
+
+    monkeypatch.setattr(kernels, "spent", [])
+    kernels.tell.cache_clear()
+    logging.getLogger("leanreplay").addFilter(note)
+    try:
+        monkeypatch.setattr(kernels, "PATIENCE", 60)
+        assert call(make()) == []
+        assert len(kernels.spent) == 1 and lines == [] and gc.isenabled()
+        monkeypatch.setattr(kernels, "PATIENCE", 0)
+        assert kernels.compile_aloud(slow) == kernels.compile_aloud(slow) == 1
+        assert gc.isenabled()
+    finally:
+        logging.getLogger("leanreplay").removeFilter(note)
+    (line,) = lines
+    assert "compiling kernels" in line
 
 
 def test_no_cache_at_all(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
