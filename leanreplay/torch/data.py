@@ -23,22 +23,28 @@ Function = Callable[[Any], Any]
 
 
 class BufferDataset(Dataset[Any]):
-    """A buffer as a map-style Dataset: item i is the i-th sample, or (sample, metadata), as tensors and numbers.
+    """A buffer as a map-style Dataset: item i is the i-th sample, as tensors and numbers.
 
-    Works in a DataLoader with any number of workers, forked or spawned; they read the file (or shared memory) themselves and
-    see what was committed in the meantime. Fixed-width bytes stay NumPy's; arrays of them need a `collate_fn` of your own.
-    The buffer's own transforms get tensors. batch_transform: then, of the x of all samples that are read together, (n, ...): a batch of
-    the DataLoader's (without a pair: of the whole batch). Each sample gets its entry of the result.
-    With workers, a buffer in memory needs its first batch, or a schema, before they start; an InfiniteBuffer in memory can only be
-    forked, and its workers see the parts that were there then.
+    metadata: items are (sample, metadata).
+    batch_transform: called with the x of all samples that are read together, (n, ...): of a batch
+        of the DataLoader (without a pair: with the whole batch), after the buffer's own transforms,
+        which get tensors. Each sample gets its entry of the result.
 
-    The buffer may change while a DataLoader goes through it. An epoch has as many items as the buffer had when it began, and each is
-    what the buffer holds when it is read: item i of the live samples in the order of rows. Where there are fewer by then (a new class
-    takes rows of a balanced buffer, a rollback, a smaller `resize`), indices up to the largest length that this dataset told are
-    answered by other live samples, each a uniform draw that follows from (seed, stream, seen, index). So with shuffle=True every item
-    is uniform over what is there, while some samples come twice in such an epoch and others not. A buffer without any sample left is a
-    RowError, and so is an index beyond. With workers, which read ahead, the moment of reading depends on their speed. `buffer[i]`
-    itself knows the present samples only.
+    It works in a DataLoader with any number of workers, forked or spawned. They read the file (or
+    shared memory) themselves, and see what was committed in the meantime. With workers, a buffer in
+    memory needs its first batch, or a schema, before they start. An InfiniteBuffer in memory can
+    only be forked, and its workers see the parts that were there then. Fixed-width bytes stay
+    NumPy's; arrays of them need a `collate_fn` of your own.
+
+    The buffer may change while a DataLoader goes through it. An epoch has as many items as the
+    buffer had when it began. Each is what the buffer holds when it is read: item i of the live
+    samples in the order of rows. Where there are fewer by then (a new class takes rows of a balanced
+    buffer, a rollback, a smaller `resize`), indices up to the largest length that this dataset told
+    are answered by other live samples, each a uniform draw that follows from (seed, stream, seen,
+    index). So with shuffle=True every item is uniform over what is there, while some samples come
+    twice in such an epoch and others not. With workers, which read ahead, the moment of reading
+    depends on their speed. A buffer without any sample left is a RowError, and so is an index
+    beyond. `buffer[i]` itself knows the present samples only.
 
     >>> import numpy as np
     >>> from torch.utils.data import DataLoader
@@ -88,9 +94,10 @@ def sample(
     *,
     batch_transform: Function | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """`buffer.sample(n, replace)` with tensors in place of arrays, moved to `device`. On the CPU nothing is copied once more.
+    """`buffer.sample(n, replace)` with tensors in place of arrays, moved to `device`.
 
-    The buffer's own transforms get tensors. batch_transform: then, of x, (n, ...), on the device (without a pair: of the whole batch).
+    On the CPU nothing is copied once more. The buffer's own transforms get tensors.
+    batch_transform: then called with x, (n, ...), on the device (without a pair: the whole batch).
 
     >>> import numpy as np
     >>> import leanreplay.torch
@@ -101,7 +108,7 @@ def sample(
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
     function_or_none("batch_transform", batch_transform)
-    batch, meta = buffer.view.sample(n, Draw.of(replace), convert=to_torch)  # type: ignore[misc]  # it is None for `at_most` only
+    batch, meta = buffer.view.sample(n, Draw.of(replace), convert=to_torch)  # type: ignore[misc]  # None is for `at_most` only
     bits = _bfloat16(buffer)
     batch = to_torch(batch, bits, device)
     if batch_transform is not None:
@@ -192,7 +199,9 @@ def bfloat16_fields(schema: Schema) -> frozenset[str]:
 
 
 def to_torch(value: Any, bits: frozenset[str], device: torch.device | str | None = None, path: str = "data") -> Any:
-    """Arrays in any nesting as tensors that share their memory; what a transform made of a sample may be anything, and stays.
+    """Arrays in any nesting as tensors that share their memory.
+
+    What a transform made of a sample may be anything, and stays.
 
     bits: paths of arrays that hold bfloat16.
     """

@@ -80,7 +80,7 @@ class Intake:
                     self.jobs.begin(sample)
 
     def receive(self, wait: bool) -> bool:
-        """Take the result of a job, if one is done or `wait` says so. Tell whether there was one."""
+        """Take the result of a job, if one is done or `wait` says so; whether there was one."""
         with self.times.measured("waiting") if wait else contextlib.nullcontext():
             job = self.jobs.next_done(wait)
         if job is None:

@@ -162,7 +162,8 @@ class AsyncReservoir:
         """Begin loading now, not with the first epoch: queue jobs, up to `max_jobs_at_once`.
 
         >>> from leanreplay.torch import AsyncReservoir
-        >>> with AsyncReservoir(range(9), abs, 5, max_jobs_at_once=3, executor="thread") as reservoir:
+        >>> options = {"max_jobs_at_once": 3, "executor": "thread"}
+        >>> with AsyncReservoir(range(9), abs, 5, **options) as reservoir:
         ...     reservoir.start()
         ...     reservoir.queued()
         [0, 1, 2]
@@ -366,9 +367,9 @@ class AsyncReservoir:
         """Make a new reservoir over the samples whose `sample[uids_name]` is in uids.
 
         They come in the order of the uids, samples of one uid in the order of the source; if uids
-        is a set, all do. It reads the whole source (not the function), unless that has a `subsample_uids(uids,
-        uids_name)` of its own. uids that no sample has are ignored, but ArgumentError if none has
-        any. new_sampler: in place of `sampler`. Otherwise as `subsample`.
+        is a set, all do. It reads the whole source (not the function), unless that has a
+        `subsample_uids(uids, uids_name)` of its own. uids that no sample has are ignored, but
+        ArgumentError if none has any. new_sampler: in place of `sampler`. Otherwise as `subsample`.
 
         >>> from leanreplay.torch import AsyncReservoir
         >>> cases = AsyncReservoir([{"uid": i} for i in range(100)], dict, 10, executor="thread")
