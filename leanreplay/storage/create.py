@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import signal
+import sys
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ import numpy as np
 from ..arrays import BytesLike
 from ..errors import ArgumentError
 from ..samples.schema import Schema
-from .layout import PAGE, TABLE_AT, Json, Layout, round_up, user_block_size
+from .layout import FORMAT_VERSION, PAGE, TABLE_AT, Json, Layout, round_up, user_block_size
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -121,7 +125,8 @@ def plan_file(
     spare = 8192 + 100 * len(fields)  # for the offsets, which are known only once HDF5 has placed them
     layout = replace(layout, user_block=user_block_size(len(layout.encode()) - TABLE_AT + spare))
     memory = _Sparse()
-    offsets = _write_structure(memory, layout)
+    with _ctrl_c_later():
+        offsets = _write_structure(memory, layout)
     layout = replace(
         layout,
         columns=tuple((at, size) for at, (_, size) in zip(offsets, layout.columns, strict=False)),
@@ -176,6 +181,34 @@ def hash_structure(read: Callable[[int, int], BytesLike], layout: Layout) -> str
     return h.hexdigest()
 
 
+@contextlib.contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a block, in which HDF5 calls Python: there a KeyboardInterrupt
+    would become another error of HDF5's, such as AttributeError."""
+    before, came = signal.getsignal(signal.SIGINT), []
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield  # no KeyboardInterrupt comes
+        return
+    try:
+        signal.signal(signal.SIGINT, lambda *now: came.append(now))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[0])
+
+
+def _attributes(layout: Layout) -> Json:
+    """What the file says of itself to HDF5 tools. The library does not read it."""
+    return {
+        "class": layout.kind,
+        "seed": layout.seed if -(2**63) <= layout.seed < 2**63 else str(layout.seed),
+        "stream": layout.stream,
+        "leanreplay_version": sys.modules["leanreplay"].__version__,
+        "format": f"version {FORMAT_VERSION}, described in leanreplay/storage/layout.py; a row is live if its index/position is not -1",
+    }
+
+
 def _write_structure(memory: _Sparse, layout: Layout) -> list[int]:
     """Let h5py write the structure. Returns byte offsets of all columns, the journal, the log."""
     import h5py
@@ -188,6 +221,7 @@ def _write_structure(memory: _Sparse, layout: Layout) -> list[int]:
     if layout.log[1]:
         wanted.append(("index/log", (layout.log[1], 2), np.int64))
     with h5py.File(memory, "w", userblock_size=layout.user_block, alignment_threshold=1, alignment_interval=PAGE) as file:
+        file.attrs.update(_attributes(layout))
         offsets = []
         create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         create.set_layout(h5py.h5d.CONTIGUOUS)

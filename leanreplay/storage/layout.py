@@ -17,6 +17,9 @@
         journal                  uint8: a seal, row numbers, undo records, then 3 words for each
         freed row: row, position, group
 
+The root group's attributes (class, seed, stream, leanreplay_version, format) tell people with HDF5
+tools what the file is. They are written once, and never read here: the table counts.
+
 A block (header, seal) is uint64 words, the last of which is the hash of the others, so it is valid
 as a whole or not. A commit of sequence number q writes the journal (old bytes of the rows it
 changes, sealed with q), the rows, then the header q. A valid journal newer than the header is

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -93,6 +94,51 @@ def test_the_usual_pair(tmp_path):
         buffer.add(np.arange(3.0))
         with h5py.File(tmp_path / "bare.h5", "r") as file:
             assert file["data"][:].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("seed", [7, 2**100])
+def test_attributes_say_what_the_file_is(seed, tmp_path):
+    """G5: class, seed, release, and where the format is described; of rewritten files and of parts too. Nothing depends on them."""
+    path = tmp_path / "replay.h5"
+    wanted = {"class": "ReservoirBuffer", "seed": seed if seed == 7 else str(seed), "stream": 2, "leanreplay_version": lr.__version__}
+    with lr.ReservoirBuffer(10, path, seed=seed, stream=2) as buffer:
+        buffer.add(np.arange(10.0))
+        for change in (lambda: None, lambda: buffer.resize(8), lambda: buffer.set_metadata("z", np.arange(8))):
+            change()
+            with h5py.File(path, "r") as file:
+                found = dict(file.attrs)
+                assert "leanreplay/storage/layout.py" in found.pop("format")
+                assert found == wanted
+        assert buffer.check() == []
+    with h5py.File(path, "r+") as file:
+        for name in wanted:
+            del file.attrs[name]
+    with lr.open(path, mode="r+") as buffer:
+        assert (buffer.seed, buffer.stream, len(buffer)) == (seed, 2, 8)
+    with lr.InfiniteBuffer(tmp_path / "parts", rows_per_part=4) as buffer:
+        buffer.add(np.arange(5.0))
+    with h5py.File(tmp_path / "parts" / "part-000001.h5", "r") as file:
+        assert file.attrs["class"] == "InfiniteBuffer"
+
+
+def test_ctrl_c_within_hdf5(tmp_path, monkeypatch):
+    """G6: a KeyboardInterrupt while HDF5 writes the structure stays one; it ended as AttributeError. No file appears."""
+    original = h5py.File
+
+    def interrupted(memory, *args, **options):
+        write = type(memory).write
+        monkeypatch.setattr(type(memory), "write", lambda self, data: (signal.raise_signal(signal.SIGINT), write(self, data))[1])
+        return original(memory, *args, **options)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with lr.ReservoirBuffer(10, tmp_path / "replay.h5") as buffer:
+        monkeypatch.setattr(h5py, "File", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            buffer.add(np.arange(10.0))
+        monkeypatch.undo()
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert os.listdir(tmp_path) == ["replay.h5.lock"]
+        buffer.add(np.arange(10.0))
 
 
 READER = """
