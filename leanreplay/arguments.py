@@ -75,7 +75,7 @@ def required_function(name: str, value: Any, wanted: str = "a function") -> Any:
     return value
 
 
-def instance(value: Any, kind: type, rule: str) -> None:
+def instance(value: Any, kind: type | tuple[type, ...], rule: str) -> None:
     """Raise ArgumentError unless `value` is of a class. rule: the first half of the message."""
     if not isinstance(value, kind):
         raise ArgumentError(f"{rule}, got {type(value).__name__}")
@@ -161,12 +161,15 @@ def plain_array(values: Any, name: str, wrong: type[LeanReplayError] = SchemaErr
 
 
 def integers(values: Any, n: int, name: str) -> Ints:
-    """Return n integers, or one integer n times, as int64. Raises SchemaError for anything else."""
+    """Return n integers, (n,) or (n, 1), or one integer n times, as int64. Raises SchemaError for
+    anything else."""
     if type(values) is int and -(2**63) <= values < 2**63:
         return np.full(n, values, np.int64)
     if type(values) is np.ndarray and values.dtype == np.int64 and values.shape == (n,):
         return values
     array = plain_array(values, name)
+    if array.shape == (n, 1):
+        array = array[:, 0]
     if array.shape != (n,) or (array.dtype.kind not in "iub" and n):
         raise SchemaError(f"{name}: expected {n} integers, got {array.dtype} of shape {array.shape}")
     if array.dtype == np.uint64 and n and array.max() >= 2**63:

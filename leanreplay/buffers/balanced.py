@@ -3,17 +3,15 @@ are grouped by."""
 
 from __future__ import annotations
 
-import functools
-import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..arguments import integer, required
-from ..arrays import NO_ROWS, Ints
-from ..errors import ArgumentError, GroupError, RowError
+from ..arrays import Ints
+from ..errors import ArgumentError
 from ..policies.balanced import (
     BalancedPolicy,
     ClassBalancedPolicy,
@@ -21,10 +19,10 @@ from ..policies.balanced import (
     ExperienceBalancedPolicy,
 )
 from ..policies.quotas import QuotaPolicy, group_quotas
-from ..storage.store import Store
 from .base import DataBuffer
 from .feeding import Moved
-from .reading import Array, Reach, Read, parse_indices
+from .tag import Experience
+from .values import Array
 
 
 class BalancedBuffer(DataBuffer):
@@ -32,8 +30,6 @@ class BalancedBuffer(DataBuffer):
     parameters."""
 
     policy_class: ClassVar[type[QuotaPolicy]] = BalancedPolicy
-    _rows_by_group: tuple[Store, int, dict[int, Ints]] | None = None
-    _sizes_by_group: tuple[Store, int, dict[int, int]] | None = None
 
     def _given(self, total: object, **flags: object) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or
@@ -44,27 +40,6 @@ class BalancedBuffer(DataBuffer):
             if value is not None and not isinstance(value, (bool, np.bool_)):
                 raise ArgumentError(f"{name} must be True or False, got {value!r:.200}")
             self._params[name] = None if value is None else bool(value)
-
-    def items_of_group(self, group: int, indices: Sequence[int], reach: int) -> list[Read]:
-        """The samples at these places in the rows of a group. reach: as of `parse_indices`."""
-        with self.lock:
-            for _ in range(100):
-                rows = self._rows_of_group(group)
-                store = self.current.reading()
-                size = rows.shape[0]
-                chosen = rows[parse_indices(indices, size, reach, functools.partial(self.draws.stand_in, store, size))]
-                if not chosen.shape[0]:
-                    return []
-                try:
-                    arrays, index = store.read(chosen)
-                except RowError:
-                    if store.writable:
-                        raise
-                    continue
-                if store.writable or (index[1] == group).all():
-                    return self.view.items(store.layout.schema, arrays, index, chosen)
-                self._rows_by_group = None  # a reader: the row has gone to another group since
-            raise RowError(f"{self.path}: the rows of group {group} keep changing while they are read")
 
     @property
     def adaptive_size(self) -> bool:
@@ -87,62 +62,6 @@ class BalancedBuffer(DataBuffer):
             raise ArgumentError(f"{n} groups, but this buffer is for a total of {total}")
         return [self.max_size // total] * n
 
-    def _by_group(self) -> tuple[Store, dict[int, Ints]]:
-        """The store, and the rows of each group that was ever seen, in order of id. Worked out once
-        per commit, O(rows log rows)."""
-        store = self.current.reading()
-        for _ in range(100):
-            known_of = self._rows_by_group
-            if known_of is not None and known_of[0] is store and known_of[1] == store.sequence:
-                return store, known_of[2]
-            if store.writable:
-                store.verify_index()
-            sequence, log = store.sequence, store.policy_log()
-            positions, groups = store.snapshot(slice(0, store.high))
-            live = np.flatnonzero(positions >= 0)
-            order = np.argsort(groups[live], kind="stable")
-            found, starts = np.unique(groups[live[order]], return_index=True)
-            known = np.union1d(log[log[:, 0] == 0, 1], found)
-            rows = dict.fromkeys(known.tolist(), NO_ROWS)
-            rows |= dict(zip(found.tolist(), np.split(live[order], starts[1:]), strict=False))
-            if store.sequence == sequence:  # else a reader met a commit: what is found is right, but of which state?
-                self._rows_by_group = (store, sequence, rows)
-                return store, rows
-        raise RowError(f"{self.path or 'this buffer'} changes faster than its groups can be read; try again")
-
-    def group_sizes(self) -> dict[int, int]:
-        """Rows that each group holds, by id: all groups seen so far, those without a row too."""
-        with self.lock:
-            store, known = self.current.reading(), self._sizes_by_group
-            if known is not None and known[0] is store and known[1] == store.sequence:
-                return known[2].copy()
-            if store.writable:
-                store.verify_index()
-            for _ in range(100):
-                sequence, log = store.sequence, store.policy_log()
-                sizes = dict.fromkeys(log[log[:, 0] == 0, 1].tolist(), 0)
-                for _, positions, groups in store.pieces():
-                    for g, count in zip(*map(np.ndarray.tolist, np.unique(groups[positions >= 0], return_counts=True)), strict=True):
-                        sizes[g] = sizes.get(g, 0) + count
-                if store.sequence == sequence:
-                    sizes = dict(sorted(sizes.items()))
-                    self._sizes_by_group = (store, sequence, sizes)
-                    return sizes.copy()
-            raise RowError(f"{self.path or 'this buffer'} changes faster than its groups can be read; try again")
-
-    def group_rows(self, group: int) -> Ints:
-        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`.
-        GroupError for one never seen."""
-        with self.lock:
-            return self._rows_of_group(group).copy()
-
-    def _rows_of_group(self, group: int) -> Ints:
-        rows = self._by_group()[1]
-        try:
-            return rows[operator.index(group)]
-        except (KeyError, TypeError):
-            raise GroupError(f"no group {group!r:.200}; this buffer has seen {len(rows)}: {list(rows)[:10]}") from None
-
     def experience_number(self, given: object, at: object, step: int) -> int | Array:
         """The number of an experience: given, or `step` beyond the largest seen. An array, one for
         each sample, is `_groups`' concern."""
@@ -155,82 +74,11 @@ class BalancedBuffer(DataBuffer):
             raise ArgumentError("with at= say which experience the samples are of: experience=...; the number may have moved on")
         store = self.current.reading()
         log = store.policy_log()
-        seen = log[log[:, 0] == 0, 1]  # the rows need not be looked at, which would take memory for each of them
+        seen = log[log[:, 0] == 0, 1]  # without a look at the rows, which would take memory for each
         newest = int(seen.max()) + step if seen.shape[0] else 0
         if newest >= 2**63:
             raise ArgumentError(f"experience {newest} does not fit into int64; give the number: experience=...")
         return newest
-
-    @property
-    def groups(self) -> Groups:
-        """The groups as a mapping of id -> map-style dataset, a live view.
-
-        >>> import numpy as np
-        >>> from leanreplay import ClassBalancedBuffer
-        >>> buffer = ClassBalancedBuffer(10)
-        >>> buffer.add((np.arange(20.0), np.arange(20) % 4))
-        >>> len(buffer.groups), len(buffer.groups[3]), buffer.groups[3][0][0][1]
-        (4, 2, np.int64(3))
-        """
-        return Groups(self)
-
-
-class Group:
-    """The samples of one group of a buffer as a map-style dataset: what `buffer[i]` gives, for the
-    rows of this group at that time.
-
-    Where the group has fewer rows by then, indices up to the largest length that this dataset told
-    are answered by other rows of the group, drawn as `leanreplay.torch.BufferDataset` does.
-    RowError once it has none.
-    """
-
-    with_metadata = True
-
-    def __init__(self, buffer: BalancedBuffer, group: int) -> None:
-        self.buffer, self.group = buffer, group
-        self._reach = Reach()
-        len(self)  # GroupError for one never seen
-        self.group = operator.index(group)
-
-    @property
-    def rows(self) -> Ints:
-        """The rows, ascending."""
-        return self.buffer.group_rows(self.group)
-
-    def __len__(self) -> int:
-        return self._reach.told(int(self.rows.shape[0]))
-
-    def __getitem__(self, index: int) -> Read:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Read]:
-        return self.buffer.items_of_group(self.group, indices, self._reach.now())
-
-    def __iter__(self) -> Iterator[Read]:
-        for i in range(len(self)):
-            yield self[i]
-
-    def __repr__(self) -> str:
-        return f"Group({self.group}, len={len(self)})"
-
-
-class Groups(Mapping[int, Group]):
-    """The groups of a buffer by id, in ascending order."""
-
-    def __init__(self, buffer: BalancedBuffer) -> None:
-        self.buffer = buffer
-
-    def __getitem__(self, group: int) -> Group:
-        return Group(self.buffer, group)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.buffer.group_sizes())
-
-    def __len__(self) -> int:
-        return len(self.buffer.group_sizes())
-
-    def __repr__(self) -> str:
-        return f"Groups({self.buffer.group_sizes()})"
 
 
 class ClassBalancedBuffer(BalancedBuffer):
@@ -301,6 +149,7 @@ class ExperienceBalancedBuffer(BalancedBuffer):
     """
 
     policy_class = ExperienceBalancedPolicy
+    tag_class = Experience
 
     def __init__(
         self,

@@ -24,7 +24,8 @@ from .feeding import Feeder, Moved
 from .location import checked_path
 from .parameters import Parameters
 from .readable import ReadableBuffer
-from .reading import Transform, Transforms, all_rows, parse_rows
+from .reading import Transform, Transforms, parse_rows
+from .values import all_rows
 
 Self = TypeVar("Self", bound="DataBuffer")  # typing has one of its own from Python 3.11 on
 
@@ -121,7 +122,7 @@ class DataBuffer(ReadableBuffer):
 
     def _compose(self, parameters: Parameters, path: str | None, where: str, options: Options, mode: str, transforms: Transforms) -> None:
         super()._compose(parameters, path, where, options, mode, transforms)
-        self.feeder = Feeder(self.current, self.tag)
+        self.feeder = Feeder(self.current, self.draws.values.tag)
         self.checkpoints = Checkpoints(self.current, self.feeder)
 
     def _rows_to_keep(self, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:

@@ -17,6 +17,7 @@ from ..keys import key_pair
 from ..storage import system
 from ..storage.store import Store
 from .parameters import Parameters
+from .values import Values
 
 MAX_DRAWS = 2**62
 MAX_REMEMBERED = 10_000  # unpickled copies
@@ -28,17 +29,21 @@ Keys = tuple[np.uint64, np.uint64]
 class Draw:
     """How rows are drawn. The value goes from `sample`, loaders and learners down to `Draws`.
 
-    replace: whether a row may come more than once.
+    replace: whether a row may come more than once. balance: name of the value by which rows are
+    grouped, and drawn evenly; see `Values` and `Draws.balanced`.
     """
 
     replace: bool = False
+    balance: str | None = None
 
     @staticmethod
-    def of(replace: object = False) -> Draw:
+    def of(replace: object = False, balance: object = None) -> Draw:
         """The draw of these arguments. Raises ArgumentError for wrong ones."""
         if not isinstance(replace, (bool, np.bool_)):
             raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
-        return Draw(bool(replace))
+        if balance is not None and not isinstance(balance, str):
+            raise ArgumentError(f'balance is "group", "label" or the name of a metadata field, got {balance!r:.200}')
+        return Draw(bool(replace), balance)
 
 
 UNIFORM = Draw()
@@ -54,9 +59,9 @@ class Drawn(NamedTuple):
 class Draws:
     """The draws of one copy of a buffer: their count, their keys, and the count of its copies."""
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, values: Values) -> None:
         self.copy = ""  # of a forked or unpickled copy: which one, for draws of its own
-        self._parameters = parameters
+        self._parameters, self.values = parameters, values
         self.begin(0, 0)
 
     def begin(self, drawn: int, copies: int) -> None:
@@ -99,7 +104,7 @@ class Draws:
     def check_size(self, store: Store, n: int, draw: Draw) -> None:
         """Raise ArgumentError for a draw of more than there is."""
         size = store.size
-        if n > size and not (draw.replace and size):
+        if n > size and not ((draw.replace or draw.balance) and size):
             raise ArgumentError(
                 f"sample of {n} from a buffer of {size}; add samples first"
                 + ("" if draw.replace or not size else f", draw at most {size}, or use replace=True")
@@ -110,6 +115,8 @@ class Draws:
         rows = np.empty(n, np.int64)
         if not n:
             return Drawn(rows, {})
+        if draw.balance is not None:
+            return Drawn(self.balanced(store, n, draw, draw.balance, consumer, number), {})
         size, high = store.extent
         k0, k1 = self.keys(store, consumer)
         if size != high:
@@ -117,6 +124,33 @@ class Draws:
         else:
             reservoir.draw(size, k0, k1, store.seen, number, draw.replace, rows)
         return Drawn(rows, {})
+
+    def balanced(self, store: Store, n: int, draw: Draw, name: str, consumer: str, number: int) -> Ints:
+        """n live rows, spread evenly over the values of a column.
+
+        Of k values that a row has, each gets n // k rows, and n % k of them, a uniform draw of the
+        k, get one more. Rows of one value are a uniform draw: distinct, unless there are fewer than
+        that or `replace`. All come in uniformly shuffled order. So at each place of the batch every
+        value is equally likely, and every row that has it.
+        """
+        groups = list(self.values.grouped(store, name).values())
+        k0, k1 = self.keys(store, f"{consumer} balanced")
+        step = 2 * len(groups) + 2  # draws that one batch may need
+
+        def drawn(among: int, count: int, which: int, replace: bool = False) -> Ints:
+            out = np.empty(count, np.int64)
+            reservoir.draw(among, k0, k1, store.seen, number * step + which, replace, out)
+            return out
+
+        each, rest = divmod(n, len(groups))
+        counts = np.full(len(groups), each)
+        counts[drawn(len(groups), rest, 0)] += 1
+        parts = [
+            rows[drawn(rows.shape[0], count, 2 + i, draw.replace or count > rows.shape[0])]
+            for i, (rows, count) in enumerate(zip(groups, counts.tolist(), strict=True))
+            if count
+        ]
+        return np.concatenate(parts)[drawn(n, n, 1)]
 
     def stand_in(self, store: Store, size: int, index: int) -> int:
         """Which of `size` samples stands in for one that is gone: a uniform draw by its index."""

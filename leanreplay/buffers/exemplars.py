@@ -23,9 +23,9 @@ from ..storage.layout import Layout
 from ..storage.store import Store, WritableStore
 from .balanced import BalancedBuffer
 from .feeding import Moved, skipped
-from .reading import Array
 from .rewriting import lengthen_log
 from .units import RANK, Unit, ranks_of, read_exemplars, with_rank, without_rank
+from .values import Array
 
 _BUILT_IN = {c.__name__: c for c in (ClosestToCenterSelection, HerdingSelection, RandomSelection)}
 
@@ -33,16 +33,6 @@ _BUILT_IN = {c.__name__: c for c in (ClosestToCenterSelection, HerdingSelection,
 def _refuse_rank(metadata: Any) -> None:
     if isinstance(metadata, Mapping) and "rank" in metadata:
         raise SchemaError('metadata "rank" is kept by the buffer itself: the place of a sample in its group; use another name')
-
-
-def _element(schema: Schema, i: int) -> int | None:
-    """Field of the i-th element of a sample that is a tuple or list, if that is a single
-    integer."""
-    s = schema.structure
-    if s[0] not in ("tuple", "list") or len(s) < i + 2 or s[i + 1][0] != "leaf":
-        return None
-    field = schema.data[s[i + 1][1]]
-    return int(s[i + 1][1]) if field.shape == () and field.dtype.kind in "iu" and field.torch is None else None
 
 
 class ParametricBuffer(BalancedBuffer):
@@ -194,7 +184,7 @@ class ParametricBuffer(BalancedBuffer):
                 return
 
             def leaf(field: int) -> Any:
-                targets = items.targets() if field == _element(schema, 1) else None
+                targets = items.targets() if field == schema.label_field else None
                 return items.column(field) if targets is None else targets
 
             if group is None:
@@ -211,7 +201,7 @@ class ParametricBuffer(BalancedBuffer):
             return self.experience_number(experience, at, step)
         if by == "task" and "task" in schema.metadata_names:
             return leaf(len(schema.data) + schema.metadata_names.index("task"))
-        field = _element(schema, 1 if by == "class" else 2)
+        field = schema.integer_element(1 if by == "class" else 2)
         if field is None:
             where = "the second element of each sample" if by == "class" else 'metadata "task", or the third element of each sample'
             raise SchemaError(f"groupby={by!r} wants an integer as {where}; there is none: give group=(n,) integers")

@@ -21,9 +21,10 @@ from ..samples.leaves import check_leaf, to_numpy
 from ..samples.schema import Schema
 from ..storage.store import Change, MetadataUpdate, PlannedBatch, Store, WritableStore
 from .current import Current
-from .reading import metadata_index, parse_rows
+from .reading import parse_rows
 from .rewriting import lengthen_log
 from .tag import Label, checked_scores
+from .values import metadata_index
 
 Moved = tuple[object, object, Mapping[str, Any]]  # rows, their positions, values by name
 

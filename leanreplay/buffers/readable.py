@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, TypeVar, cast
 
+from ..arrays import Ints
 from ..errors import LeanReplayError, ModeError
 from ..policies.base import Params, Policy
 from ..samples.schema import Schema
@@ -18,10 +19,12 @@ from ..storage.opening import Options
 from ..storage.store import Problem
 from .current import Current, LockType, Packed
 from .drawing import Draw, Draws
+from .groups import Groups
 from .location import Location, OneFile
 from .parameters import Kind, Parameters
-from .reading import Array, Reach, Read, Transform, Transforms, View
+from .reading import Reach, Read, Transform, Transforms, View
 from .tag import Label
+from .values import Array, Values
 
 T = TypeVar("T")
 Self = TypeVar("Self", bound="ReadableBuffer")  # typing has one of its own from Python 3.11 on
@@ -52,11 +55,11 @@ class ReadableBuffer:
 
     def _compose(self, parameters: Parameters, path: str | None, where: str, options: Options, mode: str, transforms: Transforms) -> None:
         """Put the buffer together. No part refers to it: it closes as soon as nobody does."""
-        self.parameters, self.draws = parameters, Draws(parameters)
+        tag = self.tag_class(type(self).__name__, self.policy_class.needs_groups)
+        self.parameters, self.draws = parameters, Draws(parameters, Values(tag, parameters))
         self.location = self._location(path, where, options, parameters)
         self.current = Current(f"{type(self).__name__} at {id(self):#x}", self.location, parameters, self.draws, mode)
-        self.tag = self.tag_class(type(self).__name__, self.policy_class.needs_groups)
-        self.view = View(self.current, self.tag, transforms)
+        self.view = View(self.current, tag, transforms)
         self._reach = Reach()
 
     @classmethod
@@ -112,13 +115,19 @@ class ReadableBuffer:
 
     # -- what it holds -----------------------------------------------------------------------------
 
-    def sample(self, n: int, replace: bool = False) -> tuple[Any, dict[str, Any]]:
+    def sample(self, n: int, replace: bool = False, *, balance: str | None = None) -> tuple[Any, dict[str, Any]]:
         """Draw n samples uniformly: (batch, metadata), copies with a leading dimension of n.
 
         metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream,
         int64). Without `replace` the n are distinct, and n at most len(buffer). A draw is a
         function of (seed, stream, seen, number of draws before); the last is part of `state_dict`.
         Costs the copy, its checksums included, and a few microseconds.
+
+        balance: "group", "label" or the name of a metadata field: draw evenly over its values. Of k
+        values, each gets n // k samples, and n % k of them, chosen uniformly, one more. Samples of
+        one value are drawn uniformly, and are distinct unless the buffer holds fewer than that (or
+        `replace`); their order is shuffled. So at each place every value is equally likely, and so
+        is every sample that has it. Rows are sorted by value once per commit: 1 ms for 10,000 rows.
 
         Forked and unpickled copies of a buffer each draw a stream of their own. It follows from the
         number of forks and pickles before; when unpickled also from the number of that process in
@@ -135,7 +144,7 @@ class ReadableBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
-        return cast(Read, self.view.sample(n, Draw.of(replace)))
+        return cast(Read, self.view.sample(n, Draw.of(replace, balance)))
 
     def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""
@@ -159,8 +168,62 @@ class ReadableBuffer:
             yield self[i]
 
     def get_metadata(self, name: str, rows: object = None) -> Array:
-        """A metadata field, "idx" or "position" of these rows, by default all: (n, ...), a copy."""
+        """A metadata field, "idx", "position", "group" (-1 for none), "label", or the "weight" of a
+        weighted reservoir: of these rows, by default of all, (n, ...), a copy. A field of the
+        user's comes first."""
         return self.view.metadata(name, rows)
+
+    # -- its groups --------------------------------------------------------------------------------
+
+    def labels(self) -> Array:
+        """The class of each sample in the order of `buffer[i]`, (len,), a copy.
+
+        It is the second element of a sample, or `group` where that was given. Only the index is
+        read: 10 ms for a million rows. A buffer that groups by anything but classes (experiences,
+        tasks) reads the labels themselves. SchemaError where there are none.
+
+        >>> import numpy as np
+        >>> from leanreplay import ReservoirBuffer
+        >>> buffer = ReservoirBuffer(10)
+        >>> buffer.add((np.zeros((4, 3)), np.array([7, 8, 7, 7])))
+        >>> buffer.labels(), buffer.group_sizes(), buffer.group_rows(8)
+        (array([7, 8, 7, 7]), {7: 3, 8: 1}, array([1]))
+        """
+        return self.view.live("label")
+
+    def group_sizes(self) -> dict[int, int]:
+        """Rows that each group holds, by id. Balanced buffers tell all groups seen, also those
+        without a row.
+
+        Groups are what the policy balances over; elsewhere labels, or what was given as `group`.
+        Reads the index only, once per commit: 10 ms for a million rows. SchemaError where no sample
+        has a group.
+        """
+        with self.current.lock:
+            store = self.current.reading()
+            return {} if store.schema is None else self.draws.values.sizes(store)
+
+    def group_rows(self, group: int) -> Ints:
+        """The rows of a group, (n,) int64, ascending: for `get`, `get_metadata` and `set_metadata`.
+
+        GroupError for one never seen. All rows are sorted by group once per commit: 0.1 s for a
+        million.
+        """
+        with self.current.lock:
+            return self.draws.values.rows_of(self.current.reading(), group).copy()
+
+    @property
+    def groups(self) -> Groups:
+        """The groups as a mapping of id -> map-style dataset, a live view.
+
+        >>> import numpy as np
+        >>> from leanreplay import ClassBalancedBuffer
+        >>> buffer = ClassBalancedBuffer(10)
+        >>> buffer.add((np.arange(20.0), np.arange(20) % 4))
+        >>> len(buffer.groups), len(buffer.groups[3]), buffer.groups[3][0][0][1]
+        (4, 2, np.int64(3))
+        """
+        return Groups(self)
 
     def check(self) -> list[Problem]:
         """Everything wrong with the file, each `Problem` with its rows; [] if nothing is.

@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arguments import call, plain_array, required
 from ..arrays import Ints
-from ..errors import ArgumentError, CorruptionError, RowError, SchemaError
+from ..errors import ArgumentError, CorruptionError, RowError
 from ..samples.batch import stack
 from ..samples.schema import Schema
 from ..storage.store import Store
 from .current import Current
 from .drawing import UNIFORM, Draw, Drawn, data_loader_worker
 from .tag import Label
+from .values import Array, all_rows
 
-Array = npt.NDArray[Any]
 Sample = Any  # or an element of one
 Metadata = dict[str, Any]
 Read = tuple[Any, Metadata]  # a batch or a sample, with its metadata
@@ -86,42 +85,43 @@ class View:
             arrays, index = store.read(found)
             return self.batch(store.layout.schema, arrays, index, Drawn(found, {}))
 
-    def items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None) -> list[Read]:
-        """The i-th live samples. reach: as of `parse_indices`."""
+    def items_at(self, indices: Sequence[int], reach: int = 0, convert: Convert | None = None, group: int | None = None) -> list[Read]:
+        """The i-th live samples, of a group or of all. reach: as of `parse_indices`."""
         current = self._current
         if current.mode == "r" and current.location.path is None and not current.parameters.kind.sized:
             reach = 0  # a forked copy in memory does not see later parts: nothing stands in
         with current.lock:
             for _ in range(_TRIES):
                 store = current.reading()
-                size, before = store.size, store.sequence
+                of_group = None if group is None else current.draws.values.rows_of(store, group)
+                size, before = store.size if of_group is None else of_group.shape[0], store.sequence
                 rows = parse_indices(indices, size, reach, functools.partial(current.draws.stand_in, store, size))
                 if not rows.shape[0]:
                     return []
                 try:
-                    live = store.live_rows()
+                    live = store.live_rows() if of_group is None else of_group
                     rows = rows if live is None else live[rows]
                     arrays, index = store.read(rows)
-                    return self.items(store.layout.schema, arrays, index, rows, convert)
                 except RowError:  # a reader may have met a commit that freed rows
                     if store.writable or store.sequence == before:
                         raise
+                    continue
+                # A reader may have met a commit that gave rows of the group to another one.
+                if group is None or (index[1] == group).all():
+                    return self.items(store.layout.schema, arrays, index, rows, convert)
             raise self._keeps_changing()
 
     def metadata(self, name: str, rows: object) -> Array:
         """One metadata field of these rows, of all samples for None."""
         with self._current.lock:
             store = self._current.reading()
-            schema = store.layout.schema
             found = all_rows(store) if rows is None else parse_rows(store, rows)
-            if name == "idx":
-                return found
-            shown = name == "position" or name in self._tag.shown
-            field = cheapest_field(schema) if shown else metadata_index(schema, name)
-            arrays, index = store.read(found, field)
-            if not shown:
-                return arrays[0]
-            return index[0].copy() if name == "position" else self._tag.show(index[1].copy())[name]
+            return self._current.draws.values.read(store, name, found)
+
+    def live(self, name: str) -> Array:
+        """The value of each live row, in order."""
+        with self._current.lock:
+            return self._current.draws.values.live(self._current.reading(), name)[1]
 
     def batch(self, schema: Schema, arrays: Sequence[Array], index: Ints, drawn: Drawn, convert: Convert | None = None) -> Read:
         """Assemble what was read: nested, transformed, with its metadata."""
@@ -179,12 +179,6 @@ def _takes_tensors(transform: Any) -> bool:
     return isinstance(transform, torch.nn.Module) or (isinstance(steps, list) and any(map(_takes_tensors, steps)))
 
 
-def all_rows(store: Store) -> Ints:
-    """The live rows in order, a copy."""
-    live = store.live_rows()
-    return np.arange(store.size) if live is None else live.copy()
-
-
 def parse_rows(store: Store, rows: object) -> Ints:
     """Rows as an int64 array, each within the rows in use, live or not."""
     array = plain_array(rows, "rows", ArgumentError)
@@ -196,19 +190,6 @@ def parse_rows(store: Store, rows: object) -> Ints:
     if array.size and (array.min() < 0 or array.max() >= store.high):
         raise RowError(f"rows from {array.min()} to {array.max()}, but the rows in use are 0 to {store.high - 1}")
     return array
-
-
-def metadata_index(schema: Schema, name: str) -> int:
-    """The field number of a metadata name."""
-    names = schema.metadata_names
-    if name not in names:
-        raise SchemaError(f"no metadata {name!r}; the buffer has {names}, and 'idx' and 'position'")
-    return len(schema.data) + names.index(name)
-
-
-def cheapest_field(schema: Schema) -> int:
-    """The number of the field that costs least to read."""
-    return int(np.argmin([f.nbytes for f in schema.fields]))
 
 
 def parse_indices(indices: Sequence[int], size: int, reach: int = 0, stand_in: Callable[[int], int] | None = None) -> Ints:

@@ -21,7 +21,7 @@ from ..storage.opening import create_file
 from ..storage.store import Change, WritableStore
 from ..storage.writer import Writer
 from .current import Current
-from .reading import Array, all_rows
+from .values import Array, all_rows
 
 
 def rewrite(

@@ -27,6 +27,7 @@ class Label:
 
     shown: ClassVar[tuple[str, ...]] = ()  # names that `show` adds to the metadata of samples
     ranked: ClassVar[str] = ""  # a metadata field, one float64 a sample: the policy sees its bits, not tags
+    groups: ClassVar[str] = "class"  # what samples of one tag are; "": they are no group
 
     def __init__(self, buffer: str, required: bool) -> None:
         self.buffer, self.required = buffer, required
@@ -55,10 +56,17 @@ class Label:
         return {}
 
 
+class Experience(Label):
+    """The tag is the number of an experience, given as `group`."""
+
+    groups = "experience"
+
+
 class Weight(Label):
     """The tag is the bits of a weight, float64."""
 
     shown = ("weight",)
+    groups = ""
 
     def of_batch(self, given: object, batch: Batch, schema: Schema) -> Ints:
         return checked_weights(given, batch.n)

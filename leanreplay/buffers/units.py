@@ -18,7 +18,7 @@ from ..samples.batch import Fetch, flat
 from ..samples.leaves import Field
 from ..samples.schema import Schema
 from ..storage.store import Change, Store
-from .reading import all_rows
+from .values import all_rows
 
 Arrays = Sequence[npt.NDArray[Any]]
 

@@ -80,13 +80,18 @@ class Schema:
 
     @functools.cached_property
     def label_field(self) -> int | None:
-        """Number of the label's field: the second of a pair, a single integer. None without one."""
+        """Number of the label's field: the second element of a sample. None without one."""
+        return self.integer_element(1)
+
+    def integer_element(self, i: int) -> int | None:
+        """Return the field of the i-th element of a sample that is a tuple or list, if that is one
+        integer or bool, of shape () or (1,)."""
         s = self.structure
-        if s[0] in ("tuple", "list") and len(s) == 3 and s[2][0] == "leaf":
-            field = self.data[s[2][1]]
-            if field.shape == () and field.dtype.kind in "iu" and field.torch is None:
-                return int(s[2][1])
-        return None
+        if s[0] not in ("tuple", "list") or len(s) < i + 2 or s[i + 1][0] != "leaf":
+            return None
+        field = self.data[s[i + 1][1]]
+        whole = field.shape in ((), (1,)) and field.dtype.kind in "iub" and field.torch is None
+        return int(s[i + 1][1]) if whole else None
 
     @functools.cached_property
     def _plain_tuple(self) -> int:

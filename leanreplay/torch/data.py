@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from ..arguments import call, function_or_none, instance
 from ..buffers.base import DataBuffer
 from ..buffers.drawing import Draw
+from ..buffers.groups import Group
 from ..buffers.reading import Reach
 from ..errors import ArgumentError
 from ..samples.batch import stack
@@ -23,7 +24,9 @@ Function = Callable[[Any], Any]
 
 
 class BufferDataset(Dataset[Any]):
-    """A buffer as a map-style Dataset: item i is the i-th sample, as tensors and numbers.
+    """A buffer, or one group of it (`buffer.groups[g]`), as a map-style Dataset.
+
+    Item i is the i-th sample, as tensors and numbers.
 
     metadata: items are (sample, metadata).
     batch_transform: called with the x of all samples that are read together, (n, ...): of a batch
@@ -57,8 +60,9 @@ class BufferDataset(Dataset[Any]):
     (torch.Size([8, 3]), tensor([0, 1, 2, 3, 4, 5, 6, 7]))
     """
 
-    def __init__(self, buffer: DataBuffer, metadata: bool = False, batch_transform: Function | None = None) -> None:
-        instance(buffer, DataBuffer, "BufferDataset takes a buffer of leanreplay")
+    def __init__(self, buffer: DataBuffer | Group, metadata: bool = False, batch_transform: Function | None = None) -> None:
+        instance(buffer, (DataBuffer, Group), "BufferDataset takes a buffer of leanreplay, or one of its groups")
+        self._group = buffer.group if isinstance(buffer, Group) else None
         self.buffer, self.metadata, self.batch_transform = buffer, metadata, function_or_none("batch_transform", batch_transform)
         self._reach = Reach()
         len(self)
@@ -75,7 +79,7 @@ class BufferDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Several items in one read: what DataLoader calls."""
-        items = self.buffer.view.items_at(indices, self._reach.now(), to_torch)
+        items = self.buffer.view.items_at(indices, self._reach.now(), to_torch, self._group)
         bits = _bfloat16(self.buffer)
         samples = [to_torch(sample, bits) for sample, _ in items]
         if self.batch_transform is not None and samples:
@@ -92,9 +96,10 @@ def sample(
     device: torch.device | str | None = None,
     replace: bool = False,
     *,
+    balance: str | None = None,
     batch_transform: Function | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """`buffer.sample(n, replace)` with tensors in place of arrays, moved to `device`.
+    """`buffer.sample(n, replace, balance=balance)` with tensors in place of arrays, on `device`.
 
     On the CPU nothing is copied once more. The buffer's own transforms get tensors.
     batch_transform: then called with x, (n, ...), on the device (without a pair: the whole batch).
@@ -108,7 +113,7 @@ def sample(
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
     function_or_none("batch_transform", batch_transform)
-    batch, meta = buffer.view.sample(n, Draw.of(replace), convert=to_torch)  # type: ignore[misc]  # None is for `at_most` only
+    batch, meta = buffer.view.sample(n, Draw.of(replace, balance), convert=to_torch)  # type: ignore[misc]  # None is for `at_most` only
     bits = _bfloat16(buffer)
     batch = to_torch(batch, bits, device)
     if batch_transform is not None:
@@ -188,7 +193,7 @@ def each_tensor(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     return nests.each_leaf(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
-def _bfloat16(buffer: DataBuffer) -> frozenset[str]:
+def _bfloat16(buffer: DataBuffer | Group) -> frozenset[str]:
     schema = buffer.schema
     return frozenset() if schema is None else bfloat16_fields(schema)
 

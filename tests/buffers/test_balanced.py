@@ -33,6 +33,7 @@ from leanreplay import (
     SchemaError,
     StateError,
 )
+from leanreplay.buffers.values import Values
 
 # -- resize ------------------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ def test_labels_that_are_not_integers() -> None:
     import torch
 
     n = 6
-    wrong = [np.zeros(n), torch.zeros(n), np.array([2**63] * n, np.uint64), np.array(["a"] * n), np.zeros((n, 1), int), np.zeros(5, int)]
+    wrong = [np.zeros(n), torch.zeros(n), np.array([2**63] * n, np.uint64), np.array(["a"] * n), np.zeros((n, 2), int), np.zeros(5, int)]
     masked = np.ma.masked_array(np.arange(n), [0, 1] * 3)
     for labels in [*wrong, np.array([None] * n), np.array([2**70] * n, object), [0.5] * n, "abcdef", 2**63, masked]:
         with ClassBalancedBuffer(30) as buffer:
@@ -371,7 +372,7 @@ def test_experiences() -> None:
 def test_numbering_experiences_looks_at_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """G4: the newest one stands in the log. A list of the rows of each would be ten times the memory of the heaps, every time."""
     with ExperienceBalancedBuffer(2) as buffer:
-        monkeypatch.setattr(BalancedBuffer, "_by_group", None)
+        monkeypatch.setattr(Values, "grouped", None)
         for _ in range(4):
             buffer.update([0.0, 1.0])
         buffer.add(np.arange(3.0))

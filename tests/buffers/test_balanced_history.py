@@ -236,7 +236,7 @@ def test_refused_batches_change_nothing(kind: str) -> None:
         labels = np.arange(40) % 3
         buffer.add(samples(0, 40), group=labels)
         before = image(buffer)
-        for wrong in (labels.astype(float), labels[:-1], labels[:, None], labels.astype(np.uint64) + 2**63, labels.astype(str)):
+        for wrong in (labels.astype(float), labels[:-1], labels[None], labels.astype(np.uint64) + 2**63, labels.astype(str)):
             with pytest.raises(SchemaError):
                 buffer.add(samples(40, 80), group=wrong)
         with pytest.raises(SchemaError):

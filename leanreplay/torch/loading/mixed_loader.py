@@ -9,6 +9,7 @@ import torch
 
 from ...arguments import function_or_none, instance, required
 from ...buffers.base import DataBuffer
+from ...buffers.drawing import Draw
 from ...errors import ArgumentError
 from ..data import Function, device_named, per_batch, sample
 
@@ -20,6 +21,7 @@ class MixedLoader:
     instance a DataLoader. Of each pair, x and y are followed by those of `replay_batch_size`
     samples, drawn from the buffer at that moment (fewer while it holds fewer). is_replay, (n,)
     bool, tells which samples these are, and meta is their metadata.
+    balance: as for `buffer.sample`.
     batch_transform: called with the x of both together, (n, ...). Before that, the buffer's own
     transforms get the tensors of each replayed sample. device: where the batch goes.
 
@@ -46,12 +48,13 @@ class MixedLoader:
         replay_batch_size: int,
         device: torch.device | str | None = None,
         *,
+        balance: str | None = None,
         batch_transform: Function | None = None,
     ) -> None:
         instance(buffer, DataBuffer, "MixedLoader takes a buffer of leanreplay")
         self.stream_loader, self.buffer, self.device = stream_loader, buffer, device_named(device)
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
-        self.batch_transform = function_or_none("batch_transform", batch_transform)
+        self.batch_transform, self.balance = function_or_none("batch_transform", batch_transform), Draw.of(balance=balance).balance
 
     def __len__(self) -> int:
         return len(self.stream_loader)  # type: ignore[arg-type]
@@ -63,7 +66,7 @@ class MixedLoader:
             is_replay = torch.zeros(x.shape[0] + n, dtype=torch.bool, device=x.device)
             meta: dict[str, Any] = {}
             if n:
-                batch, meta = sample(self.buffer, n, x.device)
+                batch, meta = sample(self.buffer, n, x.device, balance=self.balance)
                 x_old, y_old = self._pair(batch, "the buffer")
                 if x_old.shape[1:] != x.shape[1:] or y_old.shape[1:] != y.shape[1:]:
                     raise ArgumentError(

@@ -11,16 +11,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from ...arguments import call, function_or_none, instance, integer, required
-from ...arrays import Ints
 from ...buffers.base import DataBuffer
-from ...buffers.drawing import UNIFORM, Drawn
-from ...buffers.reading import all_rows, metadata_index
-from ...errors import ArgumentError, ModeError, RowError, SchemaError, WorkerError
-from ...kernels import reservoir
+from ...buffers.drawing import Draw, Drawn
+from ...errors import ModeError, RowError, WorkerError
 from ...storage.store import refuse_within
 from ..data import bfloat16_fields, device_named, each_tensor, to_torch
 from .states import check_state, is_count
@@ -115,9 +111,8 @@ class ReplayLoader:
     prefetch: batches planned ahead, at least 1.
     batch_transform: called in the background with each whole batch (x and y of pairs, without
         metadata). Before that, the buffer's own transforms get the tensors of each sample.
-    balance: "class" (the label, second element of a pair) or the name of a metadata field: every
-        batch draws evenly over its values. Costs a pass over that column after every change of the
-        buffer.
+    balance: "group", "label" ("class" is the same) or the name of a metadata field: every batch
+        draws evenly over its values, as `buffer.sample` does.
     batches: how many batches one `for` loop gets. If a loop is broken off, the next one gets the
         rest. None: without end.
     seed: of the draws. Two loaders of one buffer want different seeds.
@@ -152,21 +147,19 @@ class ReplayLoader:
         seed: int = 0,
     ) -> None:
         instance(buffer, DataBuffer, "ReplayLoader takes a buffer of leanreplay")
-        if balance is not None and not isinstance(balance, str):
-            raise ArgumentError(f'balance is "class" or the name of a metadata field, got {balance!r:.200}')
         self.buffer, self.device, self.pin_memory = buffer, device_named(device), bool(pin_memory)
         self.batch_size = required("batch_size", batch_size, 1, 2**31)
         self.prefetch = required("prefetch", prefetch, 1, 2**31)
         self.batches = integer("batches", batches, 1, 2**62)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
         self.batch_transform, self.balance = function_or_none("batch_transform", batch_transform), balance
+        self._draw = Draw.of(balance=balance)
         self._consumer = f"loader {self.seed}"
         self._planned: list[_Job] = []
         self._delivered = 0  # batches handed out, ever
         self._passed = 0  # of them in this pass
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._groups: tuple[Any, int, list[Ints]] | None = None
         self._pid = os.getpid()
         self._closed = False
         self._taking = False  # whether a batch is being taken: no signal handler may take one then
@@ -235,7 +228,6 @@ class ReplayLoader:
         if self._pid == os.getpid():
             for job in self._planned:
                 job.copy()
-            self._groups = None
 
     def _finish(self, read: Any) -> tuple[Any, dict[str, Any]]:
         """Make the arrays of a batch what is handed out."""
@@ -263,51 +255,8 @@ class ReplayLoader:
     def _rows(self, number: int) -> Drawn:
         """Draw the rows of batch `number` from what the buffer holds now."""
         store = self.buffer.current.reading()
-        if self.balance is None:
-            self.buffer.draws.check_size(store, self.batch_size, UNIFORM)
-            return self.buffer.draws.rows(store, self.batch_size, UNIFORM, self._consumer, number)
-        if not store.size:
-            raise ArgumentError(f"a batch of {self.batch_size} from an empty buffer; add samples first")
-        groups = self._rows_by_value(store)
-        k0, k1 = self.buffer.draws.keys(store, f"{self._consumer} balanced")
-        step = 2 * len(groups) + 2  # draws that one batch may need
-
-        def draw(among: int, count: int, which: int, replace: bool = False) -> Ints:
-            out = np.empty(count, np.int64)
-            reservoir.draw(among, k0, k1, store.seen, number * step + which, replace, out)
-            return out
-
-        each, rest = divmod(self.batch_size, len(groups))
-        counts = np.full(len(groups), each)
-        counts[draw(len(groups), rest, 0)] += 1
-        parts = [
-            rows[draw(rows.shape[0], int(count), 2 + i, replace=bool(count > rows.shape[0]))]
-            for i, (rows, count) in enumerate(zip(groups, counts, strict=True))
-        ]
-        return Drawn(np.concatenate(parts)[draw(self.batch_size, self.batch_size, 1)], {})
-
-    def _rows_by_value(self, store: Any) -> list[Ints]:
-        """Group the live rows by the values of the column that `balance` names."""
-        known = self._groups
-        if known is None or known[0] is not store or known[1] != store.sequence:
-            sequence = store.sequence
-            schema = store.layout.schema
-            rows = all_rows(store)
-            if self.balance == "class" and "class" not in schema.metadata_names:
-                field = schema.label_field
-                if field is None:
-                    raise SchemaError('balance="class" needs samples that are pairs with an integer label; or name a metadata field')
-            else:
-                field = metadata_index(schema, str(self.balance))
-            values = store.read(rows, field)[0][0]
-            if values.ndim != 1:
-                raise SchemaError(f"balance={self.balance!r}: entries must be single values, got shape {values.shape[1:]}")
-            order = np.argsort(values, kind="stable")
-            starts = np.unique(values[order], return_index=True)[1]
-            groups = np.split(rows[order], starts[1:])
-            self._groups = (store, sequence, groups)
-            return groups
-        return known[2]
+        self.buffer.draws.check_size(store, self.batch_size, self._draw)
+        return self.buffer.draws.rows(store, self.batch_size, self._draw, self._consumer, number)
 
     # -- state -------------------------------------------------------------------------------------
 

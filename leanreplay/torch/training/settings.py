@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import ConcatDataset, StackDataset, Subset
 
 from ...arguments import choice, function_or_none, number, required
-from ...buffers.balanced import Group, Groups
 from ...buffers.base import DataBuffer
+from ...buffers.groups import Group, Groups
 from ...errors import ArgumentError, LossError
 from .. import distributed
 from ..data import BufferDataset
