@@ -43,7 +43,9 @@ class Reader:
             dataset, self.label = self._split(dataset), None
         if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
             dataset = dataset.tensors
-        if self.label is None and isinstance(dataset, tuple) and len(dataset) == 2 and _are_arrays(dataset[0]) and _is_array(dataset[1]):
+        if isinstance(dataset, tuple) and len(dataset) == 2 and _are_arrays(dataset[0]) and _is_array(dataset[1]):
+            if self.label is not None:
+                raise ArgumentError(f"{name} is a pair (x, y), and y the label; leave label={label!r} out")
             dataset = Columns(name, *dataset)
         if isinstance(dataset, (IterableDataset, Mapping)) or length(dataset) < 0 or not hasattr(dataset, "__getitem__"):
             raise ArgumentError(f"{name} must be a dataset with len() and [i], or a pair (x, y) of tensors, got {type(dataset).__name__}")
