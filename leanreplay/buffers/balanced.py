@@ -26,10 +26,34 @@ from .values import Array
 
 
 class BalancedBuffer(DataBuffer):
-    """Base class of buffers whose rows are shared by groups. See `ClassBalancedBuffer` for the
-    parameters."""
+    """The same number of rows for each group, and within a group a uniform sample: the base class
+    of balanced buffers.
+
+    The group of a sample is `group`, else the second element of a pair. Parameters as for
+    `ClassBalancedBuffer`; total_num_groups is what its total_num_classes is.
+
+    >>> import numpy as np
+    >>> from leanreplay import BalancedBuffer
+    >>> buffer = BalancedBuffer(12, adaptive_size=False, total_num_groups=4)
+    >>> buffer.add(np.arange(30.0), group=np.arange(30) % 2)
+    >>> buffer.group_sizes()
+    {0: 3, 1: 3}
+    """
 
     policy_class: ClassVar[type[QuotaPolicy]] = BalancedPolicy
+
+    def __init__(
+        self,
+        max_size: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        adaptive_size: bool | None = None,
+        total_num_groups: int | None = None,
+        borrow: bool | None = None,
+        **options: Any,
+    ) -> None:
+        self._given(total_num_groups, adaptive_size=adaptive_size, borrow=borrow)
+        super().__init__(max_size, path, **options)
 
     def _given(self, total: object, **flags: object) -> None:
         """Note the parameters, before anything else; what is None is taken from the file, or
@@ -132,7 +156,7 @@ class ClassBalancedBuffer(BalancedBuffer):
         **options: Any,
     ) -> None:
         self._given(total_num_classes, adaptive_size=adaptive_size, borrow=borrow)
-        super().__init__(max_size, path, **options)
+        DataBuffer.__init__(self, max_size, path, **options)
 
 
 class ExperienceBalancedBuffer(BalancedBuffer):
@@ -162,7 +186,7 @@ class ExperienceBalancedBuffer(BalancedBuffer):
         **options: Any,
     ) -> None:
         self._given(num_experiences, adaptive_size=adaptive_size, borrow=borrow)
-        super().__init__(max_size, path, **options)
+        DataBuffer.__init__(self, max_size, path, **options)
 
     def add(
         self,
@@ -228,3 +252,4 @@ class ClassBalancingReservoirBuffer(BalancedBuffer):
     """
 
     policy_class = ClassBalancingReservoirPolicy
+    __init__ = DataBuffer.__init__  # there are no quotas to give

@@ -22,6 +22,7 @@ from ..samples.schema import Schema
 from ..storage.layout import Layout
 from ..storage.store import Store, WritableStore
 from .balanced import BalancedBuffer
+from .base import DataBuffer
 from .feeding import Moved, skipped
 from .rewriting import lengthen_log
 from .units import RANK, Unit, ranks_of, read_exemplars, with_rank, without_rank
@@ -94,7 +95,7 @@ class ParametricBuffer(BalancedBuffer):
         self._params["groupby"] = None if groupby == "" else groupby or "nothing"
         if selection_strategy is not None:
             self._params |= {"selection_strategy": selection_strategy.name, "uniform": bool(selection_strategy.uniform)}
-        super().__init__(max_size, path, **options)
+        DataBuffer.__init__(self, max_size, path, **options)
 
     @classmethod
     def table_problem(cls, table: Layout) -> str | None:

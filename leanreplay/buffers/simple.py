@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..policies.greedy import GreedyClassBalancingPolicy
+import os
+from typing import Any, Literal
+
+from ..arguments import choice
+from ..policies.greedy import ADMIT, GreedyClassBalancingPolicy
 from ..policies.reservoir import ReservoirPolicy
 from ..policies.window import SlidingWindowPolicy
 from .base import DataBuffer
@@ -31,11 +35,43 @@ class SlidingWindowBuffer(DataBuffer):
 
 
 class GreedyClassBalancingBuffer(DataBuffer):
-    """Every sample enters; once full, a random member of the largest class is replaced.
+    """A sample enters; once full, a random member of the largest class leaves. Ties are broken at
+    random.
 
-    Ties are broken at random. Classes are the second element of a sample that is a pair, or
-    `group`. This is the greedy sampler of GDumb (Prabhu, Torr and Dokania, ECCV 2020): balanced,
-    but not uniform within a class; early samples are favoured.
+    Classes are the second element of a sample, or `group`. Which samples enter is `admit`, besides
+    the parameters of `DataBuffer`; a new buffer takes "all":
+
+    - "all": every sample. Classes are balanced, but within a class recent samples are favoured: an
+      old one stays only as long as no eviction hits it. Where all classes come again in each part
+      of a stream (domain-incremental), soon only samples of the last part are left.
+    - "below_share": a sample whose class holds fewer than max_size / classes rows, even if rows are
+      free. This is the greedy sampler of GDumb (Prabhu, Torr and Dokania, ECCV 2020, Algorithm 1).
+      Early samples are favoured: once a class has its share it stays as it is, until new classes
+      make random members leave. A domain-incremental stream ends with its first part only.
+
+    For a uniform sample of each class use `ClassBalancedBuffer`.
+
+    >>> import numpy as np
+    >>> from leanreplay import GreedyClassBalancingBuffer
+    >>> for admit in ("all", "below_share"):
+    ...     buffer = GreedyClassBalancingBuffer(4, admit=admit)
+    ...     for domain in range(100):
+    ...         buffer.add((np.full(2, domain), np.array([0, 1])))
+    ...     (x, y), _ = buffer.get(range(4))
+    ...     print(bool(x.min() > 50), bool(x.max() < 2))
+    True False
+    False True
     """
 
     policy_class = GreedyClassBalancingPolicy
+
+    def __init__(
+        self,
+        max_size: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        admit: Literal["all", "below_share"] | None = None,
+        **options: Any,
+    ) -> None:
+        self._params = {"admit": choice("admit", admit, (None, *ADMIT))}
+        super().__init__(max_size, path, **options)

@@ -45,14 +45,22 @@ random_member = compile_kernel(_random_member)
 
 
 @compile_kernel
-def plan_greedy(row_labels, size, capacity, labels, counts, k0, k1, start, groups, out):
+def plan_greedy(row_labels, size, capacity, labels, counts, below_share, k0, k1, start, groups, out):
     """Let sample i, of label groups[i], take row out[i]; returns the size. O(classes) a sample.
 
-    It is a free row, or that of a random member of the largest class. row_labels: (capacity,) int64
-    and counts: (classes,) int64 are updated. labels: (classes,) int64, sorted, holds every label of
-    rows and groups. groups, out: (n,) int64. k0, k1: uint64.
+    It is a free row, or that of a random member of the largest class; -1 if `below_share` and its
+    class has capacity / classes rows or more. row_labels: (capacity,) int64 and counts: (classes,)
+    int64 are updated. labels: (classes,) int64, sorted, holds every label of rows and groups.
+    groups, out: (n,) int64. k0, k1: uint64.
     """
+    held = 0  # classes that have a row
+    for c in range(counts.shape[0]):
+        held += counts[c] > 0
     for i in range(out.shape[0]):
+        mine = np.searchsorted(labels, groups[i])
+        if below_share and counts[mine] * held >= capacity:
+            out[i] = -1
+            continue
         if size < capacity:
             r = size
             size += 1
@@ -61,7 +69,9 @@ def plan_greedy(row_labels, size, capacity, labels, counts, k0, k1, start, group
             c = _largest_class(labels, counts, base)
             r = _random_member(row_labels, size, labels[c], base)
             counts[c] -= 1
+            held -= counts[c] == 0
         out[i] = r
         row_labels[r] = groups[i]
-        counts[np.searchsorted(labels, groups[i])] += 1
+        held += counts[mine] == 0
+        counts[mine] += 1
     return size

@@ -1,4 +1,4 @@
-"""The greedy sampler: every sample enters, the largest class shrinks."""
+"""The greedy sampler: a sample enters, the largest class shrinks."""
 
 from __future__ import annotations
 
@@ -7,22 +7,31 @@ import numpy as np
 from ..arrays import Ints
 from ..kernels import greedy as kernel
 from ..keys import key_pair
-from .base import Params, Plan, Policy
+from .base import Parameter, Params, Plan, Policy
+
+ADMIT = ("all", "below_share")
 
 
 class GreedyClassBalancingPolicy(Policy):
-    """Every sample enters; once full, a random member of the largest class leaves (the greedy
-    sampler of GDumb, Prabhu et al. 2020).
+    """A sample enters; once full, a random member of the largest class leaves.
 
-    Ties between largest classes are broken at random. Costs O(classes) a sample; 8 bytes per row.
+    admit: "all" samples enter, or those whose class is "below_share", which is the greedy sampler
+    of GDumb (Prabhu et al. 2020, Algorithm 1). Ties between largest classes are broken at random.
+    Costs O(classes) a sample; 8 bytes per row.
+
+    Nothing but the index is needed to go on. The algorithm divides by the number of classes seen;
+    here it is that of classes held. They differ once there are more classes than rows: then both
+    shares are at most one row, and only a class without any enters.
     """
 
     needs_groups = True
+    parameters = (Parameter("admit", "all", lambda value: value in (None, *ADMIT)),)
     no_union = "which samples it holds depends on the order in which all streams arrive"
 
     def __init__(self, capacity: int, seed: int, params: Params) -> None:
         super().__init__(capacity, seed, params)
         self._k0, self._k1 = key_pair("greedy", seed)
+        self._below_share = params.get("admit") == "below_share"
 
     def load(self, positions: Ints, groups: Ints) -> None:
         self._row_labels = np.zeros(self.capacity, np.int64)
@@ -35,8 +44,9 @@ class GreedyClassBalancingPolicy(Policy):
         self._add_classes(groups)
         rows = np.empty(groups.shape[0], np.int64)
         self._size = kernel.plan_greedy(
-            self._row_labels, self._size, self.capacity, self._labels, self._counts, self._k0, self._k1, start, groups, rows
-        )
+            self._row_labels, self._size, self.capacity, self._labels, self._counts, self._below_share,
+            self._k0, self._k1, start, groups, rows,
+        )  # fmt: skip
         return Plan(rows)
 
     def _add_classes(self, groups: Ints) -> None:

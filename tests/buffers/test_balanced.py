@@ -123,25 +123,26 @@ def test_parameters() -> None:
         BalancedBuffer()
 
 
-def test_parameters_stand_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "total"), [(ClassBalancedBuffer, "total_num_classes"), (BalancedBuffer, "total_num_groups")])
+def test_parameters_stand_in_the_file(kind: Any, total: str, tmp_path: Path) -> None:
     """Reopened without them they are those of the file; others are an error that shows both."""
     path = str(tmp_path / "b.h5")
-    with ClassBalancedBuffer(10, path, adaptive_size=False, total_num_classes=5, borrow=True) as buffer:
+    with kind(10, path, adaptive_size=False, borrow=True, **{total: 5}) as buffer:
         buffer.add((np.arange(30.0), np.arange(30) % 5))
-    with ClassBalancedBuffer(path=path, mode="r+") as buffer:
+    with kind(path=path, mode="r+") as buffer:
         assert not buffer.adaptive_size
         assert buffer.get_group_lengths(5) == [2] * 5
         with pytest.raises(ArgumentError, match="of a total of 5"):
             buffer.add((np.arange(1.0), np.array([5])))
-    with ClassBalancedBuffer(10, path, mode="a", adaptive_size=False, total_num_classes=5, borrow=True) as buffer:
+    with kind(10, path, mode="a", adaptive_size=False, borrow=True, **{total: 5}) as buffer:
         assert buffer.seen == 30
-    for options in ({"adaptive_size": True}, {"total_num_classes": 4}, {"borrow": False}, {"max_size": 11}, {"seed": 2}):
+    for options in ({"adaptive_size": True}, {total: 4}, {"borrow": False}, {"max_size": 11}, {"seed": 2}):
         with pytest.raises(MismatchError, match=next(iter(options))):
-            ClassBalancedBuffer(path=path, mode="r+", **options)  # type: ignore[arg-type]
-    with pytest.raises(MismatchError, match=r"ExperienceBalancedBuffer \(file: ClassBalancedBuffer\)"):
+            kind(path=path, mode="r+", **options)
+    with pytest.raises(MismatchError, match=rf"ExperienceBalancedBuffer \(file: {kind.__name__}\)"):
         ExperienceBalancedBuffer(path=path, mode="r+")
     with leanreplay.open(path) as buffer:
-        assert isinstance(buffer, ClassBalancedBuffer)
+        assert type(buffer) is kind
         assert buffer.group_sizes() == dict.fromkeys(range(5), 2)
         with pytest.raises(ModeError):
             buffer.add((np.arange(1.0), np.array([1])))

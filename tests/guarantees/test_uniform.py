@@ -500,6 +500,25 @@ def test_greedy_step_by_step(seed: int) -> None:
         assert min(final) >= capacity // len(final) - 1, final
 
 
+def test_gdumb_keeps_a_uniform_part_of_the_first_of_each_class() -> None:
+    """G1: a new class makes random members of the largest leave; what comes above the share never enters, even where rows are free."""
+    labels = np.array([0] * 20 + [1] * 20 + [2] * 6 + [0, 1, 2] * 5)
+    kept = np.zeros((3000, 12), bool)
+    for seed in range(3000):
+        policy = GreedyClassBalancingPolicy(12, seed, {"admit": "below_share"})
+        policy.load(NONE, NONE)
+        rows = policy.plan(0, labels, 99).rows
+        last = {int(row): i for i, row in enumerate(rows) if row >= 0}
+        assert sorted(labels[i] for i in last.values()) == [0] * 4 + [1] * 4 + [2] * 4
+        assert all(i < 12 or 20 <= i < 26 or 40 <= i < 44 for i in last.values())
+        kept[seed, [i for i in last.values() if i < 12]] = True
+    assert_inclusion(kept, 4)
+    policy = GreedyClassBalancingPolicy(10, 0, {"admit": "below_share"})
+    policy.load(NONE, NONE)
+    rows = policy.plan(0, np.array([0, 0, 0, 0, 0, 1, 2, 0, 1]), 99).rows
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, -1, 7]  # three classes: 5 >= 10 / 3, while three rows are free
+
+
 def test_greedy_resize_victims_are_even() -> None:
     """G1: resizing down evicts as adding does: from a largest class, then from the tie that is left."""
     labels = np.array([0, 1, 0, 1, 0, 1, 0])

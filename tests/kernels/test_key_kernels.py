@@ -258,14 +258,19 @@ def test_random_member_with_a_wrong_count_ends(run: None) -> None:
 
 
 @pytest.mark.parametrize(("capacity", "n"), [(1, 0), (1, 1), (1, 20), (4, 3), (4, 4), (4, 40), (25, 150)])
-def test_plan_greedy(run: None, capacity: int, n: int) -> None:
-    """In one piece and in pieces: rows, labels and counts of a reservoir of lists."""
+@pytest.mark.parametrize("below_share", [False, True])
+def test_plan_greedy(run: None, capacity: int, n: int, below_share: bool) -> None:
+    """In one piece and in pieces: rows, labels and counts of a reservoir of lists. below_share: of GDumb's Algorithm 1, which
+    divides by the classes seen."""
     pair, k0, k1 = keys("greedy", capacity)
     groups = np.random.default_rng(n).choice(LABELS, n)
     start = 3 * 2**48
     row_labels: list[int] = []
     wanted = []
     for i, label in enumerate(groups.tolist()):
+        if below_share and row_labels.count(label) >= capacity / len(set(groups[: i + 1].tolist())):
+            wanted.append(-1)
+            continue
         if len(row_labels) < capacity:
             row_labels.append(label)
             wanted.append(len(row_labels) - 1)
@@ -280,7 +285,7 @@ def test_plan_greedy(run: None, capacity: int, n: int) -> None:
         for at in range(0, n, step):
             piece = slice(at, at + step)
             size = greedy.plan_greedy(
-                held, size, capacity, np.array(LABELS), counts, *pair, start + at, read_only(groups[piece]), rows_taken[piece]
+                held, size, capacity, np.array(LABELS), counts, below_share, *pair, start + at, read_only(groups[piece]), rows_taken[piece]
             )
         assert rows_taken.tolist() == wanted
         assert held[:size].tolist() == row_labels

@@ -20,6 +20,7 @@ KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path=None, **o: lr.ReservoirBuffer(12, path, **o),
     "window": lambda path=None, **o: lr.SlidingWindowBuffer(12, path, **o),
     "greedy": lambda path=None, **o: lr.GreedyClassBalancingBuffer(12, path, **o),
+    "gdumb": lambda path=None, **o: lr.GreedyClassBalancingBuffer(12, path, admit="below_share", **o),
     "class": lambda path=None, **o: lr.ClassBalancedBuffer(12, path, **o),
     "experience": lambda path=None, **o: lr.ExperienceBalancedBuffer(12, path, **o),
     "cbrs": lambda path=None, **o: lr.ClassBalancingReservoirBuffer(12, path, **o),
