@@ -141,8 +141,9 @@ class DataBuffer(ReadableBuffer):
         """Offer a batch to the buffer, in order.
 
         batch: the nested structure of a sample, each leaf of shape (n, ...): an array, a tensor
-            (any device), or what np.asarray takes. A list of samples is no batch: stack them, or
-            call `update`. (For samples that are lists of several alike give a tuple.)
+            (any device), what exports its numbers to np.asarray, or a list of n images of PIL. A
+            list of samples is no batch: stack them, or call `update`. (For samples that are lists
+            of several alike give a tuple.)
         metadata: name -> (n, ...) array, the same names with every batch.
         group: (n,) integers that class-balancing buffers balance over, and that `index/group`
             holds; by default the second element of a pair, if that is an integer.
@@ -200,7 +201,7 @@ class DataBuffer(ReadableBuffer):
         position. Rows are written in commits of as many as the journal holds (8 MiB), each whole or
         not at all; in an InfiniteBuffer each part is at least one commit of its own. A name that
         the buffer does not have yet adds a field, which needs values for all samples, rewrites the
-        file and ends all restore points.
+        file (all parts, for which there must be disk space once more) and ends all restore points.
         """
         with self.current.lock:
             store = self.current.writing()
@@ -307,6 +308,7 @@ class DataBuffer(ReadableBuffer):
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Replace the contents by a copy that `save` made, draws too. Ends all restore points.
 
+        Call it before `load_state_dict`, not after: it replaces what that brought back.
         Raises MismatchError for a copy of other parameters; an empty buffer's are compared too.
         """
         with self.current.lock:

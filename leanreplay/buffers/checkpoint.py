@@ -68,7 +68,9 @@ class Checkpoints:
         seen, name = self._check(state)
         if store.schema is None:
             if name != empty_state():
-                raise StateError(f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+'")
+                raise StateError(
+                    f"this buffer is empty, and so {seen} samples behind the state; open its file with mode='r+', or load(folder) first"
+                )
             self._current.location.marked = True  # the way back here must be there again
         else:
             if name != store.state_name():
@@ -167,7 +169,10 @@ class Checkpoints:
         name = self._parse(state)
         max_size, identity = self._parameters.max_size, self._parameters.identity
         if state["uuid"] != identity and name != empty_state():  # where all begin
-            raise StateError(f"the state of another buffer (uuid {state['uuid']}, this one's is {identity})")
+            raise StateError(
+                f"the state of another buffer (uuid {state['uuid']}, this one's is {identity}); open the file that it was made with, "
+                "path=... and mode='r+'; or if save(folder) copied that buffer call load(folder) first, and load_state_dict after it"
+            )
         if state["max_size"] != (max_size or 0):
             raise StateError(f"the state of this buffer with max_size {state['max_size']}, but it was resized to {max_size}")
         return state["seen"], name

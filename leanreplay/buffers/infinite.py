@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from ..arguments import integer
@@ -26,14 +26,14 @@ from ..samples.schema import Schema
 from ..storage import locks, system
 from ..storage.folder import Folder
 from ..storage.layout import Layout
-from ..storage.opening import Options, copy_to_memory
+from ..storage.opening import Options, copy_to_memory, create_file
 from ..storage.parts import LOADING, finish_loading, is_loading, open_part, own_folder, part_path, parts_there
 from ..storage.reader import Reader
 from ..storage.store import Store, WritableStore
 from ..storage.writer import Writer
 from .base import DataBuffer
 from .copies import State, copy_store, is_left_over, state_path, write_json
-from .location import Location, new_store
+from .location import Location, Planned, new_store
 from .parameters import Parameters, Pieces
 
 _IS_COPY = re.compile("parts-[0-9a-f]{8}").fullmatch
@@ -50,6 +50,12 @@ class PartsInMemory(Location):
         store = new_store(None, *self._plan_part(schema, number), self.options, self.marked, False)
         store.release()
         return store
+
+    def rewrite(self, planned: Sequence[Planned], heir_of: Writer | None) -> WritableStore:
+        stores = [create_file(None, table, pieces, self.options, fill=fill) for table, pieces, fill in planned]
+        for store in stores:
+            store.release()
+        return Folder(None, stores, functools.partial(self._new_part, planned[0][0].schema))
 
     def _plan_part(self, schema: Schema, number: int) -> tuple[Layout, Pieces]:
         parameters = self._parameters
@@ -205,6 +211,14 @@ class PartsInFolder(PartsInMemory):
         if marked:
             made.mark()
         return made
+
+    def rewrite(self, planned: Sequence[Planned], heir_of: Writer | None) -> WritableStore:
+        def make(folder: str) -> None:
+            options, model = self.options._replace(guard=False), system.status(self.file)
+            for number, (table, pieces, fill) in enumerate(planned):
+                create_file(part_path(folder, number), table, pieces, options, fill=fill, model=model).close()
+
+        return self._replace_parts(len(planned), make)
 
     def _new_part(self, schema: Schema, number: int, folder: str | None = None) -> Writer:
         """Make a part; in a folder, so that it is moved from there."""

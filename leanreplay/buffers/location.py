@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from ..arguments import as_path
@@ -22,6 +23,7 @@ from .parameters import Parameters, Pieces
 # What other libraries take as the second argument. Nobody means a file by it.
 _NO_NAMES = re.compile(r"(class|task|experience|label|group)(e?s)?|none|true|false|cpu|mps|cuda(:\d+)?|in_memory", re.IGNORECASE)
 
+Planned = tuple[Layout, Pieces, Callable[[Writer], None]]  # a file to be made, and what fills it
 Claim = contextlib.AbstractContextManager[None]
 
 
@@ -86,6 +88,12 @@ class Location:
     def create(self, schema: Schema, replace: bool) -> WritableStore:
         """Make a store, whole before it appears. replace: it takes the place of what is there."""
         return new_store(None, *self._parameters.plan_file(schema), self.options, self.marked, False)
+
+    def rewrite(self, planned: Sequence[Planned], heir_of: Writer | None) -> WritableStore:
+        """Put a store of newly written files in place of the present one. heir_of: whose restore
+        points go on."""
+        ((table, pieces, fill),) = planned
+        return create_file(self.file, table, pieces, self.options, replace=True, fill=fill, heir_of=heir_of)
 
     def replacing(self) -> Claim:
         """Keep writers away from what is to be replaced. LockedError if it has one."""

@@ -6,67 +6,73 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from ..arguments import integer
 from ..arrays import NO_ROWS, Ints
-from ..errors import ArgumentError, CapacityWarning, ModeError, SchemaError
+from ..errors import ArgumentError, CapacityWarning, SchemaError
 from ..policies.base import Policy
 from ..samples.batch import flat
 from ..samples.leaves import Field, batch_leaf, check_leaf, leaf_type, to_numpy
-from ..samples.schema import Schema, metadata_field
-from ..storage.opening import create_file
+from ..samples.schema import metadata_field
+from ..storage.layout import Layout
 from ..storage.store import Change, WritableStore
 from ..storage.writer import Writer
 from .current import Current
+from .parameters import Parameters, Pieces
 from .values import Array, all_rows
 
 
-def rewrite(
-    current: Current,
-    store: WritableStore,
-    rows: Ints,
-    new_rows: Ints,
-    size: int,
-    policy: Sequence[int],
-    log: Ints,
-    slots: int = 0,
-    schema: Schema | None = None,
-    extra: tuple[Field, Array] | None = None,
-    keep_points: bool = False,
-) -> None:
-    """Replace the store by one of another size, schema or log: rows[i] becomes new_rows[i].
+@dataclass(frozen=True)
+class Rewritten:
+    """One file of a buffer as it is to be written anew: rows[i] of the old one becomes new_rows[i].
 
-    policy, log: what the new state says of the policy. extra: a new field, and its values for
-    `rows`.
-    keep_points: restore points stay, because neither rows nor schema change.
+    policy, log: what the new state says of the policy. slots: the least entries of the log. extra:
+    a new field, and its values for `rows`.
     """
-    if not current.parameters.kind.sized:
-        raise ModeError("an InfiniteBuffer cannot get a new metadata field; give it with the first batch")
-    old, here = store.layout, current.location
-    schema = schema or old.schema
-    table, pieces = current.parameters.plan_file(schema, size, old.params, max(slots, 2 * log.shape[0]))
 
-    def fill(new: Writer) -> None:
-        for start in range(0, rows.shape[0], new.max_rows):
+    store: WritableStore
+    rows: Ints
+    new_rows: Ints
+    size: int
+    policy: Sequence[int]
+    log: Ints
+    slots: int = 0
+    extra: tuple[Field, Array] | None = None
+
+    def plan(self, parameters: Parameters) -> tuple[Layout, Pieces]:
+        """Plan the file."""
+        old = self.store.layout
+        schema = old.schema if self.extra is None else old.schema.with_metadata(self.extra[0])
+        return parameters.plan_file(schema, self.size, old.params, max(self.slots, 2 * self.log.shape[0]))
+
+    def fill(self, new: Writer) -> None:
+        """Write the rows."""
+        store = self.store
+        for start in range(0, self.rows.shape[0], new.max_rows):
             part = slice(start, start + new.max_rows)
-            arrays, index = store.read(rows[part])
-            if extra is not None:
-                arrays.insert(schema.fields.index(extra[0]), np.ascontiguousarray(extra[1][part]))
+            arrays, index = store.read(self.rows[part])
+            if self.extra is not None:
+                arrays.insert(new.schema.fields.index(self.extra[0]), np.ascontiguousarray(self.extra[1][part]))
             samples = np.arange(index.shape[1])
             sources = [(flat(a), samples) for a in arrays]
-            new.commit(Change(store.seen, policy, new_rows[part], index[0], index[1], sources))
-        if new.seen != store.seen or not rows.shape[0] or log.shape[0]:
-            new.commit(Change(store.seen, policy, log=log))
+            new.commit(Change(store.seen, self.policy, self.new_rows[part], index[0], index[1], sources))
+        if new.seen != store.seen or not self.rows.shape[0] or self.log.shape[0]:
+            new.commit(Change(store.seen, self.policy, log=self.log))
 
-    def make() -> Writer:
-        heir_of = cast(Writer, store) if keep_points else None
-        return create_file(here.file, table, pieces, here.options, replace=True, fill=fill, heir_of=heir_of)
 
-    store.stay()
-    current.replace(make, keep_points)
+def rewrite(current: Current, files: Sequence[Rewritten], keep_points: bool = False) -> None:
+    """Replace the store by one of another size, schema or log.
+
+    keep_points: restore points stay, because neither rows nor schema change.
+    """
+    planned = [(*file.plan(current.parameters), file.fill) for file in files]
+    old = cast(WritableStore, current.store)
+    old.stay()
+    current.replace(lambda: current.location.rewrite(planned, cast(Writer, old) if keep_points else None), keep_points)
 
 
 def resize(
@@ -92,7 +98,7 @@ def resize(
     warning = policy.capacity_warning(size)
     if warning:
         warnings.warn(f"resize to {size}: {warning}", CapacityWarning, stacklevel=outside())
-    rewrite(current, store, kept, np.arange(kept.shape[0]), size, policy.state, policy.log)
+    rewrite(current, [Rewritten(store, kept, np.arange(kept.shape[0]), size, policy.state, policy.log)])
 
 
 def kept_by_policy(buffer: str, store: WritableStore, policy: Policy, size: int, live: Ints) -> Ints:
@@ -119,12 +125,13 @@ def _checked_keep(policy: Policy, kept: object, size: int, held: int) -> Ints:
 def lengthen_log(current: Current, store: WritableStore, slots: int) -> WritableStore:
     """Rewrite the store with a log of so many entries. Returns the new one."""
     live = all_rows(store)
-    rewrite(current, store, live, live, store.layout.max_size, store.policy, store.policy_log(), slots, keep_points=True)
+    rewrite(current, [Rewritten(store, live, live, store.layout.max_size, store.policy, store.policy_log(), slots)], keep_points=True)
     return cast(WritableStore, current.store)
 
 
 def add_field(current: Current, store: WritableStore, name: str, values: Any, rows: Ints) -> None:
-    """Rewrite the store with one more metadata field, of these values for all rows."""
+    """Rewrite the store, all parts of it, with one more metadata field, of these values for all
+    rows."""
     values = batch_leaf(values, f"metadata/{name}")
     dtype, shape, torch = leaf_type(values, f"metadata/{name}")
     field = metadata_field(name, Field(f"metadata/{name}", dtype, tuple(shape[1:]), torch))
@@ -134,10 +141,12 @@ def add_field(current: Current, store: WritableStore, name: str, values: Any, ro
     if not np.array_equal(np.sort(rows), live):
         raise SchemaError(f"metadata/{name} is new: give values for all {store.size} samples (rows=None), not for {rows.shape[0]}")
     check_leaf(values, field, rows.shape[0])
-    layout, log = store.layout, store.policy_log()
-    extra = field, to_numpy(values, field)[np.argsort(rows, kind="stable")]
-    schema = layout.schema.with_metadata(field)
-    rewrite(current, store, live, live, layout.max_size, store.policy, log, layout.log[1], schema, extra)
+    ordered, files = to_numpy(values, field)[np.argsort(rows, kind="stable")], []
+    for part in store.parts:
+        mine, ordered = ordered[: part.size], ordered[part.size :]
+        live, size, slots = all_rows(part), part.layout.max_size, part.layout.log[1]
+        files.append(Rewritten(part, live, live, size, part.policy, part.policy_log(), slots, (field, mine)))
+    rewrite(current, files)
 
 
 def outside() -> int:

@@ -205,9 +205,12 @@ def entry(leaf: Any, field: Field) -> np.ndarray[Any, Any]:
 def batch_leaf(leaf: Any, path: str) -> Any:
     """Return a leaf of a batch. Raises SchemaError for one without a leading dimension."""
     if hasattr(leaf, "getbands"):  # of PIL: its rows of pixels are no samples
-        raise SchemaError(
-            f"{path}: a single image is no batch; give np.stack([np.asarray(i) for i in images]), or call update(list of samples)"
-        )
+        raise SchemaError(f"{path}: a single image is no batch; give a list of images, or call update(list of samples)")
+    if are_images(leaf):
+        arrays = [as_leaf(image, path) for image in leaf]
+        if len({(array.shape, array.dtype) for array in arrays}) > 1:
+            raise SchemaError(f"{path}: the images of a batch differ in size or mode: resize or crop them, and convert() them, before")
+        return np.stack(arrays)
     found = as_leaf(leaf, path)
     if not leaf_type(found, path)[1]:
         raise SchemaError(
@@ -215,6 +218,11 @@ def batch_leaf(leaf: Any, path: str) -> Any:
             "make one value for all np.full(n, value), of a list of them np.stack(values), and give a list of samples to update()"
         )
     return found
+
+
+def are_images(value: Any) -> bool:
+    """Whether a value is a list of images of PIL, which as a batch can only mean one leaf."""
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(hasattr(one, "getbands") for one in value)
 
 
 def batch_length(leaves: Sequence[Any], fields: Sequence[Field]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SchemaError
-from .leaves import KINDS, Field, batch_leaf, leaf_type
+from .leaves import KINDS, Field, are_images, batch_leaf, leaf_type
 
 RESERVED = ("idx", "position")  # what a sample's metadata holds besides its own fields
 _DEPTH = 16
@@ -291,7 +291,7 @@ class _Inference:
             for key in value.keys():  # noqa: SIM118 - of a TensorDict, `in` goes over samples
                 _check_name(key, path)
             return ["dict", *([key, self._structure_of(v, f"{path}/{key}", depth + 1)] for key, v in value.items())]
-        if isinstance(value, (tuple, list)):
+        if isinstance(value, (tuple, list)) and not (self._batched and are_images(value)):
             if self._batched and value and all(isinstance(v, (bool, int, float, complex, np.generic)) for v in value):
                 raise SchemaError(f"{path}: a {type(value).__name__} of {len(value)} numbers is no array; give np.array(values)")
             before = len(self._leaves)

@@ -66,6 +66,10 @@ class Folder:
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self.stores)
 
+    @property
+    def parts(self) -> list[Writer]:
+        return self._writers
+
     def state_name(self) -> str:
         return ",".join(s.state_name() for s in self.stores)
 

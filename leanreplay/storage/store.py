@@ -228,6 +228,10 @@ class Store(Protocol):
 class WritableStore(Store, Protocol):
     """What a Writer and a Folder of Writers can do besides."""
 
+    @property
+    def parts(self) -> Sequence[WritableStore]:
+        """The stores of its files, by their rows."""
+
     def stay(self) -> None:
         """Raise MissingError unless its file still stands under its name."""
 

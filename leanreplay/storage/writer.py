@@ -77,6 +77,10 @@ class Writer(MappedStore):
         """A file that was just made holds nothing: there is nothing to recover or to verify."""
         self.state, self._settled, self._verified = state, True, True
 
+    @property
+    def parts(self) -> list[Writer]:
+        return [self]
+
     def unguard(self) -> None:
         if self.guard is not None:
             self.guard.close()

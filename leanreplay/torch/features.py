@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from ..arguments import instance
+from ..buffers.base import DataBuffer
 from ..errors import ArgumentError
-from .data import to_torch
+from .data import BufferDataset, to_torch
 from .distributed import innermost, layer_of, uncompiled
 
 
@@ -50,6 +51,8 @@ def features(
     (100, 16)
     """
     module, run = _layer(model, layer), uncompiled(model)
+    if isinstance(data, DataBuffer):
+        data = BufferDataset(data)  # tensors: an array of bfloat16 would be one of its bits
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ArgumentError(f"batch_size must be an integer of at least 1, got {batch_size!r:.200}")
     n = _length(data)

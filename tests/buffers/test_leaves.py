@@ -32,10 +32,19 @@ def test_images_of_pil():
         with pytest.raises(lr.SchemaError, match=r"item 0 .*expected uint8"):
             buffer.update([(images[0].convert("L"), 0)])
     assert lr.Schema.from_sample((images[0], 0)).data[0].shape == (8, 6, 3)
-    for batch in (images[0], images, (images[0], Y[:8])):
-        message = refused(lambda b, batch=batch: b.add(batch))
-        assert "np.stack([np.asarray(i) for i in images])" in message and "update" in message
-    assert added(np.stack([np.asarray(i) for i in images]))[0].shape == (9, 8, 6, 3)
+    for batch in (images[0], (images[0], Y[:8])):
+        assert "a list of images, or call update" in refused(lambda b, batch=batch: b.add(batch))
+    for batch in (images, tuple(images), np.stack([np.asarray(i) for i in images])):
+        assert np.array_equal(added(batch)[0], x)
+    with lr.ReservoirBuffer(20) as buffer:
+        for _ in range(2):
+            buffer.add({"image": images, "y": np.arange(9)}, metadata={"before": images[::-1]})
+        assert len(buffer) == 18 and np.array_equal(buffer[9][0]["image"], x[0]) and np.array_equal(buffer[9][1]["before"], x[8])
+        for wrong in (images[0].convert("L"), images[0].resize((5, 5))):
+            with pytest.raises(lr.SchemaError, match="data/image: the images of a batch differ in size or mode"):
+                buffer.add({"image": [*images[:8], wrong], "y": np.arange(9)}, metadata={"before": images})
+        with pytest.raises(lr.SchemaError, match="differ in length"):
+            buffer.add({"image": images[:8], "y": np.arange(9)}, metadata={"before": images})
 
 
 class Exports:

@@ -95,6 +95,15 @@ def test_result_is_the_callers(net, x):
     assert torch.equal(data, x)
 
 
+def test_a_buffer_of_bfloat16():
+    """Its columns hold the bits of bfloat16, which are no inputs."""
+    x = torch.linspace(-1, 1, 24).bfloat16().reshape(6, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3)).bfloat16()
+    with ReservoirBuffer(6) as buffer:
+        buffer.add((x, torch.arange(6)))
+        assert np.array_equal(features(model, "0", buffer, progress=False), features(model, "0", x, progress=False))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
     model = nn.Linear(3, 2).to(dtype)
