@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import number as real_number
 from ..arrays import Ints
-from ..errors import ArgumentError
-from ..kernels import reservoir
+from ..errors import ArgumentError, RowError, SchemaError
+from ..kernels import reservoir, sums
 from ..keys import key_pair
 from ..storage import system
-from ..storage.store import Store
+from ..storage.store import Arrays, Store
 from .parameters import Parameters
 from .values import Values
+from .weights import Weighted, Weights, Where, drawn_last
 
 MAX_DRAWS = 2**62
+MAX_WEIGHTS = 2  # kinds of draws whose weights are kept: 9.2 bytes a row each
 MAX_REMEMBERED = 10_000  # unpickled copies
 
 Keys = tuple[np.uint64, np.uint64]
@@ -30,30 +34,54 @@ class Draw:
     """How rows are drawn. The value goes from `sample`, loaders and learners down to `Draws`.
 
     replace: whether a row may come more than once. balance: name of the value by which rows are
-    grouped, and drawn evenly; see `Values` and `Draws.balanced`.
+    grouped, and drawn evenly; see `Values` and `Draws.balanced`. where: which rows can be drawn. by:
+    name of the value in proportion to whose power alpha they are drawn.
     """
 
     replace: bool = False
     balance: str | None = None
+    where: Where | None = None
+    by: str | None = None
+    alpha: float = 1.0
 
     @staticmethod
-    def of(replace: object = False, balance: object = None) -> Draw:
+    def of(
+        replace: object = False, balance: object = None, where: object = None, by: object = None, alpha: object = None
+    ) -> Draw:  # fmt: skip
         """The draw of these arguments. Raises ArgumentError for wrong ones."""
+        if by is not None and not isinstance(by, str):
+            raise ArgumentError(f'by is the name of a value that each row has, such as "score", got {by!r:.200}')
+        if by is None and alpha is not None:
+            raise ArgumentError(f"alpha={alpha!r:.200} is a power of the value that by= names; give by, or leave alpha out")
+        if by is not None and balance is not None:
+            raise ArgumentError(f"balance={balance!r:.200} and by={by!r} are two ways to choose; give one of them")
         if not isinstance(replace, (bool, np.bool_)):
             raise ArgumentError(f"replace must be True or False, got {replace!r:.200}")
         if balance is not None and not isinstance(balance, str):
             raise ArgumentError(f'balance is "group", "label" or the name of a metadata field, got {balance!r:.200}')
-        return Draw(bool(replace), balance)
+        return Draw(bool(replace), balance, Where.of(where), by, 1.0 if alpha is None else real_number("alpha", alpha))
+
+    @property
+    def name(self) -> str:
+        """Which rows, and in proportion to what, in words."""
+        parts = ([str(self.where)] if self.where is not None else []) + ([f"{self.by!r} ** {self.alpha} above 0"] if self.by else [])
+        return " and ".join(parts)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether not every row can be drawn alike."""
+        return self.where is not None or self.by is not None
 
 
 UNIFORM = Draw()
 
 
 class Drawn(NamedTuple):
-    """Rows that were drawn, and what the metadata of samples says of the draw: (n,) arrays."""
+    """Rows that were drawn. shown: what the metadata of samples says of the draw, (n,) arrays."""
 
     rows: Ints
     shown: dict[str, npt.NDArray[Any]]
+    where: Where | None = None
 
 
 class Draws:
@@ -62,6 +90,7 @@ class Draws:
     def __init__(self, parameters: Parameters, values: Values) -> None:
         self.copy = ""  # of a forked or unpickled copy: which one, for draws of its own
         self._parameters, self.values = parameters, values
+        self._weights: dict[tuple[Where | None, str | None, float], Weights] = {}
         self.begin(0, 0)
 
     def begin(self, drawn: int, copies: int) -> None:
@@ -103,20 +132,51 @@ class Draws:
 
     def check_size(self, store: Store, n: int, draw: Draw) -> None:
         """Raise ArgumentError for a draw of more than there is."""
-        size = store.size
+        size = self.available(store, draw)
         if n > size and not ((draw.replace or draw.balance) and size):
-            raise ArgumentError(
-                f"sample of {n} from a buffer of {size}; add samples first"
-                + ("" if draw.replace or not size else f", draw at most {size}, or use replace=True")
-            )
+            held, more = f"a buffer of {size}", "add samples first"
+            if draw.weighted and store.size:
+                held, more = f"{size} rows with {draw.name}", f"the buffer holds {store.size}"
+            hint = "" if draw.replace or not size else f", draw at most {size}, or use replace=True"
+            raise ArgumentError(f"sample of {n} from {held}; {more}{hint}")
+
+    def available(self, store: Store, draw: Draw) -> int:
+        """How many rows a draw can take."""
+        return self.weights(store, draw).fits if draw.weighted and store.size else store.size
+
+    def weights(self, store: Store, draw: Draw) -> Weighted:
+        """The weights of all rows in the state of the store. Those of the last two kinds are kept."""
+        key = draw.where, draw.by, draw.alpha
+        weights = self._weights.pop(key, None) or Weights(self.values, *key)
+        self._weights[key] = weights
+        while len(self._weights) > MAX_WEIGHTS:
+            self._weights.pop(next(iter(self._weights)))
+        return weights.of(store)
+
+    def committed(self, store: Store, before: int, rows: Sequence[Ints]) -> None:
+        """Note that a commit on top of number `before` has changed these rows (-1: none)."""
+        for weights in self._weights.values():
+            weights.note(store, before, rows)
+
+    def read(self, store: Store, drawn: Drawn) -> tuple[Arrays, Ints]:
+        """Read what was drawn. RowError in a reader that met a commit, so that a row fits no more."""
+        arrays, index = store.read(drawn.rows)
+        where = drawn.where
+        if where is None or store.writable or not drawn.rows.shape[0]:
+            return arrays, index
+        if where.fits(self.values.of_read(store.layout.schema, where.name, arrays, index).reshape(-1)).all():
+            return arrays, index
+        raise RowError(f"rows of {store.path} changed while they were read")
 
     def rows(self, store: Store, n: int, draw: Draw, consumer: str, number: int) -> Drawn:
         """n live rows, of which there are enough: draw `number` of a consumer."""
         rows = np.empty(n, np.int64)
         if not n:
             return Drawn(rows, {})
+        if draw.weighted and draw.balance is None:
+            return self._by_weight(store, n, draw, consumer, number)
         if draw.balance is not None:
-            return Drawn(self.balanced(store, n, draw, draw.balance, consumer, number), {})
+            return Drawn(self.balanced(store, n, draw, draw.balance, consumer, number), {}, draw.where)
         size, high = store.extent
         k0, k1 = self.keys(store, consumer)
         if size != high:
@@ -124,6 +184,25 @@ class Draws:
         else:
             reservoir.draw(size, k0, k1, store.seen, number, draw.replace, rows)
         return Drawn(rows, {})
+
+    def _by_weight(self, store: Store, n: int, draw: Draw, consumer: str, number: int) -> Drawn:
+        """n rows by their weights. Where those are 0 or 1, it is the uniform draw of the rows that
+        fit, in order."""
+        weights, rows, (k0, k1) = self.weights(store, draw), np.empty(n, np.int64), self.keys(store, consumer)
+        if draw.by is None:
+            reservoir.draw(weights.fits, k0, k1, store.seen, number, draw.replace, rows)
+            sums.rows_at(weights.tree, weights.starts, rows.copy(), rows)
+            return Drawn(rows, {}, draw.where)
+        found = sums.draw_by_weight(weights.tree, weights.starts, k0, k1, store.seen, number, draw.replace, rows)
+        if found < n:  # few rows weigh nearly everything
+            left = weights.tree[: store.high].copy()
+            left[rows[:found]] = 0.0
+            rows[found:] = drawn_last(left, n - found, *self._hashed(f"{consumer} {self.copy} {store.seen} {number} last"))
+        if "probability" in store.layout.schema.metadata_names:
+            raise SchemaError(
+                "metadata/probability: a draw by= puts the probabilities of its rows there; this buffer has a field of that name"
+            )
+        return Drawn(rows, {"probability": weights.tree[rows] / weights.total}, draw.where)
 
     def balanced(self, store: Store, n: int, draw: Draw, name: str, consumer: str, number: int) -> Ints:
         """n live rows, spread evenly over the values of a column.
@@ -134,6 +213,9 @@ class Draws:
         value is equally likely, and every row that has it.
         """
         groups = list(self.values.grouped(store, name).values())
+        if draw.where is not None:
+            fits = self.weights(store, draw).tree > 0.0
+            groups = [rows for group in groups if (rows := group[fits[group]]).shape[0]]
         k0, k1 = self.keys(store, f"{consumer} balanced")
         step = 2 * len(groups) + 2  # draws that one batch may need
 

@@ -192,7 +192,7 @@ class Feeder:
             update = None
         done, stream = skip, self._parameters.stream << STREAM_BITS
         while done < n:
-            seen, policy = store.seen, self.take_policy(store)
+            seen, before, policy = store.seen, store.sequence, self.take_policy(store)
             m, start = min(n - done, MAX_PLANNED), stream + seen
             max_rows = store.max_rows if update is None else store.max_rows - update.rows.shape[0]
             self._retag(policy, update)
@@ -202,12 +202,15 @@ class Feeder:
                 store = lengthen_log(self._current, store, 4 * policy.slots)
                 continue
             used = plan.rows.shape[0]
+            changed: tuple[Ints, ...] = (plan.rows,)
             if not (
                 fed.data is not None and tags is not None and update is None and 0 < used <= m and not len(plan.freed) and not len(plan.log)
                 and store.commit_planned(PlannedBatch(seen, policy.state, plan.rows, start, tags, done, fed.data, max_rows))
             ):  # fmt: skip
                 store.commit(self._change(store, policy, plan, fed.fetch, done, m, max_rows, update))
+                changed = (plan.rows, plan.freed) if update is None else (plan.rows, plan.freed, update.rows)
                 update = None
+            self._current.draws.committed(store, before, changed)
             self.keep_policy(policy, store)
             done += used
 
@@ -292,7 +295,9 @@ class Feeder:
         for start in range(0, update.rows.shape[0], store.max_rows):
             part = slice(start, start + store.max_rows)
             sources = {f: (data, samples[part]) for f, (data, samples) in update.sources.items()}
+            before = store.sequence
             store.commit(Change(store.seen, store.policy, update=MetadataUpdate(update.rows[part], sources)))
+            self._current.draws.committed(store, before, (update.rows[part],))
         if policy is not None:
             self._retag(policy, update)
             self.keep_policy(policy, store)

@@ -115,7 +115,16 @@ class ReadableBuffer:
 
     # -- what it holds -----------------------------------------------------------------------------
 
-    def sample(self, n: int, replace: bool = False, *, balance: str | None = None) -> tuple[Any, dict[str, Any]]:
+    def sample(
+        self,
+        n: int,
+        replace: bool = False,
+        *,
+        balance: str | None = None,
+        where: tuple[str, object] | None = None,
+        by: str | None = None,
+        alpha: float | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
         """Draw n samples uniformly: (batch, metadata), copies with a leading dimension of n.
 
         metadata: every metadata field, "idx" (the rows, int64) and "position" (in the stream,
@@ -128,6 +137,19 @@ class ReadableBuffer:
         one value are drawn uniformly, and are distinct unless the buffer holds fewer than that (or
         `replace`); their order is shuffled. So at each place every value is equally likely, and so
         is every sample that has it. Rows are sorted by value once per commit: 1 ms for 10,000 rows.
+
+        where: draw only rows whose value fits: ("label", [3, 5]), ("task", 2), ("position",
+        range(0, 1000)), ("score", slice(0.5, None)). The first is "label", "group", "position",
+        "weight" or a metadata field of one number a row; the second is a number, a list of them, or
+        from where to below where. It is the uniform draw of the rows that fit, in their order.
+        by: a metadata field ("weight" of a weighted reservoir): draw in proportion to value ** alpha
+        (alpha 1 unless given), in float64. Values are finite and not negative; one of 0 is never
+        drawn, but 0 ** 0 is 1. Without `replace`, rows are drawn one after the other, each in
+        proportion among those left; with it, each of the n independently. "probability" in the
+        metadata is value ** alpha divided by the sum over all rows that fit: the chance of each of
+        n independent draws, for importance weights. Both keep a sum tree, 9.2 bytes a row, which
+        the writer mends after each commit, and others build again: O(rows). ArgumentError, naming
+        the row, for a value that cannot be; and where n rows that fit, above 0, are not there.
 
         Forked and unpickled copies of a buffer each draw a stream of their own. It follows from the
         number of forks and pickles before; when unpickled also from the number of that process in
@@ -144,7 +166,7 @@ class ReadableBuffer:
         >>> x.shape, sorted(meta)
         ((4,), ['idx', 'logits', 'position'])
         """
-        return cast(Read, self.view.sample(n, Draw.of(replace, balance)))
+        return cast(Read, self.view.sample(n, Draw.of(replace, balance, where, by, alpha)))
 
     def get(self, rows: object) -> tuple[Any, dict[str, Any]]:
         """The samples in these rows (meta["idx"]), like `sample`. RowError for free rows."""

@@ -48,9 +48,10 @@ class View:
         with current.lock:
             store = current.reading()
             if at_most:
-                if not store.size:
+                available = current.draws.available(store, draw)
+                if not available:
                     return None
-                n = min(n, store.size)
+                n = min(n, available)
             if type(n) is not int or not 0 <= n <= 2**40:
                 n = required("n", n, 0, 2**40)
             number = None
@@ -61,7 +62,7 @@ class View:
                     if number is None:
                         number = current.draws.next_number()
                     drawn = current.draws.rows(store, n, draw, "sample", number)
-                    arrays, index = store.read(drawn.rows)
+                    arrays, index = current.draws.read(store, drawn)
                     return self.batch(store.layout.schema, arrays, index, drawn, convert)
                 except RowError as error:  # a reader met a rollback or a resize
                     if store.schema is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,16 @@ class Values:
         field = self._field(schema, name)
         arrays, index = store.read(rows, cheapest_field(schema) if field is None else field)
         return arrays[0] if field is not None else self._of_index(name, *index).copy()
+
+    def of_rows(self, store: Store, name: str, rows: Ints, index: tuple[Ints, Ints]) -> Array:
+        """Return the values of rows whose positions and tags are known."""
+        field = self._field(store.layout.schema, name)
+        return self._of_index(name, *index) if field is None else store.read(rows, field)[0][0]
+
+    def of_read(self, schema: Schema, name: str, arrays: Sequence[Array], index: Ints) -> Array:
+        """Return the values of rows that were read whole."""
+        field = self._field(schema, name)
+        return self._of_index(name, *index) if field is None else arrays[field]
 
     def live(self, store: Store, name: str) -> tuple[Ints, Array]:
         """Return the live rows in order, and the value of each, of one moment. No sample is read

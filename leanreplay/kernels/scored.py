@@ -28,27 +28,38 @@ def _is_first(scores, held, row, other):
 
 
 @helper
-def _mend(scores, held, lows, highs, starts, level, i, size):
-    """Set entry i of a level of both trees, from what is below. size: rows in use."""
-    low, high = np.int64(-1), np.int64(-1)
-    below = size if level == 0 else starts[level] - starts[level - 1]
-    for j in range(i * FANOUT, min(below, (i + 1) * FANOUT)):
-        row = other = np.int64(j)
-        if level > 0:
-            row, other = lows[starts[level - 1] + j], highs[starts[level - 1] + j]
-        if row >= 0:
-            low = row if low < 0 or _is_first(scores, held, row, low) else low
-            high = other if high < 0 or _is_first(scores, held, high, other) else high
-    lows[starts[level] + i], highs[starts[level] + i] = low, high
+def _wins(scores, held, row, other, high):
+    """Whether a row, rather than another, stands for both in one of the trees."""
+    return _is_first(scores, held, other, row) if high else _is_first(scores, held, row, other)
 
 
 @helper
-def _mend_above(scores, held, lows, highs, starts, row, size):
-    """Mend both trees above a row whose score has changed."""
+def _winner(scores, held, tree, starts, level, i, size, high):
+    """Return the row that entry i of a level is to hold, from what is below; -1 for none."""
+    best = np.int64(-1)
+    end = size if level == 0 else starts[level] - starts[level - 1]
+    for j in range(i * FANOUT, min(end, (i + 1) * FANOUT)):
+        row = np.int64(j) if level == 0 else tree[starts[level - 1] + j]
+        if row >= 0 and (best < 0 or _wins(scores, held, row, best, high)):
+            best = row
+    return best
+
+
+@helper
+def _mend(scores, held, tree, starts, row, size, high):
+    """Mend a tree after the score of a row has changed. It ends where the row neither stood before,
+    nor is to stand now: mostly at once."""
     i = row
     for level in range(starts.shape[0] - 1):
         i //= FANOUT
-        _mend(scores, held, lows, highs, starts, level, i, size)
+        at = starts[level] + i
+        best = tree[at]
+        if best == row:
+            tree[at] = _winner(scores, held, tree, starts, level, i, size, high)
+        elif best < 0 or _wins(scores, held, row, best, high):
+            tree[at] = row
+        else:
+            return
 
 
 @compile_kernel
@@ -56,7 +67,8 @@ def build_ranks(scores, held, lows, highs, starts, size):
     """Make both trees of the first `size` rows. O(rows)."""
     for level in range(starts.shape[0] - 1):
         for i in range(starts[level + 1] - starts[level]):
-            _mend(scores, held, lows, highs, starts, level, i, size)
+            lows[starts[level] + i] = _winner(scores, held, lows, starts, level, i, size, False)
+            highs[starts[level] + i] = _winner(scores, held, highs, starts, level, i, size, True)
 
 
 @compile_kernel
@@ -65,7 +77,8 @@ def set_scores(scores, held, lows, highs, starts, size, rows, new):
     for j in range(rows.shape[0]):
         scores[rows[j]] = new[j]
         if lows.shape[0] > 0:
-            _mend_above(scores, held, lows, highs, starts, rows[j], size)
+            _mend(scores, held, lows, starts, rows[j], size, False)
+            _mend(scores, held, highs, starts, rows[j], size, True)
 
 
 @helper
@@ -147,5 +160,6 @@ def plan_scored(
         out[i], scores[row], held[row] = row, score, position
         taken += 1
         if lows.shape[0] > 0:
-            _mend_above(scores, held, lows, highs, starts, row, size)
+            _mend(scores, held, lows, starts, row, size, False)
+            _mend(scores, held, highs, starts, row, size, True)
     return new.shape[0], size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from ..arguments import call, function_or_none, instance
 from ..buffers.base import DataBuffer
 from ..buffers.drawing import Draw
 from ..buffers.groups import Group
-from ..buffers.reading import Reach
+from ..buffers.reading import Reach, Read
 from ..errors import ArgumentError
 from ..samples.batch import stack
 from ..samples.schema import Schema
@@ -97,9 +97,12 @@ def sample(
     replace: bool = False,
     *,
     balance: str | None = None,
+    where: tuple[str, object] | None = None,
+    by: str | None = None,
+    alpha: float | None = None,
     batch_transform: Function | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """`buffer.sample(n, replace, balance=balance)` with tensors in place of arrays, on `device`.
+    """`buffer.sample` with tensors in place of arrays, on `device`; where it takes the same names.
 
     On the CPU nothing is copied once more. The buffer's own transforms get tensors.
     batch_transform: then called with x, (n, ...), on the device (without a pair: the whole batch).
@@ -113,12 +116,24 @@ def sample(
     (torch.Size([8, 3]), torch.int64, ['idx', 'position'])
     """
     function_or_none("batch_transform", batch_transform)
-    batch, meta = buffer.view.sample(n, Draw.of(replace, balance), convert=to_torch)  # type: ignore[misc]  # None is for `at_most` only
+    return cast(Read, draw_tensors(buffer, n, Draw.of(replace, balance, where, by, alpha), device, batch_transform))
+
+
+def draw_tensors(
+    buffer: DataBuffer,
+    n: int,
+    draw: Draw,
+    device: torch.device | str | None,
+    batch_transform: Function | None = None,
+    at_most: bool = False,
+) -> Read | None:
+    """A draw as tensors, as of `sample`. at_most: as `View.sample`: None if no row can be drawn."""
+    drawn = buffer.view.sample(n, draw, at_most, to_torch)
+    if drawn is None:
+        return None
     bits = _bfloat16(buffer)
-    batch = to_torch(batch, bits, device)
-    if batch_transform is not None:
-        batch = transformed(batch_transform, batch, n)
-    return batch, to_torch(meta, bits, device, "metadata")
+    batch, meta = to_torch(drawn[0], bits, device), to_torch(drawn[1], bits, device, "metadata")
+    return batch if batch_transform is None else transformed(batch_transform, batch, len(meta["idx"])), meta
 
 
 def device_named(device: torch.device | str | None) -> torch.device | None:

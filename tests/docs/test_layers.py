@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import functools
 import importlib
 import inspect
 import os
@@ -52,21 +51,12 @@ def files():
 FILES = sorted(files())
 
 
-@functools.cache
-def nodes(path):
-    """All nodes of a file's tree, the module first."""
-    return list(ast.walk(ast.parse(pathlib.Path(path).read_text(encoding="utf-8"))))
-
-
-@functools.cache
 def imports(name, path):
-    """Absolute dotted name of everything that a module imports, wherever it does so."""
-    return list(_imports(name, path))
-
-
-def _imports(name, path):
+    """(absolute dotted name, whether it is only for type checkers) of everything that a module imports, wherever it does so."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
     package = ["leanreplay", *name.split(".")[:-1]]
-    for node in nodes(path):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,23 +81,7 @@ def test_the_walk_sees_the_package():
     assert "leanreplay.kernels" in {".".join(i.split(".")[:2]) for n, p in FILES if n.startswith("storage.") for i in imports(n, p)}
 
 
-def every_file(prefix=""):
-    """A test of (name, path), made for all files of the package whose names begin so; what fails says which file it is."""
-
-    def decorate(check):
-        @functools.wraps(check)
-        def test():
-            for name, path in FILES:
-                if name.startswith(prefix):
-                    check(name, path)
-
-        del test.__wrapped__  # pytest would ask for fixtures `name` and `path`
-        return test
-
-    return decorate
-
-
-@every_file()
+@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
 def test_directions(name, path):
     """G8: every import goes downwards."""
     mine = name.split(".")[0]
@@ -117,7 +91,7 @@ def test_directions(name, path):
     assert not wrong, f"{name} may import {sorted(MAY_IMPORT[mine])}, but imports {wrong}"
 
 
-@every_file()
+@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
 def test_foreign_imports(name, path):
     """G8: torch is imported by leanreplay.torch alone, h5py by `storage`, numba by the kernels."""
     outside = {i.split(".")[0] for i in imports(name, path)} - set(sys.stdlib_module_names) - {"leanreplay"}
@@ -128,26 +102,26 @@ def test_foreign_imports(name, path):
     assert outside <= allowed, f"{name} imports {sorted(outside - allowed)}"
 
 
-@every_file("kernels.")
+@pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
 def test_kernels_stand_alone(name, path):
     """Kernels import nothing of ours but decorators and helpers; the files of helpers, those below."""
     helpers = ["kernels", "kernels.hashing", "kernels.memory", "kernels.heaps", "kernels.checksums"]
     mine = name.removesuffix(".__init__")
     below = helpers[: helpers.index(mine)] if mine in helpers else helpers
     allowed = {f"leanreplay.{helper}" for helper in below}
-    assert {i for i in imports(name, path) if i.startswith("leanreplay")} <= allowed, name
+    assert {i for i in imports(name, path) if i.startswith("leanreplay")} <= allowed
 
 
-@every_file()
+@pytest.mark.parametrize(("name", "path"), [f for f in FILES if not f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
 def test_python_calls_no_helper_of_kernels(name, path):
     """Helpers have no entry from Python: a call of one would crash the interpreter."""
-    if name.startswith("kernels."):
-        return
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
     modules = {}
-    for node in nodes(path):
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("kernels"):
             modules |= {alias.asname or alias.name: alias.name for alias in node.names}
-    for node in nodes(path):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             kernel = getattr(importlib.import_module(f"leanreplay.kernels.{modules[node.value.id]}"), node.attr)
             assert not getattr(kernel, "targetoptions", {}).get("no_cpython_wrapper"), f"{name}:{node.lineno}: {node.attr}"
@@ -167,21 +141,23 @@ WITHIN_TORCH = {
 }
 
 
-@every_file("torch.")
+@pytest.mark.parametrize(
+    ("name", "path"), [f for f in FILES if f[0].startswith("torch.") and f[0] != "torch.__init__"], ids=lambda v: str(v)[:30]
+)
 def test_directions_within_torch(name, path):
     """Training, evaluation and what they stand on import downwards; learners and loaders do without them."""
-    if name == "torch.__init__":
-        return
     mine = name.split(".")[1]
     used = {i.split(".")[2] for i in imports(name, path) if i.startswith("leanreplay.torch.")}
     allowed = WITHIN_TORCH[mine]
     assert used <= allowed | {mine}, f"{name} may import {sorted(allowed)} of leanreplay.torch, but imports {sorted(used)}"
 
 
-@every_file("torch.learners.")
+@pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("torch.learners.")], ids=lambda v: str(v)[:30])
 def test_learners_do_not_use_each_others_internals(name, path):
     """A learner may build on a public name of another one, not on its underscored ones."""
-    for node in nodes(path):
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert not [a.name for a in node.names if a.name.startswith("_")], name
 
@@ -274,17 +250,20 @@ def test_docstrings(module):
     assert not bare
 
 
-@every_file()
+@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
 def test_modules_say_what_they_are(name, path):
     """Every file that holds code begins with a docstring."""
-    module = nodes(path)[0]
-    assert not module.body or ast.get_docstring(module), name
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), name
 
 
-@every_file()
+@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
 def test_asserts_only_narrow_types(name, path):
     """Input is never checked by `assert` (python -O drops it): what is left says `is not None` or `isinstance` to the type checker."""
-    for node in nodes(path):
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    for node in ast.walk(tree):
         if isinstance(node, ast.Assert):
             text = ast.unparse(node.test)
             assert "is not None" in text or text.startswith("isinstance("), f"{name}:{node.lineno}: assert {text}"
@@ -295,8 +274,10 @@ def test_nothing_that_runs_code_from_a_file():
     for name, path in FILES:
         if name.startswith("torch"):
             continue
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
         used = {i.split(".")[0] for i in imports(name, path)} & {"pickle", "marshal", "shelve", "dill"}
-        called = {n.func.id for n in nodes(path) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)} & {
+        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)} & {
             "eval",
             "exec",
             "compile",

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from children import child, killed, result
-from nightly import times
 from paths import in_memory
 from storage_kernels import kernel
 
@@ -38,7 +36,6 @@ from leanreplay.storage import (
 )
 from leanreplay.storage import writer as writer_module
 
-HOME = os.path.dirname(leanreplay.__file__)
 ROWS = 48
 BATCH = 30
 KINDS = {
@@ -130,7 +127,9 @@ class Steps:
     leaves; one run gives all copies. With `at`, the process is killed indeed, at that step.
     """
 
-    FILES = frozenset(name for room in ("storage", "buffers") for name in glob.glob(os.path.join(HOME, room, "*.py")))
+    FILES = tuple(glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "storage", "*.py"))) + tuple(
+        glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "buffers", "*.py"))
+    )
 
     def __init__(self, folder: str, copies: str, at: int | None = None) -> None:
         self.folder, self.copies, self.at, self.count = folder, copies, at, 0
@@ -160,7 +159,7 @@ class Steps:
         sys.settrace(self._trace)
         frame = sys._getframe(1)
         while frame is not None:  # the caller may stand in a traced file itself
-            frame.f_trace, frame = self._trace(frame, "call", None), frame.f_back
+            frame.f_trace, frame = self._trace, frame.f_back
 
     def _call(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -202,27 +201,22 @@ class Steps:
             words[line] = value
 
     def _trace(self, frame: Any, event: str, _: Any) -> Any:
-        return self._line if frame.f_code.co_filename in self.FILES else None
-
-    def _line(self, frame: Any, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in self.FILES:
+            return None
         if event == "line":
             self.step()
-        return self._line
+        return self._trace
 
 
-def contents(folder: str, inner: str = "") -> dict[str, bytes | None]:
+def contents(folder: str) -> dict[str, bytes | None]:
     """The bytes of all files below a folder; None for a folder."""
     found: dict[str, bytes | None] = {}
-    for name in sorted(os.listdir(folder)):
-        path = f"{folder}/{name}"
-        fd = os.open(path, os.O_RDONLY)
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            found[inner + name] = None
-            found |= contents(path, f"{inner}{name}/")
-        else:
-            found[inner + name] = os.read(fd, status.st_size)
-        os.close(fd)
+    for path, folders, files in os.walk(folder):
+        inner = os.path.relpath(path, folder)
+        found |= {os.path.join(inner, name): None for name in sorted(folders)}
+        for name in sorted(files):
+            with open(os.path.join(path, name), "rb") as file:
+                found[os.path.join(inner, name)] = file.read()
     return found
 
 
@@ -257,7 +251,7 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
     examine("not stopped")
     chosen = range(0, count, -(-count // most))
     for at in chosen:
-        scene.take(os.path.join(copies, str(at)))
+        scene.reset(os.path.join(copies, str(at)))
         examine(f"step {at}")
     for at in (count // 3, count * 2 // 3):
         scene.reset()
@@ -265,9 +259,6 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
         examine(f"killed at step {at}")
     shutil.rmtree(copies)
     return len(chosen)
-
-
-SOME = times(20, 30)  # steps, of kinds of buffers of which another one is stopped at every step
 
 
 class Scene:
@@ -282,14 +273,9 @@ class Scene:
         """The buffer from which trials begin: fill it, and close it."""
         return KINDS[self.kind](os.path.join(self.base, "b.h5"))
 
-    def reset(self) -> None:
+    def reset(self, base: str = "") -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(self.base, self.folder)
-
-    def take(self, folder: str) -> None:
-        """Go on from this folder, which is nobody else's."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.rename(folder, self.folder)
+        shutil.copytree(base or self.base, self.folder)
 
     def open(self, mode: str = "r+", **options: Any) -> Any:
         return KINDS[self.kind](self.path, mode=mode, **options)
@@ -321,9 +307,6 @@ class Interrupts:
             return None
         if isinstance(frame.f_locals.get("self"), io.RawIOBase):
             return None  # which HDF5 calls: no exception comes through it as what it is
-        return self._line
-
-    def _line(self, frame: Any, event: str, _: Any) -> Any:
         if event in ("line", "return") and self.after:
             self.count += 1
             if self.count > self.after[0]:
@@ -331,7 +314,7 @@ class Interrupts:
                 self.count = 0
                 sys.settrace(self._trace)
                 raise KeyboardInterrupt
-        return self._line
+        return self._trace
 
 
 def interrupted(action: Callable[[], Any], *after: int) -> bool:

@@ -143,6 +143,9 @@ def test_balance_by_other_columns():
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
+WEIGHTED = {"by": "position", "alpha": 0.5, "where": ("position", slice(3, None))}
+
+
 def play(loader, buffer, steps):
     """So many batches of a training loop that adds in between, and where each pass ended."""
     found, ends = [], []
@@ -158,11 +161,11 @@ def play(loader, buffer, steps):
 
 
 @pytest.mark.parametrize("batches", [None, 3])
-@pytest.mark.parametrize("balance", [None, "class", "task"])
+@pytest.mark.parametrize("how", [{}, {"balance": "class"}, {"balance": "task"}, WEIGHTED], ids=str)
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
-def test_resume_at_every_position(prefetch, balance, batches):
+def test_resume_at_every_position(prefetch, how, batches):
     """Checkpoint after p batches, train on, come back through torch.load(weights_only=True): the same batches and ends of passes."""
-    options = {"prefetch": prefetch, "balance": balance, "batches": batches}
+    options = {"prefetch": prefetch, "batches": batches, **how}
     whole = make()
     with ReplayLoader(whole, SIZE, **options) as loader:
         wanted, ends = play(loader, whole, 10)
@@ -275,10 +278,10 @@ def test_state_refusals():
         for each in wrong:
             with pytest.raises(StateError, match="not a state"):
                 loader.load_state_dict(each)
-        for name, value in (("batch_size", SIZE + 1), ("balance", "class"), ("seed", 1)):
+        for name, value in (("batch_size", SIZE + 1), ("balance", "class"), ("seed", 1), ("by", "position")):
             with (
                 ReplayLoader(buffer, **{"batch_size": SIZE, name: value}) as other,
-                pytest.raises(StateError, match=f"{name}: .*, here {value!r}"),
+                pytest.raises(StateError, match="draw: None, here .*'position' .. 1.0" if name == "by" else f"{name}: .*, here {value!r}"),
             ):
                 other.load_state_dict(state)
         wanted = oracle.ahead
@@ -313,16 +316,18 @@ def stream(n, size=4, start=1000):
     return [tuple(map(torch.from_numpy, samples(start + size * i, size))) for i in range(n)]
 
 
-def test_mixed():
+@pytest.mark.parametrize("how", [{}, WEIGHTED], ids=["uniform", "by"])
+def test_mixed(how):
     """First the stream's samples as they are, then those that the buffer draws at that moment; is_replay and meta tell which they are."""
     buffer, twin = (SlidingWindowBuffer(30, seed=2) for _ in range(2))
     for b in (buffer, twin):
         b.add(samples(0, 30), metadata={"z": np.arange(30.0)})
-    loader = MixedLoader(stream(6), buffer, 8)
+    loader = MixedLoader(stream(6), buffer, 8, **how)
     assert len(loader) == 6
     for (x, y, is_replay, meta), (a, b) in zip(loader, stream(6), strict=True):
-        (c, d), wanted = leanreplay.torch.sample(twin, 8)
-        assert plain([x, y, meta]) == plain([torch.cat([a, c]), torch.cat([b, d]), wanted]) and sorted(meta) == ["idx", "position", "z"]
+        (c, d), wanted = leanreplay.torch.sample(twin, 8, **how)
+        assert plain([x, y, meta]) == plain([torch.cat([a, c]), torch.cat([b, d]), wanted])
+        assert sorted(meta) == sorted(["idx", "position", "z", *(["probability"] if how else [])])
         assert is_replay.dtype == torch.bool and is_replay.tolist() == [False] * 4 + [True] * 8
         for target in (buffer, twin):
             target.add((x[~is_replay], y[~is_replay]), metadata={"z": y[~is_replay].double()})
@@ -331,14 +336,19 @@ def test_mixed():
 
 def test_mixed_while_the_buffer_fills():
     """Nothing, then as many as there are, then what was asked for; a sample is not replayed in the batch that it comes with."""
+    assert counts_while_the_buffer_fills() == [0, 4, 8, 10, 10, 10]
+    assert counts_while_the_buffer_fills(where=("position", slice(5, None))) == [0, 0, 3, 7, 10, 10]
+
+
+def counts_while_the_buffer_fills(**how):
     buffer, counts = ReservoirBuffer(50), []
-    for x, y, is_replay, meta in MixedLoader(stream(6, start=0), buffer, 10):
+    for x, y, is_replay, meta in MixedLoader(stream(6, start=0), buffer, 10, **how):
         counts.append(int(is_replay.sum()))
         assert x.shape == (4 + counts[-1], 5) and y.shape == is_replay.shape == (4 + counts[-1],) and torch.equal(x[:, 0].long(), y)
         assert len(set(y.tolist())) == len(y) and meta.get("position", torch.zeros(0)).shape == (counts[-1],)
         assert (meta == {}) == (counts[-1] == 0)
         buffer.add((x[~is_replay], y[~is_replay]))
-    assert counts == [0, 4, 8, 10, 10, 10]
+    return counts
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=needs_fork)])

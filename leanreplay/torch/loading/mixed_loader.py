@@ -11,7 +11,7 @@ from ...arguments import function_or_none, instance, required
 from ...buffers.base import DataBuffer
 from ...buffers.drawing import Draw
 from ...errors import ArgumentError
-from ..data import Function, device_named, per_batch, sample
+from ..data import Function, device_named, draw_tensors, per_batch
 
 
 class MixedLoader:
@@ -21,7 +21,7 @@ class MixedLoader:
     instance a DataLoader. Of each pair, x and y are followed by those of `replay_batch_size`
     samples, drawn from the buffer at that moment (fewer while it holds fewer). is_replay, (n,)
     bool, tells which samples these are, and meta is their metadata.
-    balance: as for `buffer.sample`.
+    balance, where, by, alpha: as for `buffer.sample`; as many samples come as can be drawn so.
     batch_transform: called with the x of both together, (n, ...). Before that, the buffer's own
     transforms get the tensors of each replayed sample. device: where the batch goes.
 
@@ -49,12 +49,16 @@ class MixedLoader:
         device: torch.device | str | None = None,
         *,
         balance: str | None = None,
+        where: tuple[str, object] | None = None,
+        by: str | None = None,
+        alpha: float | None = None,
         batch_transform: Function | None = None,
     ) -> None:
         instance(buffer, DataBuffer, "MixedLoader takes a buffer of leanreplay")
         self.stream_loader, self.buffer, self.device = stream_loader, buffer, device_named(device)
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 1, 2**31)
-        self.batch_transform, self.balance = function_or_none("batch_transform", batch_transform), Draw.of(balance=balance).balance
+        self.batch_transform = function_or_none("batch_transform", batch_transform)
+        self._draw = Draw.of(False, balance, where, by, alpha)
 
     def __len__(self) -> int:
         return len(self.stream_loader)  # type: ignore[arg-type]
@@ -62,11 +66,11 @@ class MixedLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]]:
         for item in self.stream_loader:
             x, y = self._pair(item, "the stream")
-            n = min(self.replay_batch_size, len(self.buffer))
-            is_replay = torch.zeros(x.shape[0] + n, dtype=torch.bool, device=x.device)
-            meta: dict[str, Any] = {}
-            if n:
-                batch, meta = sample(self.buffer, n, x.device, balance=self.balance)
+            n, meta = 0, dict[str, Any]()
+            drawn = draw_tensors(self.buffer, self.replay_batch_size, self._draw, x.device, at_most=True)
+            if drawn is not None:
+                batch, meta = drawn
+                n = len(meta["idx"])
                 x_old, y_old = self._pair(batch, "the buffer")
                 if x_old.shape[1:] != x.shape[1:] or y_old.shape[1:] != y.shape[1:]:
                     raise ArgumentError(
@@ -79,9 +83,10 @@ class MixedLoader:
                         "dtype; transform one of them"
                     )
                 x, y = torch.cat([x, x_old]), torch.cat([y, y_old])
-                is_replay[-n:] = True
             else:
                 x, y = x.clone(), y.clone()  # the loop may change them, the stream come again
+            is_replay = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+            is_replay[x.shape[0] - n :] = True
             if self.batch_transform is not None:
                 x = per_batch(self.batch_transform, x, "batch_transform")
             yield x, y, is_replay, meta

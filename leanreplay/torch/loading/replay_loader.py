@@ -59,7 +59,7 @@ class _Job:
             try:
                 if self._rows is None:
                     self._rows = self._plan()
-                return (store.layout.schema, *store.read(self._rows.rows), self._rows)
+                return (store.layout.schema, *self.buffer.draws.read(store, self._rows), self._rows)
             except RowError:
                 if store.writable:
                     raise
@@ -112,7 +112,7 @@ class ReplayLoader:
     batch_transform: called in the background with each whole batch (x and y of pairs, without
         metadata). Before that, the buffer's own transforms get the tensors of each sample.
     balance: "group", "label" ("class" is the same) or the name of a metadata field: every batch
-        draws evenly over its values, as `buffer.sample` does.
+        draws evenly over its values, as `buffer.sample` does. where, by, alpha: as for it, too.
     batches: how many batches one `for` loop gets. If a loop is broken off, the next one gets the
         rest. None: without end.
     seed: of the draws. Two loaders of one buffer want different seeds.
@@ -143,6 +143,9 @@ class ReplayLoader:
         pin_memory: bool = False,
         batch_transform: Callable[[Any], Any] | None = None,
         balance: str | None = None,
+        where: tuple[str, object] | None = None,
+        by: str | None = None,
+        alpha: float | None = None,
         batches: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -153,7 +156,7 @@ class ReplayLoader:
         self.batches = integer("batches", batches, 1, 2**62)
         self.seed = integer("seed", seed, -(2**127), 2**127 - 1) or 0
         self.batch_transform, self.balance = function_or_none("batch_transform", batch_transform), balance
-        self._draw = Draw.of(balance=balance)
+        self._draw = Draw.of(False, balance, where, by, alpha)
         self._consumer = f"loader {self.seed}"
         self._planned: list[_Job] = []
         self._delivered = 0  # batches handed out, ever
@@ -280,7 +283,7 @@ class ReplayLoader:
         """Go on with the batch that would have come next.
 
         The buffer must get its state of the same checkpoint too, before or after. Raises StateError
-        for anything else, and for a state of another `batch_size`, `balance` or `seed`. `prefetch`,
+        for anything else, and for a state of another `batch_size`, `seed` or kind of draw. `prefetch`,
         `batches` and `device` may differ.
         """
         self._check_open()
@@ -292,7 +295,7 @@ class ReplayLoader:
     @property
     def _same(self) -> dict[str, Any]:
         """The arguments that a state must agree with."""
-        return {"batch_size": self.batch_size, "balance": self.balance, "seed": self.seed}
+        return {"batch_size": self.batch_size, "balance": self.balance, "seed": self.seed, "draw": self._draw.name or None}
 
     # -- closing -----------------------------------------------------------------------------------
 
