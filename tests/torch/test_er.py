@@ -348,3 +348,19 @@ def test_every_buffer_will_do(tmp_path):
         learner = ERLearner(model, sgd(model), buffer, replay_batch_size=8)
         run(learner, stream(8, 6))
         assert buffer.seen == 48 and len(buffer) == (buffer.max_size or 48)
+
+
+def test_draws_of_a_learner_are_even():
+    """balance="label": what a step replays is what `sample` would have given, each class its share."""
+    made = [ReservoirBuffer(40, seed=7) for _ in range(2)]
+    for buffer in made:
+        buffer.add((np.zeros((40, 4)), np.repeat([0, 1, 2], [36, 3, 1])))
+    seen, model = [], linear()
+    options = {"alpha": None, "replay_batch_size": 9, "buffer_target_transform": lambda y: seen.append(int(y)) or y}
+    learner = ERLearner(model, sgd(model), made[0], balance="label", **options)
+    learner.step(*stream(1, 5)[0])
+    wanted = sample(made[1], 9, balance="label")[0][1].tolist()
+    assert sorted(wanted) == [0] * 3 + [1] * 3 + [2] * 3
+    assert seen == wanted
+    with pytest.raises(LeanReplayError, match="balance is"):
+        ERLearner(model, sgd(model), made[0], balance=3)

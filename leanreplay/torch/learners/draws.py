@@ -31,7 +31,7 @@ def draw(learner: Learner, inputs: Any, targets: Any) -> Draws:
         if term.draw is None or term.weight == 0:
             continue
         if replay is None or term.draw == "own":
-            drawn = learner.buffer.view.sample(learner.replay_batch_size, at_most=True, convert=to_torch)
+            drawn = learner.buffer.view.sample(learner.replay_batch_size, learner.replay_draw, at_most=True, convert=to_torch)
             if drawn is None:  # the buffer is empty
                 return []
             schema = learner.buffer.schema

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ...arguments import call, check_call, fraction, function_or_none, integer, number, required, required_function
 from ...buffers.base import DataBuffer
+from ...buffers.drawing import Draw
 from ...errors import ArgumentError, ModeError, StateError, StorageError
 from .. import nests
 from ..data import Function, device_named
@@ -67,6 +68,7 @@ class ReplayLearner:
         experience of that number, any other the next one.
     terms: see `Term`; one of weight 0 takes no draw. loss_fn: the mean loss of (outputs, y).
     replay_batch_size: samples of a draw, uniform, without replacement; at most what there is.
+    balance: draw evenly over groups, labels or a metadata field, as `buffer.sample(balance=)` does.
     loss_normalization: divide by the sum of the weights, as above; the papers do not.
     ema_memory_update_gamma: if below 1, what is stored with replayed samples (if they are still
         there) moves: stored <- gamma * stored + (1 - gamma) * what the model gives now.
@@ -126,6 +128,7 @@ class ReplayLearner:
         terms: Sequence[Term] = (),
         loss_fn: Callable[[Tensor, Tensor], Tensor] = torch.nn.functional.cross_entropy,
         replay_batch_size: int = 32,
+        balance: str | None = None,
         loss_weight: float = 1.0,
         loss_normalization: bool = True,
         ema_memory_update_gamma: float = 1.0,
@@ -160,6 +163,7 @@ class ReplayLearner:
         self._intake = Intake(buffer, type(self).__name__)
         self.store = store
         self.replay_batch_size = required("replay_batch_size", replay_batch_size, 0, 2**40)
+        self.replay_draw = Draw.of(balance=balance)
         self.loss_weight = number("loss_weight", loss_weight)
         self.ema_memory_update_gamma = fraction("ema_memory_update_gamma", ema_memory_update_gamma)
         if self.ema_memory_update_gamma < 1 and buffer.mode == "r":

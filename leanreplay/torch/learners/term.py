@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 from ...arguments import number
 from ...buffers.base import DataBuffer
+from ...buffers.drawing import Draw
 from ...errors import ArgumentError
 from ...keys import key_pair
 from ..models import ForwardFunction
@@ -33,6 +34,7 @@ class Learner(Protocol):
     loss_weight: float
     loss_normalization: bool
     replay_batch_size: int
+    replay_draw: Draw
     ema_memory_update_gamma: float
     transform: Any
     target_transform: Any
