@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..arguments import as_path, instance
-from ..errors import ArgumentError, DependencyError
-from ..storage import system
+from ..arguments import instance
+from ..errors import ArgumentError
+from ..plot import new_figure, saved
 from .training.evaluation import Evaluation
 
 
@@ -24,15 +23,11 @@ def accuracy_matrix(
     No window is opened and no backend chosen: the figure can also be shown in a notebook, or saved later.
     """
     instance(evaluation, Evaluation, "evaluation must be what evaluate returned")
-    path = None if path is None else as_path(path)
     rows, tasks = evaluation.matrix.shape
     labels = [str(j) for j in range(tasks)] if names is None else [str(name) for name in names]
     if len(labels) != tasks:
         raise ArgumentError(f"names has {len(labels)} entries for {tasks} tasks; give one for each")
-    try:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(1.8 + 0.7 * tasks, 1.4 + 0.7 * rows), layout="constrained")
-    except ImportError:
-        raise DependencyError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
+    figure = new_figure(1.8 + 0.7 * tasks, 1.4 + 0.7 * rows)
     axes = figure.add_subplot()
     image = axes.imshow(100 * evaluation.matrix, vmin=0, vmax=100, cmap="viridis")
     for (i, j), value in np.ndenumerate(100 * evaluation.matrix):
@@ -43,10 +38,4 @@ def accuracy_matrix(
     axes.set(xlabel="tested on task", ylabel="after training on task")
     axes.set_title(f"{100 * evaluation.average_accuracy:.1f}% on average" if title is None else title)
     figure.colorbar(image, ax=axes, label="accuracy %")
-    if path is not None:
-        with system.storage_errors(f"saving {path}"):
-            try:
-                figure.savefig(path, dpi=120)
-            except ValueError as error:
-                raise ArgumentError(f"path {path!r:.200}: {error}") from None
-    return figure
+    return saved(figure, path)

@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "policies": BOTTOM,
     "buffers": BOTTOM | {"samples", "storage", "policies"},
     "merge": CORE - {"merge"},
-    "cli": CORE,
+    "plot": CORE,
+    "cli": CORE | {"plot", "__init__"},
     "__main__": CORE | {"cli"},
     "__init__": CORE,
-    "torch": CORE | {"torch", "__init__"},
+    "torch": CORE | {"torch", "plot", "__init__"},
 }
 
 
