@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from training_jobs import KINDS, N, accuracy, bits, data, die_at, make, network, run
 
@@ -237,19 +238,34 @@ def test_a_copy_of_the_buffer(tmp_path):
     assert history == run(plain) and bits(again) == bits(plain)
 
 
+def large_loss(outputs, y):
+    """Its scaled gradients overflow float16 in the first steps."""
+    return 1000 * cross_entropy(outputs, y)
+
+
+def test_a_scaler_is_resumed(tmp_path):
+    """It goes on with the scale that overflows had brought it to: a step skipped is not skipped once more."""
+    options = {"precision": "fp16", "gradient_clip_val": 0.1}
+    stopped(tmp_path, 2, loss_fn=large_loss, **options)
+    learner, plain = (make(path=path, loss_fn=large_loss) for path in (tmp_path / "b.h5", None))
+    history = run(learner, input_state_folder=tmp_path / "run", **options)
+    assert run(plain, **options) == history and bits(plain) == bits(learner)
+    assert plain.steps < 3 * 11 and plain.buffer.seen == N  # some were skipped; their samples are stored
+
+
 # -- folders that do not fit -------------------------------------------------------------------------------------------
 
 
-def stopped(tmp_path, at=5, task=0, **options):
+def stopped(tmp_path, at=5, task=0, loss_fn=cross_entropy, **options):
     """A run that ended in the middle of an epoch, and left its state."""
 
     class Stops(ERLearner):
-        def step(self, x, y):
+        def step(self, x, y, scaler=None):
             if self.steps == at:
                 raise KeyboardInterrupt
-            return super().step(x, y)
+            return super().step(x, y, scaler)
 
-    learner = make(Stops, tmp_path / "b.h5")
+    learner = make(Stops, tmp_path / "b.h5", loss_fn=loss_fn)
     with pytest.raises(KeyboardInterrupt):
         run(learner, task, output_state_folder=tmp_path / "run", save_every=2, **options)
     learner.buffer.close()
