@@ -178,7 +178,9 @@ class DataBuffer(ReadableBuffer):
 
         A tuple of arrays or tensors of one length, `(x, y)`, is a dataset of pairs. Items may hold
         whatever `np.asarray` takes, images of PIL too. What `dataset[i]` raises comes through. Only
-        samples that stay (to the end of a commit) are loaded. metadata, group, at: as for `add`,
+        samples that stay (to the end of a commit) are loaded, and from a dataset that has
+        `__getitems__(indices)`, as for torch's DataLoader, many at once: there worker processes can
+        decode them. metadata, group, at: as for `add`,
         for the whole dataset. A buffer that balances takes labels from `group`, or from
         `dataset.targets`; without either, every item is read once more. Of a
         `torch.utils.data.Subset` it looks at the dataset within, and a `TensorDataset` is read as

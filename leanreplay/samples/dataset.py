@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..arguments import integers, is_tensor, length, plain_array
+from ..arguments import call, integers, is_tensor, length, plain_array
 from ..arrays import Ints
 from ..errors import ArgumentError, SchemaError
 from .batch import Batch, Fetch, Sources, as_batch, flat
 from .leaves import check_leaf, entry, leaf_type, to_numpy
 from .schema import Schema
 
+_AT_ONCE, _BYTES = 1024, 8 << 20  # items that are asked for together, at most
 _TABLES = (("iloc",), ("to_pydict",), ("columns", "to_numpy"))  # of pandas, pyarrow, polars
 
 
@@ -216,14 +217,35 @@ class Items:
     def _load(self, picks: Ints) -> list[np.ndarray[Any, Any]]:
         fields = self.schema.data
         arrays = [np.empty((picks.shape[0], *f.shape), f.dtype) for f in fields]
-        for i, pick in enumerate(picks.tolist()):
-            item = self._item(pick)
+        for i, (pick, item) in enumerate(self._items(picks.tolist())):
             try:
                 for array, leaf, field in zip(arrays, self.schema.flatten(item), fields, strict=True):
                     array[i] = entry(leaf, field)
             except SchemaError as error:
                 raise SchemaError(f"item {pick} of the dataset: {error}{self._hint()}") from error
         return arrays
+
+    def _items(self, picks: list[int]) -> Iterator[tuple[int, Any]]:
+        """The items with their numbers: one by one, or as many at a time as a dataset of
+        `__getitems__` is asked for."""
+        own: Mapping[str, Any] = next((vars(c) for c in type(self.dataset).__mro__ if vars(c).keys() & {"__getitem__", "__getitems__"}), {})
+        many = own.get("__getitems__")  # not that of a base class of which [i] was overridden
+        if many is None:
+            yield from ((pick, self._item(pick)) for pick in picks)
+            return
+        at_once = max(1, min(_AT_ONCE, _BYTES // sum(field.nbytes for field in self.schema.data)))
+        for start in range(0, len(picks), at_once):
+            some = picks[start : start + at_once]
+            try:
+                items = call("the dataset's __getitems__", many, self.dataset, some)
+            except NotImplementedError:  # what a dataset says whose base class has it
+                items = [self._item(pick) for pick in some]
+            if length(items) != len(some):
+                raise ArgumentError(
+                    f"{type(self.dataset).__name__}.__getitems__ gave {length(items)} items for {len(some)} indices; "
+                    "it returns a list with one for each"
+                )
+            yield from zip(some, items, strict=True)
 
 
 def _parts(dataset: Any) -> Sequence[tuple[Any, Ints | None]]:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch.utils.data import Dataset, Subset, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset  # noqa: E402
 
 from leanreplay import (  # noqa: E402
+    ArgumentError,
     ClassBalancedBuffer,
     ExperienceBalancedBuffer,
     GreedyClassBalancingBuffer,
@@ -108,6 +109,45 @@ def test_however_they_lie(kind: str, tmp_path: Path) -> None:
     assert len(found["items"][2]) == (N if kind == "infinite" else 20)
     for name, one in found.items():
         assert one == found["items"], name
+
+
+class Decoding(Counted):
+    """A dataset whose items two processes make, in the order of the indices."""
+
+    asked = 0
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        self.asked += 1
+        return list(DataLoader(Subset(self.items, indices), batch_size=None, num_workers=2))
+
+
+class Short(Counted):
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self.items[indices[0]]]
+
+
+class Shifted(Decoding):
+    """Its [i] is its own, but not `__getitems__`, which would give other samples."""
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = super().__getitem__(i)
+        return x + 1, y
+
+
+def test_many_items_at_once(tmp_path: Path) -> None:
+    """Made by worker processes, the same rows; what is wrong with an item, or their number, is said."""
+    x, y = tensors()
+    dataset = Decoding(TensorDataset(x, y))
+    assert fed("reservoir", tmp_path / "many", [dataset]) == fed("reservoir", tmp_path / "one", [Counted(TensorDataset(x, y))])
+    assert dataset.asked == 1
+    shifted = fed("reservoir", tmp_path / "shifted", [Shifted(TensorDataset(x, y))])
+    assert shifted == fed("reservoir", tmp_path / "plus one", [TensorDataset(x + 1, y)])
+    with ReservoirBuffer(20) as buffer:
+        buffer.add((x, y))
+        with pytest.raises(SchemaError, match="item 1 of the dataset: data/0"):
+            buffer.update(Decoding(Counted(list(zip([x[0], x[1, :1], x[2]], y[:3], strict=True)))))
+        with pytest.raises(ArgumentError, match=r"Short.__getitems__ gave 1 items for \d+ indices"):
+            buffer.update(Short(TensorDataset(x, y)))
 
 
 @pytest.mark.parametrize("at_once", [True, False])
