@@ -49,10 +49,10 @@ def rivals(rows: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any, Any],
         storage.set(range(rows), torch.zeros(rows))
         sampler = samplers.PrioritizedSampler(rows, alpha=0.6, beta=0.4)
         sampler.extend(torch.arange(rows))
-        sampler.update_priority(torch.arange(rows), torch.from_numpy(priorities))
+        sampler.update_priority(torch.arange(rows), torch.from_numpy(priorities.astype(np.float32)))
         found["torchrl"] = (
             lambda: sampler.sample(storage, N),
-            lambda which, new: sampler.update_priority(torch.from_numpy(which), torch.from_numpy(new)),
+            lambda which, new: sampler.update_priority(torch.from_numpy(which), torch.from_numpy(new.astype(np.float32))),
         )
     except ImportError:
         pass

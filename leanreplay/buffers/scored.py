@@ -90,7 +90,8 @@ class ScoredBuffer(DataBuffer):
         at: int | None = None,
         moved: Moved | None = None,
     ) -> None:
-        """As `DataBuffer.add`. scores: (n,) finite numbers, which must be given.
+        """As `DataBuffer.add`. scores: (n,) finite numbers, which must be given: here, or as "score"
+        in the metadata.
 
         moved: may hold {"score": (k,) numbers}: those count before the batch comes in.
         """
@@ -130,5 +131,7 @@ def _with_scores(metadata: Mapping[str, Any] | None, scores: object) -> Mapping[
     if metadata is not None and not isinstance(metadata, Mapping):
         return metadata  # which is refused
     if metadata and SCORE in metadata:
-        raise SchemaError(f"metadata/{SCORE}: give scores=(n,) numbers, not metadata of that name")
+        if scores is not None:
+            raise SchemaError(f"metadata/{SCORE}: the scores are given twice, as scores= too")
+        scores = metadata[SCORE]
     return {**(metadata or {}), SCORE: checked_scores(scores)}

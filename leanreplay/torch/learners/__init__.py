@@ -6,6 +6,7 @@ from .cls import CLSLearner
 from .der import DERLearner
 from .er import ERLearner
 from .forward import Forward, Replay
+from .lars import LARSLearner
 from .learner import ReplayLearner, Step
 from .pod import PODLearner
 from .super_er import SuperERLearner
@@ -18,6 +19,7 @@ __all__ = [
     "DERLearner",
     "ERLearner",
     "Forward",
+    "LARSLearner",
     "LogitMatching",
     "PODLearner",
     "PooledOutputDistillation",

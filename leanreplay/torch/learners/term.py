@@ -24,7 +24,7 @@ class Learner(Protocol):
 
     layers: names of all layers that its terms ask for. mask: during a `loss`, (outputs,) bool: the
     classes that occurred so far; None without `mask_unused_classes`. outputs: of the last `loss`,
-    a tensor or a nest of tensors. steps: how many the optimizer made.
+    a tensor or a nest of tensors; targets: what it was compared with. steps: how many the optimizer made.
     """
 
     model: Module
@@ -49,6 +49,7 @@ class Learner(Protocol):
     layers: tuple[str, ...]
     mask: Tensor | None
     outputs: Any
+    targets: Any
     forward: ForwardFunction | None
     steps: int
 
