@@ -95,6 +95,7 @@ class _Input:
         Checksums of position and group are those of the fields too, so the smallest field of all
         rows is read.
         """
+        self.store.distrust()
         self.store.verify_index()
         sizes = [f.nbytes for f in self.table.schema.fields]
         smallest = int(np.argmin(sizes))

@@ -71,6 +71,8 @@ class DataBuffer(ReadableBuffer):
     durable: make every commit survive a power cut, for about 4 ms a commit, and every state of
         `state_dict`. Without it `flush` does both. A killed process loses nothing either way.
     restore_points: how many states of `state_dict`, the newest, can be loaded again; at least 2.
+    verify: "once" compares a row with its checksums when it is first read after opening, which
+        costs a byte of memory a row; "always" at every read, as readers always do. Stored nowhere.
 
     Errors are all `LeanReplayError`. Threads may share a buffer; calls wait for each other. A
     signal handler may read, even in the middle of another reading, but not write; in the middle of
@@ -104,6 +106,7 @@ class DataBuffer(ReadableBuffer):
         durable: bool = False,
         restore_points: int = 2,
         lock: bool = True,
+        verify: str = "once",
     ) -> None:
         if not hasattr(type(self), "policy_class"):
             raise ArgumentError(f"{type(self).__name__} has no policy; set policy_class, or use one of its subclasses")
@@ -115,7 +118,8 @@ class DataBuffer(ReadableBuffer):
         for name, function in (("transform", transform), ("target_transform", target_transform)):
             function_or_none(name, function, "a function of a sample's element")
         parameters = Parameters(self._declared(), max_size, seed, stream, dict(self._params))
-        options = Options(bool(durable), integer("restore_points", restore_points, 2, 2**20) or 2, bool(lock))
+        choice("verify", verify, ("once", "always"))
+        options = Options(bool(durable), integer("restore_points", restore_points, 2, 2**20) or 2, bool(lock), verify == "always")
         given = None if path is None else checked_path(path, mode)
         self._compose(parameters, given, os.path.realpath(given or ""), options, mode, (transform, target_transform))
         self.current.begin(schema)

@@ -52,6 +52,7 @@ class Rewritten:
     def fill(self, new: Writer) -> None:
         """Write the rows."""
         store = self.store
+        store.distrust()
         for start in range(0, self.rows.shape[0], new.max_rows):
             part = slice(start, start + new.max_rows)
             arrays, index = store.read(self.rows[part])

@@ -103,6 +103,7 @@ class Unit:
         seen: samples that the buffer has seen afterwards.
         """
         store, k = self._store, choice.samples.shape[0]
+        store.distrust()
         free = np.ones(store.layout.max_size, bool)
         free[held.rows] = False
         free[choice.dropped] = True

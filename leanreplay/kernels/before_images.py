@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from . import compile_kernel
-from .checksums import copy_bytes, digest_of, hash_words, mix
-from .memory import FREE, as_words, index_columns
+from .checksums import digest_of, hash_words, mix
+from .memory import FREE, as_words, copy_memory, index_columns
 
 _0, _1, _2, _3, _7 = (np.uint64(i) for i in (0, 1, 2, 3, 7))
 
@@ -39,7 +39,7 @@ def copy_records(mem, cols, rows, out, at, record):
     for c in range(cols.shape[0]):
         offset, size = cols[c, 0], cols[c, 1]
         for i in range(rows.shape[0]):
-            copy_bytes(mem, offset + np.uint64(rows[i]) * size, out, place + np.uint64(i) * np.uint64(record), size)
+            copy_memory(out, place + np.uint64(i) * np.uint64(record), mem, offset + np.uint64(rows[i]) * size, size)
         place += (size + _7) >> _3 << _3
 
 
@@ -58,7 +58,7 @@ def restore_rows(src, cols, list_at, record_at, record, live, use, mem):
         for i in range(live):
             if use[i] == 1:
                 r = source[(list_at >> 3) + i]
-                copy_bytes(src, at + np.uint64(i) * np.uint64(record), mem, offset + r * size, size)
+                copy_memory(mem, offset + r * size, src, at + np.uint64(i) * np.uint64(record), size)
         at += (size + _7) >> _3 << _3
     for i in range(live, use.shape[0]):
         if use[i] == 1:

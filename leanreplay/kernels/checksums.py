@@ -10,7 +10,7 @@ import numpy as np
 
 from . import compile_kernel, helper
 from .hashing import GOLDEN
-from .memory import as_words, load_word, store_word
+from .memory import as_words, copy_memory, load_word
 
 _M0 = np.uint64(0xFF51AFD7ED558CCD)
 _M1 = np.uint64(0xC4CEB9FE1A85EC53)
@@ -39,31 +39,8 @@ def hash_word(word, k):
 
 
 @helper
-def copy_bytes(src, s, dst, d, n):
-    """Copy n bytes from src[s:] to dst[d:] (uint8 arrays, uint64 indices); the hash of the copy.
-
-    Each byte is read once, because a writer may be changing it. A kernel calls this in one place
-    only, where it becomes part of the kernel.
-    """
-    total = n
-    k = _0
-    whole = n >> _3 << _3
-    for i in range(n >> _3):
-        at = np.uint64(i) << _3
-        word = load_word(src, s + at)
-        store_word(dst, d + at, word)
-        k += GOLDEN
-        total += hash_word(word, k)
-    for i in range(whole, n):
-        byte = src[s + i]
-        dst[d + i] = byte
-        total += hash_word(np.uint64(byte), (i + _1) * GOLDEN)
-    return mix(total)
-
-
-@helper
 def hash_bytes(src, s, n):
-    """Return the hash of n bytes at src[s:], as `copy_bytes` does."""
+    """Return the hash of n bytes at src[s:] (uint8 array, uint64 indices)."""
     total = n
     k = _0
     whole = n >> _3 << _3
@@ -73,6 +50,16 @@ def hash_bytes(src, s, n):
     for i in range(whole, n):
         total += hash_word(np.uint64(src[s + i]), (i + _1) * GOLDEN)
     return mix(total)
+
+
+@helper
+def copy_bytes(src, s, dst, d, n):
+    """Copy n bytes from src[s:] to dst[d:]; the hash of the copy, which is in the cache.
+
+    Not of the source: somebody may be changing that.
+    """
+    copy_memory(dst, d, src, s, n)
+    return hash_bytes(dst, d, n)
 
 
 @helper

@@ -8,11 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from . import compile_kernel, inlined
-from .checksums import checksum_of, copy_bytes, digest_of, hash_word, hash_words, mix, row_identity, seal_block
-from .hashing import GOLDEN
-from .memory import FREE, as_words, fence, index_columns, load_word, prefetch, prefetch_bytes, store_word
+from .checksums import checksum_of, copy_bytes, digest_of, hash_words, mix, row_identity, seal_block
+from .memory import FREE, as_words, copy_memory, fence, index_columns, prefetch, prefetch_bytes
 
-_0, _3, _7, _8, _64 = (np.uint64(i) for i in (0, 3, 7, 8, 64))
+_0, _1, _3, _7, _64 = (np.uint64(i) for i in (0, 1, 3, 7, 64))
 
 
 @inlined
@@ -70,7 +69,7 @@ def _save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_
 
     The digests (uint64) lose the checksums that are about to change. whole: how many of the rows,
     the first ones, change wholly. The others change in the fields f where changing[f] (uint8) is 1.
-    stamps: int32 per row of the buffer, or empty. A live row whose stamp differs from `stamp` is
+    stamps: uint8 per row of the buffer, or empty. A live row whose stamp differs from `stamp` is
     new, and comes first; all rows are stamped. list_at: where the numbers of the rows go.
     record_at: where the records of live rows go, `record` bytes each. Free rows come last and have
     none. counts: (4,) int64, receives how many rows are new, how many live, how many there are,
@@ -100,25 +99,15 @@ def _save_rows(mem, cols, rows, whole, changing, stamps, stamp, list_at, record_
     total = _0
     for i in range(live):
         at = np.uint64(record_at) + np.uint64(i) * np.uint64(record)
-        part, k = np.uint64(record), _0
+        start = at
         for c in range(cols.shape[0]):
             size = cols[c, 1]
             if size > _64 and i + 1 < live:
                 prefetch_bytes(mem, cols[c, 0] + words[listed + i + 1] * size, size)
-            s = cols[c, 0] + words[listed + i] * size
-            for j in range(size >> _3):
-                word = load_word(mem, s + (np.uint64(j) << _3))
-                store_word(mem, at + (np.uint64(j) << _3), word)
-                k += GOLDEN
-                part += hash_word(word, k)
-            at += size >> _3 << _3
-            if size & _7 != _0:  # the bytes left: the last 8 without those copied, and zeros
-                word = load_word(mem, s + size - _8) >> ((_8 - (size & _7)) << _3)
-                store_word(mem, at, word)
-                k += GOLDEN
-                part += hash_word(word, k)
-                at += _8
-        total = mix(total + mix(part))
+            words[((at + size + _7) >> _3) - _1] = _0  # what the copy leaves of the last word is 0
+            copy_memory(mem, at, mem, cols[c, 0] + words[listed + i] * size, size)
+            at += (size + _7) >> _3 << _3
+        total = mix(total + hash_words(words, start, np.uint64(record)))
     for i in range(rows.shape[0]):
         r = np.uint64(rows[i])
         if words[position + r] != FREE:
@@ -154,13 +143,18 @@ def _write_field(mem, cols, field, rows, samples, src, positions, groups, digest
 
 
 @inlined
-def _write_index(mem, cols, rows, positions, groups):
-    """Write positions and groups of `rows`, (n,) int64 each."""
+def _write_index(mem, cols, rows, positions, groups, verified):
+    """Write positions and groups of `rows`, (n,) int64 each, whose fields are all written.
+
+    verified: as of `read_rows`. The rows are what their checksums say.
+    """
     words = as_words(mem)
     _, position, group, _ = index_columns(cols)
     for i in range(rows.shape[0]):
         r = np.uint64(rows[i])
         words[position + r], words[group + r] = np.uint64(positions[i]), np.uint64(groups[i])
+        if verified.shape[0] > 0:
+            verified[r] = 1
 
 
 save_rows = compile_kernel(_save_rows)
@@ -171,7 +165,7 @@ write_index = compile_kernel(_write_index)
 @compile_kernel
 def commit_rows(
     mem, cols, rows, slots, start, positions, groups, first, s0, s1, s2, s3,
-    seal, header, header_at, max_rows, journal_ready, faulted, at,
+    seal, header, header_at, max_rows, journal_ready, faulted, at, verified,
 ):  # fmt: skip
     """Commit in one call, a memory fence between any two steps.
 
@@ -189,12 +183,12 @@ def commit_rows(
     at: (12,) int64. at[0:3]: `list_at`, `record_at`, `record` of `save_rows`. at[3]: where the seal
     goes. at[4:7]: which of its words say how many rows are live, how many there are, and the hash.
     at[7:11]: which words of the header are size, end of the rows in use, hash, first digest.
-    at[11]: how many digests there are.
+    at[11]: how many digests there are. verified: as of `read_rows`.
 
     Returns how many rows changed. Having changed nothing, returns -1 if `rows` are wrong or too
     many, and -2 if pages are missing.
     """
-    stamps, kept, into = np.empty(0, np.int64), np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0], np.int64)
+    stamps, kept, into = np.empty(0, np.uint8), np.empty(rows.shape[0], np.int64), np.empty(rows.shape[0], np.int64)
     count = _survivors(rows, slots, kept, into)
     if count < 0:
         return -1
@@ -223,7 +217,7 @@ def commit_rows(
         for f in range(cols.shape[0] - 3):
             source = s0 if f == 0 else s1 if f == 1 else s2 if f == 2 else s3
             _write_field(mem, cols, f, taken, samples, source, places, picked, digests)
-        _write_index(mem, cols, taken, places, picked)
+        _write_index(mem, cols, taken, places, picked, verified)
         header[at[7]] += np.uint64(count) - live
         header[at[8]] = max(header[at[8]], np.uint64(top))
         fence(mem)

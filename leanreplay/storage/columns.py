@@ -17,6 +17,8 @@ from .paging import ReadAhead
 from .state import State
 from .store import Arrays
 
+ALWAYS: Bytes = np.zeros(0, np.uint8)  # no row is known to be right
+
 _Arrangement = tuple[tuple[int, int, int], Ints, list[tuple[tuple[int, ...], np.dtype[Any], int]], int]
 
 
@@ -47,11 +49,14 @@ class Reading:
 
 
 class Columns:
-    """The columns of a mapped file, for reading."""
+    """The columns of a mapped file, for reading.
+
+    verified: a byte per row, 1 if it need not be verified any more; empty: each read verifies.
+    """
 
     def __init__(self, mapping: Mapping) -> None:
         self.mapping, self.layout, self.fields = mapping, mapping.layout, mapping.layout.fields
-        self.ahead = ReadAhead(mapping)
+        self.ahead, self.verified = ReadAhead(mapping), ALWAYS
         self._arrangement = self._arrange(0, 0, 0)  # the last one, as many batches are alike
 
     def blank(self, rows: Ints, field: int | None = None) -> Reading:
@@ -64,14 +69,14 @@ class Columns:
         return Reading(rows, arrangement)
 
     def read(self, rows: Ints, field: int | None, high: int) -> Reading:
-        """Read rows as they are now, and verify every checksum."""
+        """Read rows as they are now, and verify those that are not known to be right."""
         found = self.blank(rows, field)
         if self.ahead.advised:
             self.ahead.advise_rows(rows, found.first, found.last)
         start = time.perf_counter()
         found.wrong = row_kernels.read_rows(
             self.mapping.view, self.mapping.cols, found.first, found.last, rows, found.out, found.places, found.index, found.sums,
-            found.bad, high,
+            found.bad, high, self.verified,
         )  # fmt: skip
         if found.wrong < 0:
             raise outside(rows, high, self.mapping.name)

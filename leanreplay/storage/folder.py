@@ -212,6 +212,10 @@ class Folder:
         for store in self._writers:
             store.verify_index()
 
+    def distrust(self) -> None:
+        for store in self.stores:
+            store.distrust()
+
     def commit(self, change: Change) -> None:
         """New rows lie in one part. An update of rows in other parts is a commit of each before."""
         rows, update, after = change.rows, change.update, change.after

@@ -11,7 +11,6 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import Bytes, Ints, Words
 from ..kernels import before_images, checksums, commit
@@ -21,7 +20,7 @@ from .mapping import Mapping
 from .state import State
 from .store import Change
 
-NO_STAMPS: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+NO_STAMPS: Bytes = np.zeros(0, np.uint8)
 _NO_USE: Bytes = np.zeros(0, np.uint8)
 
 
@@ -155,7 +154,7 @@ class Journal:
         self._changing: Bytes = np.zeros(self.layout.fields, np.uint8)
 
     def record(
-        self, change: Change, touched: Ints, digests: Words, stamps: npt.NDArray[np.int32], stamp: int
+        self, change: Change, touched: Ints, digests: Words, stamps: Bytes, stamp: int
     ) -> BeforeImage:  # fmt: skip
         """Write down what the rows that a change touches are, and take off the digests what it
         replaces.

@@ -179,6 +179,10 @@ class MappedStore:
         problems = audit.row_problems(self.wrong_rows()) + self.index_problems()
         return problems + audit.log_problems(self) + audit.structure_problems(self.mapping)
 
+    def distrust(self) -> None:
+        if self.columns.verified.shape[0]:
+            self.columns.verified = np.zeros(self.layout.max_size, np.uint8)
+
     def wrong_rows(self) -> list[int]:
         """Rows whose bytes do not match their checksums."""
         return [row for piece in audit.pieces(self.layout) for row in audit.wrong_rows(self.columns, piece)]

@@ -11,18 +11,24 @@ import numpy as np
 from ..errors import LockedError
 from . import locks, system
 from .layout import HEADER_WORDS, HEADERS, Layout
-from .mapping import Mapping, buffer_file, open_file
+from .mapping import Mapping, OpenFile, buffer_file, open_file
 from .reader import Reader
 from .state import State
 from .writer import Writer
 
 
 class Options(NamedTuple):
-    """durable: commits survive a power cut. points: how many are kept. guard: lock the file."""
+    """durable: commits survive a power cut. points: how many are kept. guard: lock the file.
+    verify_always: hash every row at every read, not only at the first one."""
 
     durable: bool = False
     points: int = 2
     guard: bool | locks.Guard = False
+    verify_always: bool = False
+
+
+def _writer(file: OpenFile, layout: Layout, options: Options) -> Writer:
+    return Writer(Mapping(file, layout, True, options.durable), options.points, options.verify_always)
 
 
 def create_file(
@@ -48,7 +54,7 @@ def create_file(
         file, made = buffer_file(fd, path, True), None
         try:
             state = _write_empty(fd, layout, pieces, allocate=path is not None)
-            made = Writer(Mapping(file, layout, True, options.durable), options.points)
+            made = _writer(file, layout, options)
             # There is nothing to read ahead, which the first writes would do otherwise: 2 ms for 8
             # MiB.
             system.advise(made.mapping.require_map(), "RANDOM", 0, layout.file_size)
@@ -93,7 +99,7 @@ def open_for_writing(path: str, options: Options = Options(), *, name: str | Non
             raise LockedError(f"{path} was replaced while it was being opened; open it again")
         with system.storage_errors(f"opening {path} for writing"):
             system.allocate(file.fd, layout.file_size)  # a copy may have left holes
-        found = Writer(Mapping(file, layout, True, options.durable), options.points)
+        found = _writer(file, layout, options)
         found.guard, found.mapping.watched = guard, True
         found.recover()
         return found
@@ -127,7 +133,7 @@ def copy_to_memory(store: Reader | Writer, options: Options) -> Writer:
     file = buffer_file(system.memory_file("leanreplay", store.layout.file_size), None, True)
     try:
         store.mapping.copy_to(file.fd)
-        made = Writer(Mapping(file, store.layout, True, options.durable), options.points)
+        made = _writer(file, store.layout, options)
         made.recover()
     except BaseException:
         file.close()

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import NO_ROWS, Ints
+from ..arrays import NO_ROWS, Bytes, Ints
 from ..errors import RecoveryError, StateError, StorageError
 from . import system
 from .journal import NO_STAMPS, BeforeImage
@@ -43,7 +43,7 @@ class RestorePoints:
         self._keeps_descriptors = True
         self._absorbing: tuple[Segment | None, npt.NDArray[Any]] = None, NO_ROWS  # which point absorbed others last, and the rows it has
         self.synced = False  # whether all that the points need is on the disk, if every commit is
-        self.stamps: npt.NDArray[np.int32] = NO_STAMPS  # per row, once there is a point: `stamp` if the newest point has the row
+        self.stamps: Bytes = NO_STAMPS  # per row, once there is a point: `stamp` if the newest point has the row
         self.stamp = 1
 
     # -- opening -----------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class RestorePoints:
         if not self.segments:
             return False
         if self.stamps.shape[0] == 0:
-            self.stamps = np.zeros(self._mapping.layout.max_size, np.int32)
+            self.stamps = np.zeros(self._mapping.layout.max_size, np.uint8)
         return True
 
     def mark(self, state: State, kept: Collection[str]) -> None:
@@ -156,7 +156,10 @@ class RestorePoints:
 
     def renew_stamps(self) -> None:
         """No row counts as kept from here on."""
-        self.stamp += 1
+        if self.stamp == 255:
+            self.stamps, self.stamp = np.zeros_like(self.stamps), 1
+        else:
+            self.stamp += 1
 
     def keep(self, before: BeforeImage | None, change: Change, state: State) -> None:
         """Keep what a change is about to overwrite, before the journal is sealed. None: no row."""

@@ -179,7 +179,7 @@ class Store(Protocol):
 
     def read(self, rows: Ints, field: int | None = None) -> tuple[Arrays, Ints]:
         """Copies of these rows: an array per field (or of one field), and (2, n) positions and
-        tags, every checksum verified.
+        tags, verified: by readers at each read, by the writer once, at the first.
 
         Raises RowError for free rows, CorruptionError, and for readers RecoveryError.
         """
@@ -205,6 +205,10 @@ class Store(Protocol):
 
     def verify_index(self) -> None:
         """Raise CorruptionError if pages of the index were lost. A writer looks once."""
+
+    def distrust(self) -> None:
+        """Have every row verified once more: before rows that are read get new checksums, which
+        would otherwise hide what has happened to them."""
 
     def policy_log(self) -> Ints:
         """The policy's log, (entries, 2): a copy, its hash verified."""
@@ -337,6 +341,8 @@ class EmptyStore:
     def unguard(self) -> None: ...
 
     def verify_index(self) -> None: ...
+
+    def distrust(self) -> None: ...
 
     def as_reader(self) -> EmptyStore:
         return self

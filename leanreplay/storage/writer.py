@@ -60,8 +60,10 @@ class Writer(MappedStore):
 
     writable = True
 
-    def __init__(self, mapping: Mapping, points: int) -> None:
+    def __init__(self, mapping: Mapping, points: int, verify_always: bool) -> None:
         super().__init__(mapping)
+        if not verify_always:
+            self.columns.verified = np.zeros(self.layout.max_size, np.uint8)
         self.durable, self.next_state = mapping.durable, State()
         self.pages, self.points = WritePages(mapping), RestorePoints(mapping, points)
         self.guard: locks.Guard | None = None
@@ -142,11 +144,15 @@ class Writer(MappedStore):
         self.journal.clear()
         self.points.renew_stamps()  # rows may have been stamped for a commit that never kept their records
         self.gaps = None
+        self.distrust()
         self._settled = True
 
     def check(self) -> list[Problem]:
         self.recover_or_refresh()
-        return super().check()
+        problems = super().check()
+        if problems:
+            self.distrust()  # a row that was right when it was read may be among them
+        return problems
 
     def verify_index(self) -> None:
         if not self._verified:
@@ -235,6 +241,7 @@ class Writer(MappedStore):
             count = commit.commit_rows(
                 mapping.mem, mapping.cols, rows, slots, start, positions, tags, first, s0, s1, s2, s3, self.journal.seal_words,
                 coming.words, HEADERS[coming.at[H_SEQ] % 2], max_rows, pages.journal_ready, pages.rows_ready, self._offsets,
+                self.columns.verified,
             )  # fmt: skip
             if count == -2:
                 pages.get(rows, self.size, self.high)
@@ -262,7 +269,7 @@ class Writer(MappedStore):
             for f, (source, samples) in enumerate(sources):
                 commit.write_field(mapping.mem, mapping.cols, f, rows, samples, source, positions, tags, digests)
         if change.rows.shape[0]:
-            commit.write_index(mapping.mem, mapping.cols, change.rows, change.positions, change.tags)
+            commit.write_index(mapping.mem, mapping.cols, change.rows, change.positions, change.tags, self.columns.verified)
         if change.update is not None:
             rows = change.update.rows
             same = mapping.positions[rows], mapping.tags[rows]
@@ -367,6 +374,7 @@ class Writer(MappedStore):
             self.points.rewind(target)
         self.points.renew_stamps()
         self.gaps = None
+        self.distrust()
 
     def give_away_points(self) -> None:
         """Another writer has taken the restore points over."""

@@ -178,7 +178,7 @@ def read(base, path, check):
 
 def write(base, path, check):
     """Open for writing, mark, read, feed on, check, and roll back."""
-    with lr.open(path, "r+") as buffer:
+    with lr.open(path, "r+", verify="always" if check else "once") as buffer:
         before = contents(buffer)
         seen, state = buffer.seen, buffer.state_dict()
         feed(buffer, seen, 3)

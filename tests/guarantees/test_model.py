@@ -189,7 +189,7 @@ class Infinite(Unbounded):
 
 KINDS: dict[str, tuple[type[Model], Callable[..., Any]]] = {
     "reservoir": (Reservoir, lambda size, path, **o: ReservoirBuffer(size, path, **o)),
-    "window": (Window, lambda size, path, **o: SlidingWindowBuffer(size, path, **o)),
+    "window": (Window, lambda size, path, **o: SlidingWindowBuffer(size, path, verify="always", **o)),
     "greedy": (Greedy, lambda size, path, **o: GreedyClassBalancingBuffer(size, path, **o)),
     "infinite": (Infinite, lambda size, path, **o: InfiniteBuffer(path, rows_per_part=size, **o)),
 }

@@ -42,9 +42,9 @@ ROWS = 40
 KINDS: dict[str, Callable[..., Any]] = {
     "reservoir": lambda path, **o: ReservoirBuffer(ROWS, path, seed=5, **o),
     "window": lambda path, **o: SlidingWindowBuffer(ROWS, path, seed=5, **o),
-    "greedy": lambda path, **o: GreedyClassBalancingBuffer(ROWS, path, seed=5, **o),
+    "greedy": lambda path, **o: GreedyClassBalancingBuffer(ROWS, path, seed=5, verify="always", **o),
     "infinite": lambda path, **o: InfiniteBuffer(path, rows_per_part=70, seed=5, **o),
-    "balanced": lambda path, **o: ClassBalancedBuffer(ROWS, path, seed=5, **o),
+    "balanced": lambda path, **o: ClassBalancedBuffer(ROWS, path, seed=5, verify="always", **o),
     "cbrs": lambda path, **o: ClassBalancingReservoirBuffer(ROWS, path, seed=5, **o),
 }
 TRIALS = times(60, 170)  # per buffer: 1,020 in all

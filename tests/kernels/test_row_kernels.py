@@ -186,7 +186,10 @@ def test_blocks(run: None, count: int, state: int) -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def reader(image: Image, chosen: list[int], first: int, last: int) -> tuple[int, list[list[bytes]], Any, list[int]]:
+ALL = np.zeros(0, np.uint8)  # are verified
+
+
+def reader(image: Image, chosen: list[int], first: int, last: int, verified: Any = ALL) -> tuple[int, list[list[bytes]], Any, list[int]]:
     """Call read_rows: number of bad rows, fields of each row, index, flags."""
     n = len(chosen)
     sizes = SIZES[first:last]
@@ -194,7 +197,9 @@ def reader(image: Image, chosen: list[int], first: int, last: int) -> tuple[int,
     out, index, bad = np.full(places[-1], 0xEE, np.uint8), np.full((2, n), -9), np.full(n, 7, np.uint8)
     sums = np.full(n, 9, np.uint64)
     chosen_rows = np.array(chosen, np.int64)
-    wrong = rows.read_rows(read_only(image.mem), image.cols, first, last, chosen_rows, out, places, index, sums, bad, image.capacity)
+    wrong = rows.read_rows(
+        read_only(image.mem), image.cols, first, last, chosen_rows, out, places, index, sums, bad, image.capacity, verified
+    )
     found = [[out[places[f] + i * s :][:s].tobytes() for f, s in enumerate(sizes)] for i in range(n)]
     return int(wrong), found, index, bad.tolist()
 
@@ -227,7 +232,7 @@ def test_find_changed(run: None, first: int, last: int) -> None:
     chosen = np.array([4, 2, 0, 2])
     out, places = np.empty(4 * sum(SIZES) + 64 * FIELDS, np.uint8), np.zeros(FIELDS, np.int64)
     index, sums, bad = np.empty((2, 4), np.int64), np.empty(4, np.uint64), np.empty(4, np.uint8)
-    assert rows.read_rows(read_only(image.mem), image.cols, first, last, chosen, out, places, index, sums, bad, image.capacity) == 0
+    assert rows.read_rows(read_only(image.mem), image.cols, first, last, chosen, out, places, index, sums, bad, image.capacity, ALL) == 0
     found = first, last, chosen, index, sums
     assert changed(image, found, [0, 0, 0, 0]) == (0, [0, 0, 0, 0]) and changed(image, found, [0, 0, 1, 0]) == (1, [0, 0, 1, 0])
     words = [(image.offsets[FIELDS] + 16, True), (image.offsets[FIELDS + 1] + 16, True)]  # of row 2
@@ -257,6 +262,15 @@ def test_read_rows_finds_what_is_wrong(run: None) -> None:
     for column in range(FIELDS + 3):
         moved.put(4, column, image.entry(2, column))
     assert reader(moved, [2, 4], 0, FIELDS)[3] == [0, 1]  # a right row in the wrong place
+    image.mem[image.offsets[0] + 2 * SIZES[0]] ^= 1  # in row 2
+    known = np.array([1, 1, 1, 0, 0, 0, 0], np.uint8)
+    assert reader(image, [0, 2, 4, 1], 0, FIELDS, known)[::3] == (1, [0, 0, 0, 1])  # not looked at; free
+    assert known.tolist() == [1, 1, 1, 0, 1, 0, 0]
+    known[:] = 0
+    assert reader(image, [4, 6], 0, 1, known)[0] == 0 and not known.any()  # one field is not all
+    assert reader(image, [6, 2, 1, 0], 0, FIELDS, known)[::3] == (2, [0, 1, 1, 0])
+    assert known.tolist() == [1, 0, 0, 0, 0, 0, 1]
+    image.mem[image.offsets[0] + 2 * SIZES[0]] ^= 1
     for outside in (-1, 7, -(2**62), 2**62):
         assert reader(moved, [2, outside], 0, FIELDS)[0] == -1
 
@@ -320,7 +334,7 @@ def test_journal(run: None, chosen: list[int], whole: int, changing: list[int]) 
     image = Image(7, 3, holes=True)
     marks = np.zeros(FIELDS, np.uint8)
     marks[changing] = 1
-    stamps = np.zeros(7, np.int32)
+    stamps = np.zeros(7, np.uint8)
     stamps[[0, 2]] = 4
     before = image.mem.copy()
     digests = words(*image.digests(3))
@@ -441,7 +455,9 @@ def test_write_index(run: None, chosen: list[int]) -> None:
     for r, p, g in zip(chosen, positions.tolist(), groups.tolist(), strict=True):
         reference.put(r, FIELDS, p.to_bytes(8, "little"))
         reference.put(r, FIELDS + 1, g.to_bytes(8, "little", signed=True))
-    commit.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups)
+    verified = np.zeros(image.capacity, np.uint8)
+    commit.write_index(image.mem, image.cols, np.array(chosen, np.int64), positions, groups, verified)
+    assert np.flatnonzero(verified).tolist() == sorted(set(chosen))
     assert image.mem.tobytes() == reference.mem.tobytes()
 
 
@@ -482,7 +498,7 @@ def test_commit_rows(run: None, fields: int, given: bool, plan: list[int]) -> No
         at = np.array([*place, seal_at, 1, 3, 5, 2, 4, 6, 8, 3])
         where = positions if given else positions[:0]
         limits = most, ready, faulted
-        found = commit.commit_rows(memory, cols, plan, slots, start, where, groups, first, *data, seal, head, header_at, *limits, at)
+        found = commit.commit_rows(memory, cols, plan, slots, start, where, groups, first, *data, seal, head, header_at, *limits, at, ALL)
         return found, (memory.tobytes(), seal.tolist(), head.tolist(), slots.tolist())
 
     def steps() -> tuple[Any, ...]:
@@ -497,7 +513,7 @@ def test_commit_rows(run: None, fields: int, given: bool, plan: list[int]) -> No
             checksums.seal_block(memory, seal_at, seal, 0)
             for f, source in enumerate(sources):
                 commit.write_field(memory, cols, f, taken, samples + first, source, places, groups[samples + first], digests)
-            commit.write_index(memory, cols, taken, places, groups[samples + first])
+            commit.write_index(memory, cols, taken, places, groups[samples + first], ALL)
         head[2] += np.uint64(counts[2] - counts[1])
         head[4] = max(int(head[4]), int(counts[3]))
         checksums.seal_block(memory, header_at, head, 6)

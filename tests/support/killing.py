@@ -41,7 +41,7 @@ BATCH = 30
 KINDS = {
     "reservoir": lambda path, **o: ReservoirBuffer(ROWS, path, seed=3, **o),
     "window": lambda path, **o: SlidingWindowBuffer(ROWS, path, seed=3, **o),
-    "greedy": lambda path, **o: GreedyClassBalancingBuffer(ROWS, path, seed=3, **o),
+    "greedy": lambda path, **o: GreedyClassBalancingBuffer(ROWS, path, seed=3, verify="always", **o),
     "infinite": lambda path, **o: InfiniteBuffer(path, rows_per_part=70, seed=3, **o),
 }
 BOUNDED = [kind for kind in KINDS if kind != "infinite"]
