@@ -53,6 +53,7 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all is collected: what is made till then stays
     config.option.loadscopereorder = False  # of pytest-xdist: files are in order already
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, where Ctrl-C would be waited for in vain
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -78,3 +79,4 @@ def pytest_collection_finish() -> None:
     """Modules and collected tests stay: hundreds of full collections, and every fork, need not touch a million objects of theirs."""
     gc.collect()
     gc.freeze()
+    gc.enable()

@@ -37,7 +37,8 @@ from .loading.interleaved import InterleavedSampler, InterleavedSamplerConfig, S
 from .loading.mixed_loader import MixedLoader
 from .loading.replay_loader import ReplayLoader
 from .training.evaluation import Evaluation, evaluate
-from .training.fit import History, fit
+from .training.fit import fit
+from .training.history import History
 from .training.resume import saved_task
 
 __all__ = [

@@ -131,28 +131,34 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted, by the command of the README."""
+    """A run that nothing interrupted, as by the command of the README: its folder, what it printed, and its progress."""
     out = tmp_path_factory.mktemp("whole")
-    done = subprocess.run([sys.executable, str(SPLIT_DIGITS), "--out", str(out)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done
+    return out, *command("--out", out)
+
+
+def command(*options):
+    """Run the example as the command that it is, in an interpreter of its own. What it printed, and to its errors."""
+    script = Script(SPLIT_DIGITS.read_text(encoding="utf-8"), *options, file=SPLIT_DIGITS, environment={"MPLBACKEND": "agg"})
+    out, errors = script.communicate(120)
+    assert script.returncode == 0, errors[-3000:]
+    return out, errors
 
 
 def test_split_digits(whole):
     """The table, the picture and the progress bar; experience replay is far above fine-tuning."""
-    out, done = whole
+    out, printed, progress = whole
     results = json.loads((out / "results.json").read_text())
     assert results["average"]["ER"] > results["average"]["fine-tuning"] + 40
     assert results["average"]["ER"] > 75 and results["accuracy"]["fine-tuning"][-1][4] > 90
     for name, matrix in results["accuracy"].items():
         assert np.shape(matrix) == (5, 5) and matrix[0][0] > 90, name
-        cells = re.search(rf"^{name} +([0-9. ]+)$", done.stdout, re.MULTILINE)
-        assert cells is not None, done.stdout
+        cells = re.search(rf"^{name} +([0-9. ]+)$", printed, re.MULTILINE)
+        assert cells is not None, printed
         shown = [float(cell) for cell in cells[1].split()]
         assert shown == pytest.approx([*matrix[-1], results["average"][name]], abs=0.051)
     picture = (out / "accuracy.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
-    assert "task 5 of 5: 100%" in done.stderr
+    assert "task 5 of 5: 100%" in progress
     assert held(out / "replay.h5")[0] == 5 * 1347  # five epochs of all training samples
 
 
@@ -187,8 +193,7 @@ def wanted(run, tmp_path_factory):
 def test_another_process_goes_on(run, wanted, tmp_path):
     """A run that was killed, gone on with by the command itself, ends like a run of another process that nothing interrupted."""
     run(tmp_path, *OPTIONS, at="after replace", code=-signal.SIGKILL)
-    command = [sys.executable, str(SPLIT_DIGITS), "--out", str(tmp_path), *OPTIONS, "--resume"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    command("--out", tmp_path, *OPTIONS, "--resume")
     assert (tmp_path / "results.json").read_text() == wanted[0] and held(tmp_path / "replay.h5") == wanted[1]
 
 

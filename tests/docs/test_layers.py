@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import inspect
 import os
@@ -52,12 +53,21 @@ def files():
 FILES = sorted(files())
 
 
+@functools.cache
+def nodes(path):
+    """All nodes of a file's tree, the module first."""
+    return list(ast.walk(ast.parse(pathlib.Path(path).read_text(encoding="utf-8"))))
+
+
+@functools.cache
 def imports(name, path):
-    """(absolute dotted name, whether it is only for type checkers) of everything that a module imports, wherever it does so."""
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
+    """Absolute dotted name of everything that a module imports, wherever it does so."""
+    return list(_imports(name, path))
+
+
+def _imports(name, path):
     package = ["leanreplay", *name.split(".")[:-1]]
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,7 +92,23 @@ def test_the_walk_sees_the_package():
     assert "leanreplay.kernels" in {".".join(i.split(".")[:2]) for n, p in FILES if n.startswith("storage.") for i in imports(n, p)}
 
 
-@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
+def every_file(prefix=""):
+    """A test of (name, path), made for all files of the package whose names begin so; what fails says which file it is."""
+
+    def decorate(check):
+        @functools.wraps(check)
+        def test():
+            for name, path in FILES:
+                if name.startswith(prefix):
+                    check(name, path)
+
+        del test.__wrapped__  # pytest would ask for fixtures `name` and `path`
+        return test
+
+    return decorate
+
+
+@every_file()
 def test_directions(name, path):
     """G8: every import goes downwards."""
     mine = name.split(".")[0]
@@ -92,7 +118,7 @@ def test_directions(name, path):
     assert not wrong, f"{name} may import {sorted(MAY_IMPORT[mine])}, but imports {wrong}"
 
 
-@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
+@every_file()
 def test_foreign_imports(name, path):
     """G8: torch is imported by leanreplay.torch alone, h5py by `storage`, numba by the kernels."""
     outside = {i.split(".")[0] for i in imports(name, path)} - set(sys.stdlib_module_names) - {"leanreplay"}
@@ -103,26 +129,26 @@ def test_foreign_imports(name, path):
     assert outside <= allowed, f"{name} imports {sorted(outside - allowed)}"
 
 
-@pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
+@every_file("kernels.")
 def test_kernels_stand_alone(name, path):
     """Kernels import nothing of ours but decorators and helpers; the files of helpers, those below."""
     helpers = ["kernels", "kernels.hashing", "kernels.memory", "kernels.heaps", "kernels.checksums"]
     mine = name.removesuffix(".__init__")
     below = helpers[: helpers.index(mine)] if mine in helpers else helpers
     allowed = {f"leanreplay.{helper}" for helper in below}
-    assert {i for i in imports(name, path) if i.startswith("leanreplay")} <= allowed
+    assert {i for i in imports(name, path) if i.startswith("leanreplay")} <= allowed, name
 
 
-@pytest.mark.parametrize(("name", "path"), [f for f in FILES if not f[0].startswith("kernels.")], ids=lambda v: str(v)[:30])
+@every_file()
 def test_python_calls_no_helper_of_kernels(name, path):
     """Helpers have no entry from Python: a call of one would crash the interpreter."""
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
+    if name.startswith("kernels."):
+        return
     modules = {}
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("kernels"):
             modules |= {alias.asname or alias.name: alias.name for alias in node.names}
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             kernel = getattr(importlib.import_module(f"leanreplay.kernels.{modules[node.value.id]}"), node.attr)
             assert not getattr(kernel, "targetoptions", {}).get("no_cpython_wrapper"), f"{name}:{node.lineno}: {node.attr}"
@@ -142,23 +168,21 @@ WITHIN_TORCH = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "path"), [f for f in FILES if f[0].startswith("torch.") and f[0] != "torch.__init__"], ids=lambda v: str(v)[:30]
-)
+@every_file("torch.")
 def test_directions_within_torch(name, path):
     """Training, evaluation and what they stand on import downwards; learners and loaders do without them."""
+    if name == "torch.__init__":
+        return
     mine = name.split(".")[1]
     used = {i.split(".")[2] for i in imports(name, path) if i.startswith("leanreplay.torch.")}
     allowed = WITHIN_TORCH[mine]
     assert used <= allowed | {mine}, f"{name} may import {sorted(allowed)} of leanreplay.torch, but imports {sorted(used)}"
 
 
-@pytest.mark.parametrize(("name", "path"), [f for f in FILES if f[0].startswith("torch.learners.")], ids=lambda v: str(v)[:30])
+@every_file("torch.learners.")
 def test_learners_do_not_use_each_others_internals(name, path):
     """A learner may build on a public name of another one, not on its underscored ones."""
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert not [a.name for a in node.names if a.name.startswith("_")], name
 
@@ -251,20 +275,17 @@ def test_docstrings(module):
     assert not bare
 
 
-@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
+@every_file()
 def test_modules_say_what_they_are(name, path):
     """Every file that holds code begins with a docstring."""
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), name
+    module = nodes(path)[0]
+    assert not module.body or ast.get_docstring(module), name
 
 
-@pytest.mark.parametrize(("name", "path"), FILES, ids=[n for n, _ in FILES])
+@every_file()
 def test_asserts_only_narrow_types(name, path):
     """Input is never checked by `assert` (python -O drops it): what is left says `is not None` or `isinstance` to the type checker."""
-    with open(path, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Assert):
             text = ast.unparse(node.test)
             assert "is not None" in text or text.startswith("isinstance("), f"{name}:{node.lineno}: assert {text}"
@@ -275,10 +296,8 @@ def test_nothing_that_runs_code_from_a_file():
     for name, path in FILES:
         if name.startswith("torch"):
             continue
-        with open(path, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
         used = {i.split(".")[0] for i in imports(name, path)} & {"pickle", "marshal", "shelve", "dill"}
-        called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)} & {
+        called = {n.func.id for n in nodes(path) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)} & {
             "eval",
             "exec",
             "compile",

@@ -248,7 +248,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("ram", [False, True])
 def test_interrupted_in_a_longer_log(ram: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C at every ninth line of an add that rewrites the file for a longer log: the same object goes on, and back."""
+    """Ctrl-C at every so manieth line of an add that rewrites the file for a longer log: the same object goes on, and back."""
     monkeypatch.setattr(balanced.BalancedPolicy, "log_slots", staticmethod(lambda capacity: 18))
     step, came = 0, True
     while came:
@@ -269,7 +269,7 @@ def test_interrupted_in_a_longer_log(ram: bool, tmp_path: Any, monkeypatch: pyte
             feed("class", buffer, 40, 100)
             assert {g: buffer.group_rows(g).tolist() for g in buffer.groups} == wanted("class", 100)[1], note
             assert buffer.check() == [], note
-        step += 9
+        step += times(17, 9)
     assert step > 200
 
 
@@ -302,7 +302,7 @@ def test_interrupted_in_state_dict_and_load_state_dict(kind: str, tmp_path: Any)
 
 @pytest.mark.parametrize("kind", ["class", "cbrs"])
 def test_interrupted_in_resize(kind: str, tmp_path: Any) -> None:
-    """Ctrl-C at every fifth line of `resize`: the old buffer or the new one, and feeding goes on in it."""
+    """Ctrl-C at every so manieth line of `resize`: the old buffer or the new one, and feeding goes on in it."""
     models = {ROWS: Grouped(ROWS, 3, MODES[kind])}
     models[ROWS].add([label(kind, p) for p in range(90)])
     models[11] = models[ROWS].copy()
@@ -320,7 +320,7 @@ def test_interrupted_in_resize(kind: str, tmp_path: Any) -> None:
             assert {g: buffer.group_rows(g).tolist() for g in buffer.groups} == {g: model.members(g) for g in sorted(model.streams)}, step
             assert buffer.get_metadata("position").tolist() == [model.rows[r] for r in sorted(model.rows)], step
             assert buffer.check() == [], step
-        step += 5
+        step += times(9, 5)
     assert sizes == {11, ROWS}
 
 

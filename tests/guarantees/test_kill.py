@@ -204,7 +204,7 @@ def test_interrupted_in_add(kind: str, ram: bool, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "ram"), [("reservoir", False), ("reservoir", True), ("infinite", False)])
 def test_interrupted_in_the_first_add(kind: str, ram: bool, tmp_path: Any) -> None:
-    """G3: Ctrl-C at every fifth line (in RAM ninth) while the file is created: the same buffer object goes on."""
+    """G3: Ctrl-C at every so manieth line while the file is created: the same buffer object goes on."""
     if ram and not os.path.isdir("/proc/self/fd"):
         pytest.skip("no one place to compare its bytes in")
     step, came = 0, True
@@ -216,12 +216,12 @@ def test_interrupted_in_the_first_add(kind: str, ram: bool, tmp_path: Any) -> No
             assert_holds(kind, buffer, [BATCH], note)
             feed(buffer, BATCH, 90)
             assert_holds(kind, buffer, [90], note)
-        step += 5 if not ram else 9
+        step += times(9, 5)
     assert step > 200
 
 
 def test_interrupted_when_a_part_is_full(tmp_path: Any) -> None:
-    """G3: Ctrl-C at every fifth line of an `add` that makes a part: the same buffer object goes on."""
+    """G3: Ctrl-C at every so manieth line of an `add` that makes a part: the same buffer object goes on."""
     step, came = 0, True
     while came:
         with KINDS["infinite"](str(tmp_path / f"b{step}")) as buffer:
@@ -230,12 +230,12 @@ def test_interrupted_when_a_part_is_full(tmp_path: Any) -> None:
             assert_holds("infinite", buffer, (60, 70, 90), f"interrupt after {step}")
             buffer.add(**stream(60, 90), at=60)
             assert_holds("infinite", buffer, [90], f"interrupt after {step}")
-        step += 5
+        step += times(9, 5)
     assert step > 200
 
 
 def test_interrupted_in_resize_and_load(tmp_path: Any) -> None:
-    """G3: Ctrl-C at every seventh line while another file takes the name: the buffer goes on with the one that has it."""
+    """G3: Ctrl-C at every so manieth line while another file takes the name: the buffer goes on with the one that has it."""
     saved = str(tmp_path / "saved")
     with KINDS["window"](str(tmp_path / "first.h5")) as buffer:
         feed(buffer, 0, 60)
@@ -262,7 +262,7 @@ def test_interrupted_in_resize_and_load(tmp_path: Any) -> None:
             came |= interrupted(lambda b=buffer: b.load(saved), step)
             assert_holds("window", buffer, (60, 90), f"load, {step}")
             finish(buffer, "window", f"load, {step}")
-        step += 7
+        step += times(13, 7)
     assert step > 200
 
 

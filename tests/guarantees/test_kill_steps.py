@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from children import child, killed
-from killing import BOUNDED, KINDS, ROWS, Scene, assert_prefix, die, feed, finish, image, stop_everywhere, stream
+from killing import BOUNDED, KINDS, ROWS, SOME, Scene, assert_prefix, die, feed, finish, image, stop_everywhere, stream
 from storage_kernels import kernel
 
 import leanreplay
@@ -42,7 +42,7 @@ def test_stopped_at_every_step_of_a_commit(kind: str, durable: bool, tmp_path: A
             assert_prefix(kind, buffer, note)
             finish(buffer, kind, note)
 
-    assert stop_everywhere(work, scene, examine, 30 if durable else 10**6) > 10
+    assert stop_everywhere(work, scene, examine, SOME if durable else 10**6) > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +76,7 @@ def test_stopped_at_every_step_of_a_commit_with_restore_points(kind: str, tmp_pa
             buffer.load_state_dict(state)  # the point is still there, and good
             assert_prefix(kind, buffer, note)
 
-    assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else 30) > 15
+    assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else SOME) > 15
 
 
 @pytest.mark.parametrize(("kind", "durable"), [("reservoir", False), ("window", True), ("infinite", False)])
@@ -238,7 +238,7 @@ def test_stopped_at_every_step_of_a_resize(kind: str, tmp_path: Any) -> None:
             feed(buffer, 60, 90)
             assert buffer.check() == [], note
 
-    assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else 20) > 10
+    assert stop_everywhere(work, scene, examine, 10**6 if kind == "reservoir" else SOME) > 10
 
 
 @pytest.mark.parametrize("kind", ["reservoir", "infinite"])
@@ -358,4 +358,4 @@ def test_stopped_at_every_step_of_creation(kind: str, mode: str, tmp_path: Any) 
             names = os.listdir(scene.path if kind == "infinite" else scene.folder)
             assert not [n for n in names if n.endswith(".tmp")], note
 
-    assert stop_everywhere(work, scene, examine, 10**6 if (kind, mode) == ("reservoir", "x") else 25) > 10
+    assert stop_everywhere(work, scene, examine, 10**6 if (kind, mode) == ("reservoir", "x") else SOME) > 10

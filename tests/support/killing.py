@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from children import child, killed, result
+from nightly import times
 from paths import in_memory
 from storage_kernels import kernel
 
@@ -36,6 +38,7 @@ from leanreplay.storage import (
 )
 from leanreplay.storage import writer as writer_module
 
+HOME = os.path.dirname(leanreplay.__file__)
 ROWS = 48
 BATCH = 30
 KINDS = {
@@ -127,9 +130,7 @@ class Steps:
     leaves; one run gives all copies. With `at`, the process is killed indeed, at that step.
     """
 
-    FILES = tuple(glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "storage", "*.py"))) + tuple(
-        glob.glob(os.path.join(os.path.dirname(leanreplay.__file__), "buffers", "*.py"))
-    )
+    FILES = frozenset(name for room in ("storage", "buffers") for name in glob.glob(os.path.join(HOME, room, "*.py")))
 
     def __init__(self, folder: str, copies: str, at: int | None = None) -> None:
         self.folder, self.copies, self.at, self.count = folder, copies, at, 0
@@ -159,7 +160,7 @@ class Steps:
         sys.settrace(self._trace)
         frame = sys._getframe(1)
         while frame is not None:  # the caller may stand in a traced file itself
-            frame.f_trace, frame = self._trace, frame.f_back
+            frame.f_trace, frame = self._trace(frame, "call", None), frame.f_back
 
     def _call(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -201,22 +202,27 @@ class Steps:
             words[line] = value
 
     def _trace(self, frame: Any, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in self.FILES:
-            return None
+        return self._line if frame.f_code.co_filename in self.FILES else None
+
+    def _line(self, frame: Any, event: str, _: Any) -> Any:
         if event == "line":
             self.step()
-        return self._trace
+        return self._line
 
 
-def contents(folder: str) -> dict[str, bytes | None]:
+def contents(folder: str, inner: str = "") -> dict[str, bytes | None]:
     """The bytes of all files below a folder; None for a folder."""
     found: dict[str, bytes | None] = {}
-    for path, folders, files in os.walk(folder):
-        inner = os.path.relpath(path, folder)
-        found |= {os.path.join(inner, name): None for name in sorted(folders)}
-        for name in sorted(files):
-            with open(os.path.join(path, name), "rb") as file:
-                found[os.path.join(inner, name)] = file.read()
+    for name in sorted(os.listdir(folder)):
+        path = f"{folder}/{name}"
+        fd = os.open(path, os.O_RDONLY)
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            found[inner + name] = None
+            found |= contents(path, f"{inner}{name}/")
+        else:
+            found[inner + name] = os.read(fd, status.st_size)
+        os.close(fd)
     return found
 
 
@@ -251,7 +257,7 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
     examine("not stopped")
     chosen = range(0, count, -(-count // most))
     for at in chosen:
-        scene.reset(os.path.join(copies, str(at)))
+        scene.take(os.path.join(copies, str(at)))
         examine(f"step {at}")
     for at in (count // 3, count * 2 // 3):
         scene.reset()
@@ -259,6 +265,9 @@ def stop_everywhere(work: Callable[[Callable[[], None]], None], scene: Scene, ex
         examine(f"killed at step {at}")
     shutil.rmtree(copies)
     return len(chosen)
+
+
+SOME = times(20, 30)  # steps, of kinds of buffers of which another one is stopped at every step
 
 
 class Scene:
@@ -273,9 +282,14 @@ class Scene:
         """The buffer from which trials begin: fill it, and close it."""
         return KINDS[self.kind](os.path.join(self.base, "b.h5"))
 
-    def reset(self, base: str = "") -> None:
+    def reset(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        shutil.copytree(base or self.base, self.folder)
+        shutil.copytree(self.base, self.folder)
+
+    def take(self, folder: str) -> None:
+        """Go on from this folder, which is nobody else's."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.rename(folder, self.folder)
 
     def open(self, mode: str = "r+", **options: Any) -> Any:
         return KINDS[self.kind](self.path, mode=mode, **options)
@@ -307,6 +321,9 @@ class Interrupts:
             return None
         if isinstance(frame.f_locals.get("self"), io.RawIOBase):
             return None  # which HDF5 calls: no exception comes through it as what it is
+        return self._line
+
+    def _line(self, frame: Any, event: str, _: Any) -> Any:
         if event in ("line", "return") and self.after:
             self.count += 1
             if self.count > self.after[0]:
@@ -314,7 +331,7 @@ class Interrupts:
                 self.count = 0
                 sys.settrace(self._trace)
                 raise KeyboardInterrupt
-        return self._trace
+        return self._line
 
 
 def interrupted(action: Callable[[], Any], *after: int) -> bool:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from leanreplay import ArgumentError, ClassBalancedBuffer, ParametricBuffer, RandomSelection, ReservoirBuffer
+from leanreplay import ArgumentError, ClassBalancedBuffer, HerdingSelection, ParametricBuffer, RandomSelection, ReservoirBuffer
 from leanreplay import open as open_buffer
-from leanreplay.torch import BufferDataset, CLSLearner, DERLearner, ERLearner, fit
+from leanreplay.torch import BufferDataset, CLSLearner, DERLearner, ERLearner, evaluate, fit
 
 
 class Hidden(Dataset):
@@ -123,9 +123,28 @@ def test_a_buffer_that_is_only_read(tmp_path):
     exemplars = ParametricBuffer(9, groupby="class", selection_strategy=RandomSelection())
     exemplars.update(list(zip(*data(30), strict=True)))
     for buffer in (open_buffer(tmp_path / "b.h5"), exemplars):
-        before = rows(buffer)
-        history = fit(make(buffer, store=False), data(seed=5), max_epochs=3, progress=False)
+        before, learner = rows(buffer), make(buffer, store=False)
+        history = fit(learner, data(44, seed=5), max_epochs=3, batch_size=20, progress=False)
         assert len(history["loss/replay"]) == 3 and rows(buffer) == before
+        assert learner.steps == 3 * (4 if buffer is exemplars else 5)  # 11 new samples a step, as it holds 9; else 10
+
+
+def test_herded_exemplars(tmp_path):
+    """As iCaRL does: exemplars of the first classes, herded and then only read, are rehearsed while others are learned."""
+    x, y = data(400)
+    x = x + 3 * torch.nn.functional.one_hot(y, 4)
+    tasks = [(x[y < 2], y[y < 2]), (x[y == 2], y[y == 2])]
+    with ParametricBuffer(20, tmp_path / "b.h5", groupby="class", selection_strategy=HerdingSelection()) as herded:
+        herded.add(tasks[0], features=tasks[0][0].numpy())
+    found = []
+    for buffer in (open_buffer(tmp_path / "b.h5"), ReservoirBuffer(20)):
+        before = rows(buffer) if len(buffer) else None
+        learner = make(buffer, store=False)
+        for task, each in enumerate(tasks):
+            fit(learner, each, max_epochs=8, batch_size=20, task_id=task, progress=False)
+        assert before is None or rows(buffer) == before
+        found.append(evaluate(learner.model, tasks).matrix[0])
+    assert found[0][1] > 0.9 and found[0][0] > found[1][0] + 0.3, found
 
 
 def test_a_reader_is_resumed(tmp_path):

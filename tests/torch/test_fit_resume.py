@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from training_jobs import KINDS, N, accuracy, bits, data, die_at, make, network, run
+from training_jobs import KINDS, N, Super, accuracy, bits, data, die_at, make, network, run
 
-from leanreplay import ExistsError, MissingError, StateError
+from leanreplay import ExistsError, MissingError, ReservoirBuffer, StateError
 from leanreplay.torch import CLSLearner, DERLearner, ERLearner, fit, saved_task
 from leanreplay.torch.training.states import StateFolder
 
@@ -39,6 +39,7 @@ def job(kind, folder, tasks=1, after=lambda learner: None):
     learner = make(kind, folder / "buffer.h5", dropout=0.2)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(11)
+    memory = ReservoirBuffer(25, folder / "memory.h5", mode="a") if kind is DERLearner else None
     state, histories = folder / "run", []
     for task in range(saved_task(state) or 0, tasks):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(learner.optimizer, 0.1, total_steps=40)
@@ -46,6 +47,9 @@ def job(kind, folder, tasks=1, after=lambda learner: None):
         options |= {"scheduler": scheduler, "scheduler_interval": "step", "gradient_clip_val": 1.0, "save_every": 4, "progress": False}
         options |= {"store": "every epoch" if kind is DERLearner else "first epoch", "restore_best": kind is not CLSLearner}
         options |= {"input_state_folder": state, "output_state_folder": state, "max_epochs": 3, "batch_size": 20, "task_id": task}
+        options |= {"precision": "fp16"} if kind is Super else {}
+        if kind is DERLearner:
+            options |= {"val_memory": memory, "val_dataset": data(20, 9 + task), "train_metrics": {"accuracy": accuracy}}
         histories.append(fit(learner, Augmented(task), **options))
         after(learner)
     return learner, histories
@@ -116,7 +120,11 @@ def test_killed_anywhere(tmp_path, straight, kind, point):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
-    "points", [[("after", "step", 40)], [("after", "on_task_end", 1), ("before", "on_task_start", 1), ("after", "step", 30)]]
+    "points",
+    [
+        [("after", "step", 40)],
+        [("after", "remember_task", 1), ("after", "on_task_end", 1), ("before", "on_task_start", 1), ("after", "step", 30)],
+    ],
 )
 def test_several_tasks_killed_anywhere(tmp_path, straight, points):
     """A new optimizer for each task counts, in a run that was killed within and between tasks as in one that was not."""

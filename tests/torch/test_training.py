@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from training_jobs import KINDS, Bytes, N, bits, data, make, run
+from training_jobs import KINDS, Bytes, N, Super, bits, data, make, run
 
 from leanreplay import ArgumentError, LossError
 from leanreplay.torch import ERLearner, History, fit
@@ -21,9 +21,9 @@ def recording(kind):
     """A kind of learner that keeps its batches."""
 
     class Recording(kind):
-        def step(self, x, y):
+        def step(self, x, y, scaler=None):
             self.__dict__.setdefault("batches", []).append((x, y))
-            return super().step(x, y)
+            return super().step(x, y, scaler)
 
     return Recording
 
@@ -79,10 +79,13 @@ def test_the_order_of_samples():
 
 @pytest.mark.parametrize(
     ("batch_size", "fraction", "new", "replayed"),
-    [(32, 0.5, 16, 16), (10, 0.25, 7, 3), (10, 0.24, 8, 2), (10, 0.01, 9, 1), (10, 0, 10, 0), (10, None, 10, 5), (2, 0.4, 1, 1)],
-)
+    [
+        (32, 0.5, 16, 16), (10, 0.25, 7, 3), (10, 0.24, 8, 2), (10, 0.01, 9, 1), (10, 0, 10, 0), (10, None, 10, 5), (2, 0.4, 1, 1),
+        (100, 0.6, 60, 40),
+    ],
+)  # fmt: skip
 def test_the_share_of_replay(batch_size, fraction, new, replayed):
-    """batch_size is the whole step's, replay included."""
+    """batch_size is the whole step's, replay included; a buffer of 40 never gives more."""
     learner = make(recording(ERLearner), replay_batch_size=5, model=torch.nn.Linear(6, 4))
     sizes = []
     handle = learner.model.register_forward_hook(lambda m, x, out: sizes.append(len(out)))
@@ -112,16 +115,20 @@ def test_datasets_and_collation():
 def by_hand(learner, batches, *, precision="32", clip=None):
     """A loop in pieces, as anyone would write it."""
     learner.on_task_start(0)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     for i, (x, y) in enumerate(batches):
         learner.store = 3 * i < len(batches)
         learner.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "32"):
             loss = learner.loss(x, y)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(learner.optimizer)
         if clip:
             clip(learner.model.parameters())
-        learner.optimizer.step()
-        learner.after_step()
+        before = scaler.get_scale()
+        scaler.step(learner.optimizer)
+        scaler.update()
+        learner.after_step(scaler.get_scale() >= before)
     learner.on_task_end()
     return bits(learner)
 
@@ -143,15 +150,16 @@ def test_clipping(algorithm):
     assert not learner.optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16(kind):
-    """The whole step within autocast gives the bits of a loop that has only the forward pass in it."""
+@pytest.mark.parametrize(("kind", "precision"), [*((kind, "bf16") for kind in KINDS), (ERLearner, "fp16"), (Super, "fp16")])
+def test_mixed_precision(kind, precision):
+    """The whole step within autocast gives the bits of a loop that has only the forward pass in it; float16 has a scaler."""
     learner, plain, seen = make(recording(kind)), make(kind), []
     validation = {"val_dataset": data(9), "metrics": {"m": lambda outputs, _: seen.append(outputs.dtype) or 0.0}}
-    run(learner, precision="bf16", **validation)
+    run(learner, precision=precision, gradient_clip_val=0.5, **validation)
     run(plain)
     assert seen == [torch.float32] * 3
-    assert by_hand(make(kind, replay_batch_size=10), learner.batches, precision="bf16") == bits(learner) != bits(plain)
+    clip = lambda p: torch.nn.utils.clip_grad_norm_(p, 0.5)  # noqa: E731
+    assert by_hand(make(kind, replay_batch_size=10), learner.batches, precision=precision, clip=clip) == bits(learner) != bits(plain)
     assert all(p.dtype == torch.float32 for p in learner.model.parameters())
 
 
@@ -322,4 +330,5 @@ def test_defaults():
         "val_dataset scheduler metric metrics gradient_clip_val gradient_clip_algorithm train_collate_fn val_collate_fn test_transform"
     )
     nothing += " test_target_transform test_batch_transform input_state_folder output_state_folder logger task_id"
+    nothing += " device label train_metrics val_memory"
     assert given == others | dict.fromkeys(nothing.split())

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...arguments import LARGEST, function_or_none, instance, integer, number, required
+from ...arguments import LARGEST, function_or_none, instance, integer, integers, number, required
 from ...arrays import Ints
 from ...errors import ArgumentError
+from .. import nests
 from ..data import Transforms, device_named
-from ..distributed import gather, rank_and_size, unwrapped
-from .reading import Reader, piece
+from ..distributed import unwrapped
+from ..models import ForwardFunction, run_model, single
+from .reading import Reader
 
 
 class Evaluation:
@@ -114,17 +116,22 @@ def evaluate(
     target_transform: Callable[[Any], Any] | None = None,
     batch_transform: Callable[[Any], Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    label: str | None = None,
+    forward: ForwardFunction | None = None,
     ignore_index: int | None = -100,
     threshold: float | None = None,
+    mask: Sequence[Sequence[int]] | None = None,
     device: torch.device | str | None = None,
 ) -> Evaluation:
     """The accuracy of a model on each of a list of tasks, as a new row below the rows of
     `previous`.
 
-    tasks: a list of map-style datasets of pairs, or of pairs (x, y) of tensors or arrays. The first
-    k of all tasks will do, too: the row has NaN for the rest. The model gives (n, classes), or (n,
-    classes, ...) for targets (n, ...), segmentation say; its answer is the largest of all classes,
-    and each target counts as much as another.
+    tasks: a list of datasets, as `train_dataset` of `fit`: map-style ones of pairs (x, y), or pairs
+    of tensors or arrays; label: of dicts, whose entry of this name is y. The first k of all tasks
+    will do, too: the row has NaN for the rest. forward: a function of (model, x), as a learner has
+    it. The model gives (n, classes), or (n, classes, ...) for targets (n, ...), segmentation say;
+    its answer is the largest of all classes, and each target counts as much as another.
+    mask: for each task its classes, among which the answer then is (task-incremental learning).
     ignore_index: targets of this value do not count, as in torch's cross_entropy; None: there is
     none. A task of such targets only has NaN.
     threshold: for a model that gives one number a sample, (n,) or (n, 1), and targets 0 and 1: its
@@ -132,9 +139,9 @@ def evaluate(
     probabilities.
     transform, target_transform: of the x and of the y of each sample, as tensors, like those of a
     learner; then batch_transform, of the x of a batch, (n, ...). collate_fn: of a list of samples,
-    gives (x, y). device: default: where the model's first parameter is.
+    gives (x, y). device: where the model goes, and stays; default: where its first parameter is.
 
-    The model runs in eval mode and without gradients, and is left as it was. Costs one forward pass
+    The model runs in eval mode and without gradients, and is left in the mode it was in. Costs one forward pass
     over all samples. Raises ArgumentError for tasks, outputs or targets of another kind, and for
     targets that are no class of the model's.
 
@@ -152,19 +159,30 @@ def evaluate(
         raise ArgumentError(f"tasks must be a list of datasets, at least one, got {type(tasks).__name__} {tasks!r:.100}")
     if isinstance(tasks, tuple) and any(isinstance(task, (torch.Tensor, np.ndarray)) for task in tasks):
         raise ArgumentError("tasks is a pair of arrays; for a single task give a list of that one: [(x, y)]")
-    functions = transform, target_transform, batch_transform, collate_fn
-    for name, function in zip(("transform", "target_transform", "batch_transform", "collate_fn"), functions, strict=True):
+    functions = {
+        "transform": transform, "target_transform": target_transform, "batch_transform": batch_transform, "collate_fn": collate_fn,
+        "forward": forward,
+    }  # fmt: skip
+    for name, function in functions.items():
         function_or_none(name, function)
     required("batch_size", batch_size, 1, 2**40)
     integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     if threshold is not None:
         number("threshold", threshold, -LARGEST, wanted="a number, 0.0 for logits and 0.5 for probabilities")
-    device = device_named(device)
+    if mask is not None and (not isinstance(mask, (list, tuple)) or len(mask) != len(tasks) or threshold is not None):
+        raise ArgumentError(f"mask is a list of the classes of each task, {len(tasks)} lists, and needs no threshold; got {mask!r:.200}")
+    masks = [None if mask is None else integers(mask[i], len(mask[i]), f"mask[{i}]") for i in range(len(tasks))]
     readers = [
-        Reader(f"tasks[{i}]", task, collate_fn, Transforms(transform, target_transform, batch_transform, f"tasks[{i}]: "))
+        Reader(f"tasks[{i}]", task, collate_fn, Transforms(transform, target_transform, batch_transform, f"tasks[{i}]: "), label)
         for i, task in enumerate(tasks)
     ]
-    row = [_accuracy(model, reader, batch_size, device, ignore_index, threshold) for reader in readers]
+    place = device_named(device)
+    model = unwrapped(model if place is None else model.to(place))
+    row = []
+    with evaluating(model):
+        for reader, classes in zip(readers, masks, strict=True):
+            batches = predictions(model, reader, np.arange(len(reader)), batch_size, device_of(model), forward)
+            row.append(_accuracy(batches, reader.name, ignore_index, threshold, classes))
     rows = [] if previous is None else previous.matrix.tolist()
     width = max(map(len, [*rows, row]))
     return Evaluation([r + [np.nan] * (width - len(r)) for r in [*rows, row]])
@@ -190,99 +208,65 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def predictions(
-    model: torch.nn.Module, reader: Reader, indices: Ints, batch_size: int, device: torch.device | str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(outputs, targets) of each batch, on the device. To be used within `evaluating`."""
-    for start in range(0, len(indices), batch_size):
-        x, y = reader.batch(indices[start : start + batch_size])
-        outputs = model(x.to(device))
-        if not isinstance(outputs, torch.Tensor) or outputs.shape[:1] != y.shape[:1]:
-            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-            raise ArgumentError(f"{reader.name}: expected a tensor of outputs ({len(y)}, ...) for {len(y)} targets, the model gave {got}")
-        yield outputs, y.to(device)
-
-
-def validate(
     model: torch.nn.Module,
     reader: Reader,
-    loss_fn: Callable[..., Any],
-    metrics: Mapping[str, Callable[..., Any]],
+    indices: Ints,
     batch_size: int,
     device: torch.device,
-    cast: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> dict[str, float]:
-    """Compute loss and metrics on the whole set, as "val_<name>".
-
-    Each rank computes the outputs of its part, and all get the same numbers. cast: makes the
-    context of the forward passes.
-    """
-    rank, ranks = rank_and_size()
-    with evaluating(model):
-        with cast():
-            parts = list(predictions(model, reader, piece(np.arange(len(reader)), rank, ranks), batch_size, device))
-        if ranks > 1:
-            everyone = gather([(outputs.cpu(), targets.cpu()) for outputs, targets in parts])
-            parts = [(outputs.to(device), targets.to(device)) for part in everyone for outputs, targets in part]
-        outputs, targets = (torch.cat(column) for column in zip(*parts, strict=True))
-        outputs = outputs.float() if outputs.dtype is torch.bfloat16 else outputs
+    forward: ForwardFunction | None,
+) -> Iterator[tuple[Any, Any]]:
+    """(outputs, targets) of each batch, on the device. To be used within `evaluating`."""
+    for start in range(0, len(indices), batch_size):
+        x, y = nests.placed(reader.batch(indices[start : start + batch_size]), device)
         try:
-            values = {"val_loss": float(loss_fn(outputs.clone(), targets.clone()))}
-        except (IndexError, RuntimeError) as error:
-            raise ArgumentError(
-                f"{reader.name}: the learner's loss_fn does not take outputs of shape {tuple(outputs.shape)} and {targets.dtype} "
-                f"targets of shape {tuple(targets.shape)}: {str(error).splitlines()[0]:.200}; map them with test_target_transform"
-            ) from error
-        for name, function in metrics.items():
-            value = function(outputs.clone(), targets.clone())  # it may work in place
-            try:
-                values[f"val_{name}"] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise ArgumentError(f"metrics[{name!r}] must give a number, got {value!r:.200}") from None
-    return values
+            yield run_model(model, x, forward), y
+        except ArgumentError as error:
+            raise ArgumentError(f"{reader.name}: {error}") from error
 
 
-def _accuracy(
-    model: torch.nn.Module,
-    reader: Reader,
-    batch_size: int,
-    device: torch.device | str | None,
-    ignored: int | None,
-    threshold: float | None,
-) -> float:
-    """The share of right answers among the targets that count; NaN if none does."""
-    model = unwrapped(model)
-    device = device or device_of(model)
-    right, counted, low, high, classes = 0, 0, 0, 0, 2
-    with evaluating(model):
-        for outputs, targets in predictions(model, reader, np.arange(len(reader)), batch_size, device):
-            answers, classes = _answers(reader.name, outputs, targets, threshold)
-            labels = targets.reshape(answers.shape).long()
-            counts = torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
-            if targets.is_floating_point() and not bool((labels == targets.reshape(answers.shape)).all()):
-                raise ArgumentError(f"{reader.name}: targets are {targets.dtype}, but not all of them 0 or 1; give classes")
-            found = torch.stack([*torch.aminmax(labels * counts), ((answers == labels) & counts).sum(), counts.sum()]).tolist()
-            low, high, right, counted = min(low, found[0]), max(high, found[1]), right + found[2], counted + found[3]
-    if low < 0 or high >= classes:
+def _accuracy(batches: Iterator[tuple[Any, Any]], name: str, ignored: int | None, threshold: float | None, classes: Ints | None) -> float:
+    """The share of right answers among the targets that count; NaN if none does. classes: to choose
+    among; None: all."""
+    right, counted, low, high, most = 0, 0, 0, 0, 2
+    for batch in batches:
+        outputs, targets = (single(values, name) for values in batch)
+        answers, most = _answers(name, outputs, targets, threshold, classes)
+        labels = targets.reshape(answers.shape).long()
+        counts = torch.ones_like(labels, dtype=torch.bool) if ignored is None else labels != ignored
+        if targets.is_floating_point() and not bool((labels == targets.reshape(answers.shape)).all()):
+            raise ArgumentError(f"{name}: targets are {targets.dtype}, but not all of them 0 or 1; give classes")
+        found = torch.stack([*torch.aminmax(labels * counts), ((answers == labels) & counts).sum(), counts.sum()]).tolist()
+        low, high, right, counted = min(low, found[0]), max(high, found[1]), right + found[2], counted + found[3]
+    if low < 0 or high >= most:
         raise ArgumentError(
-            f"{reader.name}: a target is {low if low < 0 else high}, but the model has classes 0 to {classes - 1}; give ignore_index= for "
+            f"{name}: a target is {low if low < 0 else high}, but the model has classes 0 to {most - 1}; give ignore_index= for "
             "targets that do not count, map them with target_transform, or evaluate the tasks that it has learned: tasks[:k]"
         )
     return right / counted if counted else math.nan
 
 
-def _answers(name: str, outputs: torch.Tensor, targets: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, int]:
-    """The model's answer for each target, and how many there could be. NaN answers nothing (-1): it
+def _answers(
+    name: str, outputs: torch.Tensor, targets: torch.Tensor, threshold: float | None, classes: Ints | None
+) -> tuple[torch.Tensor, int]:
+    """The model's answer for each target, and how many classes it has. NaN answers nothing (-1): it
     would be class 0 otherwise."""
     shape, kinds = outputs.shape[:1] + outputs.shape[2:], f"outputs of shape {tuple(outputs.shape)} and {targets.dtype} targets of shape"
-    single = outputs.ndim == 1 or outputs.shape[1] == 1
-    if threshold is not None and single and not (targets.is_complex() or outputs.is_complex()) and targets.shape in (shape, outputs.shape):
+    column = outputs.ndim == 1 or outputs.shape[1] == 1
+    if threshold is not None and column and not (targets.is_complex() or outputs.is_complex()) and targets.shape in (shape, outputs.shape):
         value = outputs.reshape(shape)
         return (value > threshold).long().masked_fill(value.isnan(), -1), 2
     numbers = not targets.is_floating_point() and not targets.is_complex() and not outputs.is_complex()
-    if single or threshold is not None or targets.shape != shape or not numbers:
+    if column or threshold is not None or targets.shape != shape or not numbers:
         raise ArgumentError(
             f"{name}: expected outputs (n, classes) and n integers as targets, got {kinds} {tuple(targets.shape)}; one output a sample "
             "needs threshold=0.0 if it is a logit, 0.5 if it is a probability, and several need none"
         )
-    most, answers = outputs.max(1)
+    if classes is None:
+        most, answers = outputs.max(1)
+    else:
+        if not len(classes) or classes.min() < 0 or classes.max() >= outputs.shape[1]:
+            raise ArgumentError(f"{name}: its mask is {classes.tolist()!r:.200}, but the model has classes 0 to {outputs.shape[1] - 1}")
+        among = torch.from_numpy(classes).to(outputs.device)
+        most, answers = outputs[:, among].max(1)
+        answers = among[answers]
     return answers.masked_fill(most.isnan(), -1), outputs.shape[1]

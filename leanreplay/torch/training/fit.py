@@ -3,73 +3,24 @@ kill."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import importlib
-import math
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...arguments import choice, function_or_none, instance, integer, required
+from ...buffers.base import DataBuffer
 from ...errors import ArgumentError
-from .. import distributed
-from ..data import Transforms
+from ..data import Transforms, device_named
 from ..learners import ReplayLearner
-from .evaluation import device_of, validate
+from .evaluation import device_of
+from .history import History
 from .reading import EpochBatches, Reader
-from .resume import Position, remember, resume, state_of
-from .settings import Settings, TaskId, autocast, checked_scheduler, clipping, shares, watching
+from .run import Run
+from .settings import Settings, TaskId, autocast, checked_scheduler, clipping, place, shares, watching
 from .states import StateFolder
-
-
-@dataclass
-class History:
-    """What `fit` saw, epoch by epoch. `history["loss"]` is one quantity over the epochs.
-
-    records: a dict for each epoch: "epoch" (from 0), "lr" (of the first parameter group, at the
-    epoch's end), "loss" and "loss/<term>" (means over the new samples, of the losses before each
-    step), and with a validation set "val_loss" and "val_<metric>". monitor, mode: the quantity that
-    early stopping looks at, if any. stopped_early: whether training ended before `max_epochs`.
-    """
-
-    task_id: TaskId = None
-    records: list[dict[str, Any]] = field(default_factory=list)
-    monitor: str | None = None
-    mode: str = "min"
-    stopped_early: bool = False
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, name: str) -> list[Any]:
-        if not any(name in record for record in self.records):
-            raise ArgumentError(
-                f"no {name!r} in this history; it has {', '.join(sorted({k for r in self.records for k in r})) or 'no epochs'}"
-            )
-        return [record.get(name, math.nan) for record in self.records]
-
-    @property
-    def best_epoch(self) -> int | None:
-        """The first epoch with the best value of the monitored quantity; None without one. NaN is
-        never best."""
-        if self.monitor is None:
-            return None
-        sign = 1 if self.mode == "min" else -1
-        values = [(sign * record.get(self.monitor, math.nan), epoch) for epoch, record in enumerate(self.records)]
-        return min((v for v in values if not math.isnan(v[0])), default=(0, None))[1]
-
-    @property
-    def best(self) -> float | None:
-        """The best value of the monitored quantity."""
-        epoch = self.best_epoch
-        return None if epoch is None or self.monitor is None else self.records[epoch][self.monitor]
+from .validation import Metrics, Validation
 
 
 def fit(
@@ -77,6 +28,8 @@ def fit(
     train_dataset: Any,
     *,
     val_dataset: Any = None,
+    val_memory: DataBuffer | None = None,
+    label: str | None = None,
     max_epochs: int = 50,
     batch_size: int = 32,
     batch_memory_frac: float | None = 0.5,
@@ -87,10 +40,12 @@ def fit(
     mode: str = "min",
     early_stopping: bool | int = False,
     restore_best: bool = False,
-    metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Any]] | None = None,
+    metrics: Metrics | None = None,
+    train_metrics: Metrics | None = None,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
     precision: str = "32",
+    device: torch.device | str | None = None,
     train_collate_fn: Callable[[list[Any]], Any] | None = None,
     val_collate_fn: Callable[[list[Any]], Any] | None = None,
     test_transform: Callable[[Any], Any] | None = None,
@@ -119,13 +74,16 @@ def fit(
     >>> len(history["loss"]), learner.buffer.seen, sorted(history.records[0])
     (3, 100, ['epoch', 'loss', 'loss/replay', 'loss/stream', 'lr'])
 
-    **Batches.** train_dataset: a map-style dataset of pairs, or a pair (x, y) of tensors.
-    train_collate_fn: makes (x, y) of a list of samples. batch_size: of the whole step. The share
-    `batch_memory_frac` of it is replayed, rounded but at least one sample (0: none); it is the
-    `replay_batch_size` of each draw during the call. None: batch_size new samples, and the
-    learner's own `replay_batch_size` on top. An epoch is cut into as few batches as that allows, of
-    sizes that differ by at most one: each sample comes once. Orders depend on (seed, task_id,
-    epoch) alone.
+    **Batches.** train_dataset: a map-style dataset of pairs (x, y), or a pair of tensors or arrays
+    (n, ...); x may be any nesting of them. label: samples are dicts (or what train_collate_fn makes
+    is one): the entry of this name is y, the dict of the others x. train_collate_fn: makes (x, y)
+    of a list of samples. batch_size: of the whole step. The share `batch_memory_frac` of it is
+    replayed, rounded but at least one sample (0: none); it is the `replay_batch_size` of each draw
+    during the call. A buffer that can never hold that many (with store=False: that does not) leaves
+    the rest to new samples. While one that can is filling up, a draw is what there is, and a step
+    is smaller. None: batch_size new samples, and the learner's own `replay_batch_size` on top. An
+    epoch is cut into as few batches as that allows, of sizes that differ by at most one: each
+    sample comes once. Orders depend on (seed, task_id, epoch) alone.
 
     **What is stored.** store: "first epoch": each sample is offered to the buffer once, in the
     first epoch of this task; later epochs only replay. "every epoch": once in each epoch, so after
@@ -137,21 +95,29 @@ def fit(
     **Optimisation.** scheduler: a torch scheduler of the learner's optimizer, stepped after each
     "epoch" or "step"; ReduceLROnPlateau gets the metric. gradient_clip_algorithm: "norm" (the
     default) or "value", with `gradient_clip_val`. precision: "bf16" makes each step and the
-    validation in torch.autocast; bfloat16 needs no scaler. deterministic: use torch's deterministic
-    algorithms during the call. A model in eval mode is in train mode during the call; single layers
-    in eval mode stay in it.
+    validation in torch.autocast; "fp16" too, with a GradScaler: where it skips the optimizer's step
+    because gradients overflow, the samples are stored, but the step does not count, and the
+    scheduler waits. device: where model, its copies and the optimizer's state go, and stay;
+    default: the learner's own device, or where the model is. deterministic: use torch's
+    deterministic algorithms during the call. A model in eval mode is in train mode during the call;
+    single layers in eval mode stay in it.
 
-    **Validation** of `learner.model` on val_dataset after each epoch, in eval mode. metrics: name
-    -> function(outputs, targets) -> number. They and the learner's `loss_fn` get the whole set at
-    once, never as bfloat16. test_transform, test_target_transform: of the x and of the y of each
-    sample; test_batch_transform: then, of the x of a batch. The learner's own transforms are for
-    training only. val_collate_fn: as train_collate_fn. metric: what is watched, "loss" (of
-    validation) or a name in `metrics`; mode: whether "min" or "max" is good. early_stopping: end
-    after so many epochs in a row without a better metric (True: 5). The weights are those of the
-    last epoch; the best epoch's are in `best.pt` in the output folder. restore_best=True puts the
-    best weights back in the end, with the model's buffers (batch norm's statistics); the optimizer,
-    and a learner's copies of the model, stay. Without `metric` it looks at the validation loss.
-    Each state then holds these weights too.
+    **Validation** of `learner.evaluated_model` (CLS-ER: the stable copy) on val_dataset after each
+    epoch, in eval mode. metrics: name -> function(outputs, targets) -> number. They and the
+    learner's `loss_fn` get the whole set at once, as float32 in autocast. train_metrics: the same
+    of the outputs of each step, before it; their means over the new samples are in the records, by
+    their names. val_memory: a buffer of your choice, balanced over classes or a reservoir say. When
+    a task ends, its whole validation set is offered to it; each validation is on val_dataset and on
+    what it holds, so that one number watches all tasks. It is part of each state. test_transform,
+    test_target_transform: of the x and of the y of each sample; test_batch_transform: then, of the
+    x of a batch. The learner's own transforms are for training only. val_collate_fn, label: as for
+    train_dataset. metric: what is watched, "loss" (of validation) or a name in `metrics`; mode:
+    whether "min" or "max" is good. early_stopping: end after so many epochs in a row without a
+    better metric (True: 5). The weights are those of the last epoch; the best epoch's, of the model
+    that is validated, are in `best.pt` in the output folder. restore_best=True puts them back into
+    that model in the end, with its buffers (batch norm's statistics); all else stays, the optimizer
+    and copies of the model. Without `metric` it looks at the validation loss. Each state then holds
+    these weights too.
 
     **States.** output_state_folder: where to keep the newest state, written at the start, after
     every `save_every` steps of an epoch (None: not), after each epoch, and at the end. It holds
@@ -171,9 +137,10 @@ def fit(
     for bit on a CPU. For several tasks see `saved_task`.
 
     **Several processes** under torchrun: each calls `fit` with the same arguments and its own
-    learner, with equal weights and a buffer of its own (`stream=rank`, the same seed). batch_size
-    is that of one process. The samples of an epoch are divided among them, the model is in a
-    DistributedDataParallel during the call, and all return the same history.
+    learner, with equal weights and a buffer of its own (`stream=rank`, the same seed; a val_memory
+    of its own that is just alike). batch_size is that of one process. The samples of an epoch are
+    divided among them, the model is in a DistributedDataParallel during the call, and all return
+    the same history.
 
     logger: rank 0 calls it with each epoch's record and task_id; `print` for instance. After a kill
     an epoch may be logged twice. progress: a bar on stderr, if tqdm is installed. task_id: a name
@@ -193,25 +160,32 @@ def fit(
     }  # fmt: skip
     for name, function in functions.items():
         function_or_none(name, function)
-    new, replayed = shares(batch_size, batch_memory_frac, learner.replay_batch_size)
+    store = choice("store", store, ("first epoch", "every epoch", False)) if learner.store else False
+    new, replayed = shares(batch_size, batch_memory_frac, learner, store)
     of_test = Transforms(test_transform, test_target_transform, test_batch_transform, "val_dataset: ")
-    validation = None if val_dataset is None else Reader("val_dataset", val_dataset, val_collate_fn, of_test)
-    device = torch.device(learner.device or device_of(learner.module))
+    validation = None
+    if val_dataset is not None:
+        validation = Validation(Reader("val_dataset", val_dataset, val_collate_fn, of_test, label), val_memory, task_id)
+    elif val_memory is not None:
+        raise ArgumentError("val_memory keeps samples of val_dataset; give one")
+    device = device_named(device) or learner.device or device_of(learner.module)
+    cast, scaler = autocast(precision, device, learner.optimizer)
     settings = Settings(
         learner=learner,
         task_id=task_id,
         max_epochs=required("max_epochs", max_epochs, 1, 2**31),
         batch_size=batch_size,
         replayed=replayed,
-        batches=EpochBatches(Reader("train_dataset", train_dataset, train_collate_fn), new, seed, f"fit {task_id!r}"),
-        store=choice("store", store, ("first epoch", "every epoch", False)) if learner.store else False,
+        batches=EpochBatches(Reader("train_dataset", train_dataset, train_collate_fn, label=label), new, seed, f"fit {task_id!r}"),
+        store=store,
         scheduler=checked_scheduler(scheduler, learner.optimizer),
         scheduler_interval=choice("scheduler_interval", scheduler_interval, ("epoch", "step")),
         clip=clipping(gradient_clip_val, gradient_clip_algorithm, learner.optimizer),
         validation=validation,
-        watch=watching(metric, mode, early_stopping, restore_best, metrics, validation, scheduler),
+        watch=watching(metric, mode, early_stopping, restore_best, metrics, train_metrics, validation, scheduler),
         device=device,
-        cast=autocast(precision, device),
+        cast=cast,
+        scaler=scaler,
         precision=precision,
         deterministic=deterministic,
         seed=seed,
@@ -222,157 +196,5 @@ def fit(
         logger=logger,
         progress=progress,
     )
+    place(learner, device)
     return Run(settings).train()
-
-
-class Run:
-    """One call of `fit`: what was asked for, and where the run is."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.learner, self.model = settings, settings.learner, settings.learner.module
-        self.is_first_rank = settings.batches.rank == 0
-        self.position = Position()
-        self.history = History(settings.task_id, self.position.records, settings.watch.monitor, settings.watch.mode)
-
-    def train(self) -> History:
-        """Train from where the state to go on from ends; return the history of the whole task."""
-        found = resume(self.settings)
-        if found is not None:
-            self.position = found
-            self.history.records, self.history.stopped_early = found.records, found.stopped_early
-        if self.position.finished:
-            return self.history
-        with _prepared(self.settings):
-            if found is None:
-                self.begin_task()
-            self.save()  # else a kill could leave a buffer ahead of every state
-            while self.position.epoch < self.settings.max_epochs and not self.has_waited():
-                self.train_epoch()
-                self.end_epoch()
-                self.save()
-            self.end_task()
-        return self.history
-
-    def begin_task(self) -> None:
-        distributed.share_statistics(self.model)
-        self.learner.on_task_start(self.settings.task_id)
-        if self.settings.output is not None and self.is_first_rank:
-            self.settings.output.remove("best.pt")
-
-    def train_epoch(self) -> None:
-        """Train on what is left of this epoch."""
-        s, at = self.settings, self.position
-        self.learner.store = s.store == "every epoch" or (s.store == "first epoch" and at.epoch == 0)
-        with _bar(s.progress and self.is_first_rank, f"epoch {at.epoch + 1}/{s.max_epochs}", at.step, s.batches.steps) as bar:
-            for x, y in s.batches.of(at.epoch, at.step):
-                with s.cast():
-                    out = self.learner.step(x, y)
-                for name, value in [("loss", out.loss), *((f"loss/{term}", v) for term, v in out.losses.items())]:
-                    total, samples = at.sums.get(name, (0.0, 0))
-                    at.sums[name] = [total + value * len(y), samples + len(y)]
-                if s.scheduler is not None and s.scheduler_interval == "step":
-                    s.scheduler.step()
-                at.step += 1
-                bar(out.loss)
-                if s.save_every is not None and at.step % s.save_every == 0 and at.step < s.batches.steps:
-                    self.save()
-
-    def end_epoch(self) -> None:
-        """Validate, record, and do what depends on the record."""
-        s, at, history = self.settings, self.position, self.history
-        lr = float(self.learner.optimizer.param_groups[0].get("lr", math.nan))
-        record = {"epoch": at.epoch, "lr": lr, **_means(at.sums)}
-        distributed.share_statistics(self.model)
-        if s.validation is not None:
-            record |= validate(self.model, s.validation, self.learner.loss_fn, s.watch.metrics, s.batch_size, s.device, s.cast)
-        history.records.append(record)
-        if s.scheduler is not None and s.scheduler_interval == "epoch":
-            s.scheduler.step(*([record[history.monitor]] if s.has_plateau and history.monitor else []))
-        if s.logger is not None and self.is_first_rank:
-            s.logger({"task_id": s.task_id, **record})
-        if history.best_epoch == at.epoch:
-            if s.output is not None and self.is_first_rank:
-                s.output.write("best.pt", self.model.state_dict())
-            if s.watch.restore_best:
-                at.best = copy.deepcopy(self.model.state_dict())
-        at.epoch, at.step, at.sums = at.epoch + 1, 0, {}
-
-    def end_task(self) -> None:
-        self.history.stopped_early = self.position.stopped_early = self.position.epoch < self.settings.max_epochs
-        if self.position.best:
-            self.model.load_state_dict(self.position.best)
-            self.position.best = {}
-        self.learner.on_task_end()
-        self.position.finished = True
-        self.save()
-
-    def has_waited(self) -> bool:
-        """Whether so many epochs as `patience` says have passed without a better metric."""
-        patience, best = self.settings.watch.patience, self.history.best_epoch
-        return patience is not None and len(self.history) - 1 - (-1 if best is None else best) >= patience
-
-    def save(self) -> None:
-        """Write a state, if states are asked for."""
-        output, buffer = self.settings.output, self.learner.buffer
-        if output is None:
-            return
-        with warnings.catch_warnings():
-            if self.settings.save_buffer:  # then its samples are kept too
-                warnings.filterwarnings("ignore", "the state of a buffer in memory")
-            state = state_of(self.settings, self.position)
-        number = output.save(state, buffer if self.settings.save_buffer and len(buffer) else None)
-        remember(self.learner, output, number)
-
-
-@contextlib.contextmanager
-def _prepared(settings: Settings) -> Iterator[None]:
-    """Set learner and torch as `fit` needs them; afterwards put them back as they were."""
-    learner: Any = settings.learner
-    cudnn, modes = torch.backends.cudnn, [(m, m.training) for m in learner.module.modules()]
-    before, store = (learner.replay_batch_size, learner.device, cudnn.benchmark), learner.store
-    was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    handle = None if settings.clip is None else learner.optimizer.register_step_pre_hook(settings.clip)
-    try:
-        learner.replay_batch_size, learner.device = settings.replayed, settings.device
-        if not learner.module.training:  # else a single layer in eval mode is there on purpose
-            learner.module.train()
-        if settings.deterministic:
-            cudnn.benchmark = False
-            torch.use_deterministic_algorithms(True)
-        with distributed.parallel(learner):
-            yield
-    finally:
-        learner.replay_batch_size, learner.device, cudnn.benchmark = before
-        learner.store = store
-        torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        for module, mode in modes:
-            module.training = mode
-        if handle is not None:
-            handle.remove()
-
-
-def _means(sums: dict[str, list[float]]) -> dict[str, float]:
-    """Means over the samples of all ranks."""
-    parts = distributed.gather(sums)
-    names = dict.fromkeys(name for part in parts for name in part)
-    total = {name: np.sum([part[name] for part in parts if name in part], axis=0) for name in names}
-    return {name: float(value / samples) for name, (value, samples) in total.items()}
-
-
-@contextlib.contextmanager
-def _bar(show: bool, title: str, done: int, steps: int) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar; yield what is called with the loss after each step."""
-    tqdm = None
-    if show:
-        with contextlib.suppress(ImportError):  # an extra: not needed, and not missed
-            tqdm = importlib.import_module("tqdm").tqdm
-    if tqdm is None:
-        yield lambda loss: None
-        return
-    with tqdm(initial=done, total=steps, desc=title, unit="step", file=sys.stderr) as bar:
-
-        def advance(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-            bar.update()
-
-        yield advance

@@ -2,73 +2,100 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from ...arguments import call, length
 from ...arrays import Ints
 from ...errors import ArgumentError
 from ...keys import key_pair
+from .. import nests
 from ..data import Transforms
 from ..distributed import rank_and_size
 from ..loading.interleaved import ShuffleSampler
 
 
 class Reader:
-    """A dataset of pairs, in batches (x, y).
+    """A dataset of pairs, in batches (x, y), each a nest of tensors (n, ...).
 
-    name: what errors call it. dataset: with len() and [i], or a tuple (x, y) of tensors or arrays.
-    collate: of a list of samples; None: torch's default. transforms: of a batch that was read.
+    name: what errors call it. dataset: with len() and [i], or a pair (x, y) of arrays or tensors,
+    of which x may be a nest. collate: of a list of samples; None: torch's default. transforms: of a
+    batch that was read. label: samples, or what collate makes, are dicts; this entry is y.
     """
 
     def __init__(
-        self, name: str, dataset: Any, collate: Callable[[list[Any]], Any] | None = None, transforms: Transforms | None = None
+        self,
+        name: str,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any] | None = None,
+        transforms: Transforms | None = None,
+        label: str | None = None,
     ) -> None:
-        if isinstance(dataset, tuple) and len(dataset) == 2 and all(isinstance(v, (torch.Tensor, np.ndarray)) and v.ndim for v in dataset):
-            dataset = _pair(name, dataset)
+        if label is not None and not isinstance(label, str):
+            raise ArgumentError(f"label is the name of an entry of each sample, got {label!r:.200}")
+        self.name, self.collate, self.transforms, self.label = name, collate, transforms, label
+        if label is not None and isinstance(dataset, Mapping):
+            dataset, self.label = self._split(dataset), None
+        if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
+            dataset = dataset.tensors
+        if isinstance(dataset, tuple) and len(dataset) == 2 and _are_arrays(dataset[0]) and _is_array(dataset[1]):
+            if self.label is not None:
+                raise ArgumentError(f"{name} is a pair (x, y), and y the label; leave label={label!r} out")
+            dataset = Columns(name, *dataset)
         if isinstance(dataset, (IterableDataset, Mapping)) or length(dataset) < 0 or not hasattr(dataset, "__getitem__"):
             raise ArgumentError(f"{name} must be a dataset with len() and [i], or a pair (x, y) of tensors, got {type(dataset).__name__}")
         if length(dataset) == 0:
             raise ArgumentError(f"{name} has no samples")
-        self.name, self.dataset, self.collate, self.transforms = name, dataset, collate, transforms
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def batch(self, indices: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: Ints) -> tuple[Any, Any]:
         """Read the samples `indices`, in this order."""
+        x, y = self.samples(indices)
+        return (x, y) if self.transforms is None else self.transforms.apply(x, y, nests.first(x).device)[:2]
+
+    def samples(self, indices: Ints) -> tuple[Any, Any]:
+        """The same before transforms."""
         x, y = self._read(indices)
-        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        if not nests.is_nest(x) or not nests.is_nest(y):
             raise ArgumentError(
-                f"{self.name}: expected a tensor of inputs and one of targets, got {type(x).__name__} and {type(y).__name__}; "
+                f"{self.name}: expected tensors of inputs and of targets, got {nests.described(x)} and {nests.described(y)}; "
                 "give a collate function that makes tensors"
             )
-        return (x, y) if self.transforms is None else self.transforms.apply(x, y, x.device)[:2]
+        return x, y
 
     def _read(self, indices: Ints) -> tuple[Any, Any]:
-        if self.collate is None and type(self.dataset) is TensorDataset and len(self.dataset.tensors) == 2:
-            rows = torch.from_numpy(indices)  # as collating would, but at once
-            return self.dataset.tensors[0][rows], self.dataset.tensors[1][rows]
+        if self.collate is None and isinstance(self.dataset, Columns):
+            return self.dataset.rows(torch.from_numpy(indices))  # as collating would, but at once
         # Like DataLoader, read several samples at once where the dataset can do that.
         several: Any = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
         samples = call(self.name, several, indices.tolist())
         if self.collate is not None:
-            batch = call(f"{self.name}: the collate function", self.collate, samples)
-        else:
-            try:
-                batch = default_collate(samples)
-            except (RuntimeError, TypeError) as error:
-                raise ArgumentError(
-                    f"{self.name}: its samples do not make a batch: {error}; give them one shape and dtype, or give a collate function"
-                ) from error
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            what = "its samples" if self.collate is None else "the collate function"
-            raise ArgumentError(f"{self.name}: expected pairs (x, y), but {what} gave {type(batch).__name__} {batch!r:.100}")
-        return batch[0], batch[1]
+            return self._split(call(f"{self.name}: the collate function", self.collate, samples))
+        try:
+            return self._split(default_collate(samples))
+        except (RuntimeError, TypeError) as error:
+            raise ArgumentError(
+                f"{self.name}: its samples do not make a batch: {error}; give them one shape and dtype, or give a collate function"
+            ) from error
+
+    def _split(self, batch: Any) -> tuple[Any, Any]:
+        """(x, y) of a batch."""
+        if self.label is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[0], batch[1]
+        if self.label is not None and isinstance(batch, Mapping) and self.label in batch:
+            return {key: value for key, value in batch.items() if key != self.label}, batch[self.label]
+        wanted = "pairs (x, y)" if self.label is None else f"dicts with the label {self.label!r}"
+        hint = "; label= names the entry that is y" if self.label is None and isinstance(batch, Mapping) else ""
+        what = "its samples" if self.collate is None else "the collate function"
+        raise ArgumentError(f"{self.name}: expected {wanted}, but {what} gave {type(batch).__name__} {batch!r:.100}{hint}")
 
 
 class EpochBatches:
@@ -89,7 +116,7 @@ class EpochBatches:
         k0, k1 = key_pair(name, seed)
         self.sampler = ShuffleSampler(reader, seed=(int(k0) << 64 | int(k1)) - 2**127)
 
-    def of(self, epoch: int, first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def of(self, epoch: int, first: int) -> Iterator[tuple[Any, Any]]:
         """Read an epoch from step `first` on."""
         self.sampler.set_epoch(epoch)
         order = np.fromiter(self.sampler, np.int64, len(self.sampler))
@@ -103,16 +130,42 @@ def piece(order: Ints, i: int, pieces: int) -> Ints:
     return order[i * n // pieces : (i + 1) * n // pieces]
 
 
-def _pair(name: str, arrays: tuple[Any, Any]) -> TensorDataset:
-    """Make a dataset of (x, y). Arrays become tensors, in the machine's byte order, without
-    negative strides."""
-    try:
-        x, y = (v if isinstance(v, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(v, v.dtype.newbyteorder("="))) for v in arrays)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"{name}: not an array that torch takes: {error}; make it one of numbers, a.astype('float32'), "
-            "or of labels that are texts np.unique(y, return_inverse=True)[1]"
-        ) from None
-    if len(x) != len(y):
-        raise ArgumentError(f"{name}: x has {len(x)} samples, y has {len(y)}; they must be as many")
-    return TensorDataset(x, y)
+class Columns(Dataset[Any]):
+    """A dataset of the pairs of x, a nest of arrays or tensors (n, ...), and y (n, ...).
+
+    Arrays become tensors, in the machine's byte order, without negative strides.
+    """
+
+    def __init__(self, name: str, x: Any, y: Any) -> None:
+        try:
+            self.x, self.y = nests.each_leaf(_as_tensor, x), _as_tensor(y)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"{name}: not an array that torch takes: {error}; make it one of numbers, a.astype('float32'), "
+                "or of labels that are texts np.unique(y, return_inverse=True)[1]"
+            ) from None
+        others = {len(leaf) for leaf in nests.leaves(self.x)} - {len(self.y)}
+        if others:
+            raise ArgumentError(f"{name}: x has {others.pop()} samples, y has {len(self.y)}; they must be as many")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return nests.each_leaf(operator.itemgetter(index), self.x), self.y[index]
+
+    def rows(self, rows: torch.Tensor) -> tuple[Any, Any]:
+        """Several samples."""
+        return nests.each_leaf(operator.itemgetter(rows), self.x), self.y[rows]
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim > 0
+
+
+def _are_arrays(nest: Any) -> bool:
+    return _is_array(nest) or all(map(_is_array, nests.leaves(nest)))
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.as_tensor(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))

@@ -98,14 +98,14 @@ def resume(settings: Settings) -> Position | None:
     state, number = found
     begun = state["task_id"] == settings.task_id
     mine, parts = settings.fingerprint(), settings.parts
-    if not begun:  # the scheduler and the other settings of another task are over
+    if not begun:  # scheduler, scaler and the other settings of another task are over
         mine = {"optimizer": mine["optimizer"]}
-        parts.pop("scheduler", None)
+        parts = {name: part for name, part in parts.items() if name in ("model", "optimizer")}
     theirs = state["settings"]
     differing = [f"{name}={value!r} (state: {theirs.get(name)!r})" for name, value in mine.items() if theirs.get(name) != value]
     if differing:
         raise StateError(f"the state is of a run with other settings: {', '.join(differing)}; give the same, or begin anew")
-    _restore(settings.learner, parts, state, settings.input.buffer_copy(number), settings.device)
+    _restore(settings, parts, state, settings.input, number)
     remember(settings.learner, settings.input, number)
     return Position(**{name: state[name] for name in vars(Position())}) if begun else None
 
@@ -118,6 +118,7 @@ def state_of(settings: Settings, position: Position) -> dict[str, Any]:
         "task_id": settings.task_id,
         **vars(position),
         "learner": settings.learner.state_dict(),
+        "val_memory": settings.buffers["val_memory"].state_dict() if "val_memory" in settings.buffers else None,
         "random": _random_states(settings.device),
         **{name: part.state_dict() for name, part in settings.parts.items()},
     }
@@ -144,8 +145,8 @@ def _load(states: StateFolder, number: int) -> dict[str, Any]:
     return state
 
 
-def _restore(learner: ReplayLearner, parts: Mapping[str, Any], state: Mapping[str, Any], copy: str, device: torch.device) -> None:
-    """Bring everything to a state. copy: the folder that may hold the buffer's copy.
+def _restore(settings: Settings, parts: Mapping[str, Any], state: Mapping[str, Any], states: StateFolder, number: int) -> None:
+    """Bring everything to a state. states, number: where it is from.
 
     Raises StateError for a state that does not fit, mostly before anything has changed.
     """
@@ -155,19 +156,24 @@ def _restore(learner: ReplayLearner, parts: Mapping[str, Any], state: Mapping[st
         raise StateError(
             f"the state is of another model: {name} has shape {theirs.get(name)} there and {mine.get(name)} here; make the model alike"
         )
-    try:
-        learner.load_state_dict(state["learner"])
-    except StateError:
-        if not os.path.isdir(copy):
-            raise
-        learner.buffer.load(copy)
-        learner.load_state_dict(state["learner"])
+    for name, buffer in settings.buffers.items():
+        owner, own = (settings.learner, state["learner"]) if name == "buffer" else (buffer, state.get(name))
+        if own is None:  # of a task that was trained without this buffer
+            continue
+        try:
+            owner.load_state_dict(own)
+        except StateError:
+            copy = states.buffer_copy(number, name)
+            if not os.path.isdir(copy):
+                raise
+            buffer.load(copy)
+            owner.load_state_dict(own)
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise StateError(f"the state does not fit the {name} {type(part).__name__}: {error}") from error
-    _set_random_states(state["random"], device)
+    _set_random_states(state["random"], settings.device)
 
 
 def _random_states(device: torch.device) -> dict[str, Any]:

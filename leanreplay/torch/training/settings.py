@@ -21,8 +21,9 @@ from ...errors import ArgumentError, LossError
 from .. import distributed
 from ..data import BufferDataset
 from ..learners import ReplayLearner
-from .reading import EpochBatches, Reader
+from .reading import EpochBatches
 from .states import StateFolder
+from .validation import Metrics, Validation
 
 TaskId = int | str | None
 Cast = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -33,13 +34,14 @@ _VIEWS = (BufferDataset, Group, Groups, Subset, ConcatDataset, StackDataset)
 
 @dataclass(frozen=True)
 class Watch:
-    """What validation measures besides the loss, and what its values decide.
+    """What is measured besides the loss, and what the values of validation decide.
 
     monitor: the watched quantity's name in records; None if nothing depends on one. mode: whether
     "min" or "max" is good. patience: how many epochs without a better value end the training.
     """
 
-    metrics: Mapping[str, Callable[[torch.Tensor, torch.Tensor], Any]]
+    metrics: Metrics
+    train_metrics: Metrics
     monitor: str | None
     mode: str
     patience: int | None
@@ -51,8 +53,8 @@ class Settings:
     """The arguments of `fit`, checked. What is not explained here has the name that it has there.
 
     replayed: samples of each draw. batches: those of one epoch. store: False if the learner says
-    so. validation: the reader of `val_dataset`. clip: what is called before each step of the
-    optimizer. cast: makes the context of each forward pass.
+    so. validation: `val_dataset` and `val_memory`. clip: what is called before each step of the
+    optimizer. cast: makes the context of each forward pass. scaler: of gradients, if any.
     """
 
     learner: ReplayLearner
@@ -65,10 +67,11 @@ class Settings:
     scheduler: Any
     scheduler_interval: str
     clip: Callable[..., None] | None
-    validation: Reader | None
+    validation: Validation | None
     watch: Watch
     device: torch.device
     cast: Cast
+    scaler: Any
     precision: str
     deterministic: bool
     seed: int
@@ -95,9 +98,11 @@ class Settings:
                 f"ReduceLROnPlateau(mode={self.scheduler.mode!r}) would watch a metric for which mode={self.watch.mode!r}; "
                 "give both the same"
             )
+        if self.buffers.get("val_memory") is buffer:
+            raise ArgumentError("val_memory is the learner's own buffer; give another one")
         distributed.check_ranks(self.learner.module, buffer)
         len(buffer)  # an error for one that is closed
-        if self.output is not None and buffer.path is None and not self.save_buffer:
+        if self.output is not None and not self.save_buffer and any(b.path is None for b in self.buffers.values()):
             raise ArgumentError("output_state_folder: a buffer in memory ends with its process; give it a path, or save_buffer=True")
 
     @property
@@ -106,10 +111,17 @@ class Settings:
         return isinstance(self.scheduler, ReduceLROnPlateau)
 
     @property
+    def buffers(self) -> dict[str, DataBuffer]:
+        """The buffers that a run changes, by the names that their copies have in a state."""
+        memory = None if self.validation is None else self.validation.memory
+        return {"buffer": self.learner.buffer} | ({} if memory is None else {"val_memory": memory})
+
+    @property
     def parts(self) -> dict[str, Any]:
-        """What a state holds the `state_dict` of, by name, beside the learner."""
-        parts = {"model": self.learner.module, "optimizer": self.learner.optimizer}
-        return parts if self.scheduler is None else {**parts, "scheduler": self.scheduler}
+        """What a state holds the `state_dict` of, by name, beside those with a buffer."""
+        parts: dict[str, Any] = {"model": self.learner.module, "optimizer": self.learner.optimizer}
+        parts |= {"scheduler": self.scheduler, "scaler": self.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same where a run goes on from a state, by the names that errors give
@@ -123,23 +135,28 @@ class Settings:
             "store": self.store,
             "restore_best": f"{self.watch.mode} {self.watch.monitor}" if self.watch.restore_best else False,
             "precision": self.precision,
+            "val_memory": len(self.buffers) > 1,
             "optimizer": type(self.learner.optimizer).__name__,
             "scheduler": type(self.scheduler).__name__,
         }
 
 
-def shares(batch_size: Any, fraction: Any, own: int) -> tuple[int, int]:
-    """How many samples of a step are new, and how many replayed. own: the learner's replayed
-    ones."""
+def shares(batch_size: Any, fraction: Any, learner: ReplayLearner, store: Any) -> tuple[int, int]:
+    """How many samples of a step are new, and how many are replayed.
+
+    No more are replayed than the buffer can ever hold: what it holds now, if nothing is stored.
+    """
     size = required("batch_size", batch_size, 1, 2**40)
     if fraction is None:
-        return size, own
+        return size, learner.replay_batch_size
     replayed = math.floor(size * number("batch_memory_frac", fraction, 0, 1) + 0.5)
     replayed = max(replayed, 1) if fraction > 0 else 0
     if replayed >= size:
         raise ArgumentError(
             f"batch_size={size} with batch_memory_frac={fraction} leaves no room for new samples; lower the fraction, or raise batch_size"
         )
+    most = learner.buffer.max_size if store else len(learner.buffer)
+    replayed = replayed if most is None else min(replayed, most)
     return size - replayed, replayed
 
 
@@ -209,17 +226,20 @@ def clipping(value: Any, algorithm: Any, optimizer: torch.optim.Optimizer) -> Ca
 
 
 def watching(
-    metric: Any, mode: Any, early_stopping: Any, restore_best: Any, metrics: Any, validation: Reader | None, scheduler: Any
+    metric: Any,
+    mode: Any,
+    early_stopping: Any,
+    restore_best: Any,
+    metrics: Any,
+    train_metrics: Any,
+    validation: Validation | None,
+    scheduler: Any,
 ) -> Watch:
     """What to watch. Raises ArgumentError where something is to be watched without a validation
     set."""
     choice("mode", mode, ("min", "max"))
-    if metrics is not None and (
-        not isinstance(metrics, Mapping) or not all(isinstance(name, str) and callable(f) for name, f in metrics.items())
-    ):
-        raise ArgumentError(f"metrics must be a dict: name -> function(outputs, targets), got {metrics!r:.200}")
-    if metrics and "loss" in metrics:
-        raise ArgumentError("metrics: 'loss' is the learner's own loss; give this one another name")
+    _check_metrics("metrics", metrics, lambda name: name == "loss")
+    _check_metrics("train_metrics", train_metrics, lambda name: name in ("loss", "lr", "epoch") or name.startswith(("val_", "loss/")))
     patience = None if early_stopping is False else 5 if early_stopping is True else required("early_stopping", early_stopping, 1, 2**31)
     names = ["loss", *(metrics or {})]
     if metric is not None and metric not in names:
@@ -230,14 +250,41 @@ def watching(
     if validation is None and asked:
         raise ArgumentError(f"{asked[0]}: there is nothing to measure it on; give a val_dataset")
     watches = metric is not None or patience or restore_best or isinstance(scheduler, ReduceLROnPlateau)
-    return Watch(metrics or {}, f"val_{metric or 'loss'}" if watches else None, mode, patience, restore_best)
+    return Watch(metrics or {}, train_metrics or {}, f"val_{metric or 'loss'}" if watches else None, mode, patience, restore_best)
 
 
-def autocast(precision: Any, device: torch.device) -> Cast:
-    """What makes the context of each forward pass."""
-    choice("precision", precision, ("32", "bf16"))
+def _check_metrics(argument: str, metrics: Any, is_taken: Callable[[str], bool]) -> None:
+    """Raise ArgumentError unless these are functions by names of their own."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and callable(f) for name, f in metrics.items()):
+        raise ArgumentError(f"{argument} must be a dict: name -> function(outputs, targets), got {metrics!r:.200}")
+    for name in filter(is_taken, metrics):
+        raise ArgumentError(f"{argument}: {name!r} is a quantity of fit's own; give this one another name")
+
+
+def autocast(precision: Any, device: torch.device, optimizer: torch.optim.Optimizer) -> tuple[Cast, Any]:
+    """What makes the context of each forward pass; then the scaler of gradients, if there is to be
+    one."""
+    choice("precision", precision, ("32", "bf16", "fp16"))
     if precision == "32":
-        return contextlib.nullcontext
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ArgumentError(f"precision='bf16': {torch.cuda.get_device_name(device)} has no bfloat16; use precision='32'")
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+        return contextlib.nullcontext, None
+    if precision == "bf16":
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ArgumentError(f"precision='bf16': {torch.cuda.get_device_name(device)} has no bfloat16; use precision='fp16' or '32'")
+        return lambda: torch.autocast(device.type, torch.bfloat16), None
+    if not hasattr(torch.amp, "GradScaler"):
+        raise ArgumentError(f"precision='fp16' needs torch 2.3 or later, but this is {torch.__version__}; use precision='bf16'")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ArgumentError("precision='fp16': a scaler of gradients takes no optimizer with a closure, such as LBFGS; use 'bf16'")
+    return lambda: torch.autocast(device.type, torch.float16), torch.amp.GradScaler(device.type)
+
+
+def place(learner: ReplayLearner, device: torch.device) -> None:
+    """Move a learner's model, its copies, and the optimizer's state to a device."""
+    if all(p.device == device for p in learner.module.parameters()):
+        return
+    learner.module.to(device)
+    for module in (module for term in learner.terms for module in term.modules()):
+        module.to(device)
+    learner.optimizer.load_state_dict(learner.optimizer.state_dict())  # which goes where its parameters are

@@ -53,8 +53,8 @@ class StateFolder:
         """Load a state, its tensors on the CPU."""
         return _read(self._path(number))
 
-    def save(self, state: Mapping[str, Any], buffer: DataBuffer | None = None) -> int:
-        """Write a state, with a copy of the buffer if one is given, and remove older states.
+    def save(self, state: Mapping[str, Any], buffers: Mapping[str, DataBuffer] | None = None) -> int:
+        """Write a state, with copies of buffers, by their names, and remove older states.
 
         Returns its number. All ranks must call it. Raises StateError, and leaves older states, for
         a state that could not be loaded.
@@ -64,20 +64,21 @@ class StateFolder:
         number = self._next
         with system.storage_errors(f"saving a state to {self.folder}"):
             os.makedirs(self.folder, exist_ok=True)
-            if buffer is not None:
-                buffer.save(self.buffer_copy(number))
+            for name, buffer in (buffers or {}).items():
+                buffer.save(self.buffer_copy(number, name))
             _write(self._path(number), state)
             self._next += 1
             gather(None)  # all ranks have it
             for older in self._numbers():
                 if older < number:
                     os.unlink(self._path(older))
-                    shutil.rmtree(self.buffer_copy(older), ignore_errors=True)
+                    for name in ("buffer", "val_memory"):
+                        shutil.rmtree(self.buffer_copy(older, name), ignore_errors=True)
         return number
 
-    def buffer_copy(self, number: int) -> str:
-        """Where the copy of the buffer is that belongs to a state, if it has one."""
-        return os.path.join(self.folder, f"buffer-{number}.rank{self.rank}")
+    def buffer_copy(self, number: int, name: str) -> str:
+        """Where the copy of a buffer is that belongs to a state, if it has one."""
+        return os.path.join(self.folder, f"{name}-{number}.rank{self.rank}")
 
     def write(self, name: str, state: Any) -> None:
         """Write another file into the folder, whole or not at all."""
