@@ -20,8 +20,10 @@ def each_leaf(function: Callable[..., Any], nest: Any, *others: Any) -> Any:
     others: nests like the first, whose leaves the function gets too. Raises ArgumentError if they
     are nested in another way; a tuple and a list of one length are nested alike.
     """
-    if isinstance(nest, Tensor) or not isinstance(nest, (Mapping, tuple, list)):
-        if others and any(isinstance(other, (Mapping, tuple, list)) for other in others):
+    if isinstance(nest, Tensor) and not others:  # nearly always
+        return function(nest)
+    if not isinstance(nest, (tuple, list, Mapping)):
+        if any(isinstance(other, (tuple, list, Mapping)) for other in others):
             raise _unlike(nest, others)
         return function(nest, *others)
     if isinstance(nest, Mapping):
@@ -69,11 +71,15 @@ def part(nest: Any, start: int, n: int) -> Any:
 
 def joined(nests: Any) -> Any:
     """One nest with the entries of all, of tensors or arrays."""
+    if isinstance(nests[0], Tensor) and isinstance(nests[1], Tensor):
+        return torch.cat(nests)
     return each_leaf(lambda *parts: torch.cat([torch.as_tensor(p) for p in parts]), *nests)
 
 
 def placed(nest: Any, device: torch.device) -> Any:
     """The nest on a device; what is there stays as it is."""
+    if isinstance(nest, Tensor):
+        return nest if nest.device == device else nest.to(device)
     return each_leaf(lambda leaf: leaf if leaf.device == device else leaf.to(device), nest)
 
 

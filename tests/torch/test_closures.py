@@ -10,6 +10,7 @@ from learner_oracle import batches, dense, held, sgd
 from leanreplay import (
     ArgumentError,
     ClassBalancedBuffer,
+    HerdingSelection,
     InfiniteBuffer,
     ModeError,
     ParametricBuffer,
@@ -337,3 +338,66 @@ def states(learner):
     """Weights of the model and of its copies."""
     copies = [] if not hasattr(learner, "stable_model") else [learner.stable_model, learner.plastic_model]
     return {f"{i} {name}": value for i, m in enumerate([learner.model, *copies]) for name, value in m.state_dict().items()}
+
+
+def blobs(label, n, seed):
+    """Samples around the corner of a class."""
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed)).double() / 2
+    x[:, label] += 3
+    return x, torch.full((n,), label)
+
+
+def test_herded_exemplars_that_are_only_read(tmp_path):
+    """As iCaRL: exemplars nearest to their class means, in a file that is open for reading, keep old classes while a new one is learned."""
+    with ParametricBuffer(6, tmp_path / "e.h5", groupby="class", selection_strategy=HerdingSelection()) as buffer:
+        for label in range(2):
+            x, y = blobs(label, 30, label)
+            buffer.update(list(zip(x, y, strict=True)), features=x.float().numpy())
+    before, old = (tmp_path / "e.h5").read_bytes(), [torch.cat(parts) for parts in zip(blobs(0, 50, 5), blobs(1, 50, 6), strict=True)]
+
+    def trained(replayed):
+        learner = make(buffer=open_buffer(tmp_path / "e.h5"), store=False, replay_batch_size=replayed)
+        for i in range(40):
+            learner.step(*blobs(2, 10, 10 + i))
+        with torch.no_grad():
+            found = [(learner.model(x).argmax(1) == y).float().mean().item() for x, y in (old, blobs(2, 50, 9))]
+        assert not learner.buffer.check()
+        return found
+
+    assert min(trained(6)) > 0.9 and trained(0)[0] < 0.6
+    assert (tmp_path / "e.h5").read_bytes() == before
+
+
+def test_each_sample_is_stored_once_over_several_epochs():
+    """`store` is set by the epoch: what is in the buffer is what one pass would have stored, and later epochs replay it."""
+    stream, once, learner = batches(5, 6), make(), make()
+    for epoch in range(3):
+        learner.store = epoch == 0
+        for x, y in stream:
+            assert ("replay" in learner.step(x, y).losses) == (learner.buffer.seen > 6 or epoch > 0)
+    for x, y in stream:
+        once.step(x, y)
+    assert learner.buffer.seen == once.buffer.seen == 30 and learner.steps == 15
+    assert all(np.array_equal(held(learner.buffer)[name], held(once.buffer)[name]) for name in ("x", "y", "position"))
+
+
+def test_batches_that_nobody_writes():
+    """A thousand batches that wait for after_step are a warning, once; as many that were written are none."""
+    learner, (x, y) = make(replay_batch_size=0), batches(1, 1)[0]
+    learner.loss(x.clone(), y)
+    learner.pending *= 998
+    learner.loss(x.clone(), y)
+    with pytest.warns(UserWarning, match="1000 batches wait for after_step"):
+        learner.loss(x.clone(), y)
+    learner.loss(x.clone(), y)
+    learner.after_step()
+    assert learner.buffer.seen == 1001
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_weight_of_the_stream_while_the_buffer_is_empty(normalise):
+    """With normalisation the first step is the plain loss; without, its weight counts, as everywhere."""
+    learner, (x, y) = make(loss_weight=3.0, loss_normalization=normalise), batches(1, 6)[0]
+    wanted = torch.nn.functional.cross_entropy(learner.model(x), y).item()
+    step = learner.step(x, y)
+    assert step.loss == pytest.approx(wanted * (1 if normalise else 3)) and step.losses == {"stream": pytest.approx(wanted)}

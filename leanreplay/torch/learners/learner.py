@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from .optimizing import make_step
 from .pending import Batch, classes_seen, copied_array, unwritten, values_to_keep, values_to_move, versions, write
 from .term import Term
 
+_MANY_WAIT = 1000  # batches: their memory grows until after_step is called
 Self = TypeVar("Self", bound="ReplayLearner")  # typing has one of its own from Python 3.11 on
 
 
@@ -69,7 +71,9 @@ class ReplayLearner:
     terms: see `Term`; one of weight 0 takes no draw. loss_fn: the mean loss of (outputs, y).
     replay_batch_size: samples of a draw, uniform, without replacement; at most what there is.
     balance: draw evenly over groups, labels or a metadata field, as `buffer.sample(balance=)` does.
-    loss_normalization: divide by the sum of the weights, as above; the papers do not.
+    loss_normalization: divide by the sum of the weights, as above; the papers do not. While the
+        buffer is empty the loss is then l(f(x), y), whatever loss_weight is. Renate's learners,
+        whose parameters have these names, multiply it by loss_weight then, too.
     ema_memory_update_gamma: if below 1, what is stored with replayed samples (if they are still
         there) moves: stored <- gamma * stored + (1 - gamma) * what the model gives now.
     mask_unused_classes: outputs of classes that occurred in no batch so far count as -inf in
@@ -243,10 +247,10 @@ class ReplayLearner:
         again = next((batch for batch in self.pending if batch.is_same(x, y)), None) if self.pending else None
         if again is None:
             inputs, targets, labels = prepare(self, x, y)
-            pair = x, y
-            arrays = nests.each_leaf(copied_array, pair)  # before the model can change them
-            given, draws = (pair, versions(pair)), draw(self, inputs, targets)
-            batch = Batch(arrays, given, inputs, targets, labels, draws, kind, self.store, self._experiences.now)
+            # Before the model can change them.
+            arrays = nests.each_leaf(copied_array, x), nests.each_leaf(copied_array, y)
+            given, draws = ((x, y), versions(x, y)), draw(self, inputs, targets)
+            batch = Batch(nests.first(x).shape[0], arrays, given, inputs, targets, labels, draws, kind, self.store, self._experiences.now)
         else:
             batch, self._repeats = again, True
         inputs = batch.inputs
@@ -269,6 +273,12 @@ class ReplayLearner:
         if again is None:
             batch.stored, batch.moved, batch.seen = results
             self.pending.append(batch)
+            if len(self.pending) == _MANY_WAIT:
+                warnings.warn(
+                    f"{_MANY_WAIT} batches wait for after_step, and none of them is in the buffer; call after_step() after each step of "
+                    "the optimizer, and the model itself, not loss(), to look at data",
+                    stacklevel=2,
+                )
         return total
 
     def _compute(self, batch: Batch, inputs: Any) -> tuple[Tensor, Any, Any, Any]:

@@ -27,15 +27,16 @@ Versions = list[int]
 class Batch:
     """A batch, what the model sees of it, and what will be written.
 
-    pair: copies of x and y to be stored, because models, transforms and losses may work in place,
-    and a loop may fill one batch again and again. given: x and y as they came, and their versions;
-    None if this batch cannot come again. inputs, targets: x and y transformed, on the device. All
-    of them are nests. labels: the targets before they went there. kind: shapes and dtypes of
-    samples. offered: whether the samples go to the buffer.
+    size: how many samples. pair: copies of x and y to be stored, because models, transforms and
+    losses may work in place, and a loop may fill one batch again and again. given: x and y as they
+    came, and their versions; None if this batch cannot come again. inputs, targets: x and y
+    transformed, on the device. All of them are nests. labels: the targets before they went there.
+    kind: shapes and dtypes of samples. offered: whether the samples go to the buffer.
     experience: the task's number. stored, moved, seen: what the pass gave: metadata of the batch,
     new metadata of drawn samples, the classes that occurred up to here (with masks).
     """
 
+    size: int
     pair: tuple[Any, Any]
     given: tuple[Any, Versions] | None
     inputs: Any
@@ -50,11 +51,6 @@ class Batch:
     seen: Tensor | None = None
 
     @property
-    def size(self) -> int:
-        """How many samples."""
-        return len(nests.leaves(self.pair)[0])
-
-    @property
     def all_labels(self) -> list[tuple[str, Any]]:
         """(whose, labels) of the batch and its draws, where reading does not wait for a device."""
         return [("batch", self.labels), *(("replayed samples", replay.labels) for _, replay in self.draws)]
@@ -62,7 +58,9 @@ class Batch:
     def is_same(self, x: Any, y: Any) -> bool:
         """Whether x and y are this batch: the same memory, not written to since."""
         pair = x, y
-        if self.given is None or versions(pair) != self.given[1] or nests.kind(pair) != nests.kind(self.given[0]):
+        if self.given is None or not _same_memory(nests.first(x), nests.first(self.given[0][0])):
+            return False  # nearly always
+        if versions(x, y) != self.given[1] or nests.kind(pair) != nests.kind(self.given[0]):
             return False
         same_memory = all(nests.leaves(nests.each_leaf(_same_memory, pair, self.given[0])))
         # NumPy counts no writes.
@@ -148,14 +146,14 @@ def unwritten(batches: Sequence[Batch], arrived: int) -> list[Batch]:
             stored = {name: value[skip:] for name, value in batch.stored.items()}
             moved = [] if some else batch.moved
             pair = nests.each_leaf(operator.itemgetter(slice(skip, None)), batch.pair)
-            left.append(replace(batch, pair=pair, stored=stored, moved=moved, given=None, draws=[]))
+            left.append(replace(batch, size=batch.size - skip, pair=pair, stored=stored, moved=moved, given=None, draws=[]))
     return left
 
 
-def versions(nest: Any) -> Versions:
+def versions(x: Any, y: Any) -> Versions:
     """How often each was written to in place; tensors of inference mode do not count that."""
     try:
-        return [leaf._version for leaf in nests.leaves(nest)]
+        return [leaf._version for leaf in (*nests.leaves(x), *nests.leaves(y))]
     except RuntimeError:
         return []
 
@@ -184,5 +182,6 @@ def _equal(held: Any, tensor: Tensor) -> bool:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-    return a is b or (alike and a.data_ptr() == b.data_ptr() != 0)
+    if a is b:
+        return True
+    return a.data_ptr() == b.data_ptr() != 0 and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
