@@ -75,7 +75,7 @@ class Checkpoints:
         else:
             if name != store.state_name():
                 self._feeder.forget_policy()  # a folder's sequence, a sum, may come out equal
-                self._draws.values.forget()
+                self._draws.forget()
             store.rollback(name, seen, self.kept(store))
             store.mark(self.kept(store))
         self._draws.begin(*counts(state))

@@ -153,6 +153,11 @@ class Draws:
             self._weights.pop(next(iter(self._weights)))
         return weights.of(store)
 
+    def forget(self) -> None:
+        """Have all that follows from the rows worked out anew."""
+        self._weights.clear()
+        self.values.forget()
+
     def committed(self, store: Store, before: int, rows: Sequence[Ints]) -> None:
         """Note that a commit on top of number `before` has changed these rows (-1: none)."""
         for weights in self._weights.values():

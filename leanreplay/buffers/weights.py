@@ -77,11 +77,12 @@ class Weighted(NamedTuple):
     """The weights of one state of a store.
 
     tree, starts: see `kernels.sums`. fits: how many weights are above 0. total: their sum. changed:
-    rows that commits have changed since, up to `sequence`.
+    rows that commits have changed since, up to `commit`: its number, or in a reader the name of the
+    state, as the number of a folder, a sum, may come out equal after a rollback.
     """
 
     store: Store
-    sequence: int
+    commit: int | str
     tree: Floats
     starts: Ints
     fits: int
@@ -109,16 +110,16 @@ class Weights:
     def note(self, store: Store, before: int, rows: Sequence[Ints]) -> None:
         """Note that a commit on top of number `before` has changed these rows (-1: none)."""
         now, self._now = self._now, None
-        if now is None or now.store is not store or now.sequence != before:
+        if now is None or now.store is not store or now.commit != before:
             return
         changed = (*now.changed, *rows)
         if sum(map(len, changed)) * MAX_PENDING <= now.room + 1024:
-            self._now = now._replace(sequence=store.sequence, changed=changed)
+            self._now = now._replace(commit=store.sequence, changed=changed)
 
     def of(self, store: Store) -> Weighted:
         """Return the weights in the state of the store."""
         now, self._now = self._now, None
-        if now is None or now.store is not store or now.sequence != store.sequence or now.room < store.high:
+        if now is None or now.store is not store or now.commit != _commit_of(store) or now.room < store.high:
             now = self._derived(store)
         elif now.changed:
             now = self._mended(now, store)
@@ -130,7 +131,7 @@ class Weights:
     def _derived(self, store: Store) -> Weighted:
         if store.writable:
             store.verify_index()
-        sequence, high = store.sequence, store.high
+        commit, high = _commit_of(store), store.high
         starts = levels(high if store.layout.max_size >= high else 2 * high)
         tree = np.zeros(starts[-1])
         for first, positions, tags in store.pieces():
@@ -139,7 +140,7 @@ class Weights:
                 tree[first + rows] = self._weigh(store, first + rows, (positions[rows], tags[rows]))
         total = sums.build_sums(tree, starts)
         # A reader may have met a commit: each weight is right, but not all of one commit.
-        return Weighted(store, sequence if store.sequence == sequence else -2, tree, starts, int(np.count_nonzero(tree[:high])), total)
+        return Weighted(store, commit if _commit_of(store) == commit else -2, tree, starts, int(np.count_nonzero(tree[:high])), total)
 
     def _mended(self, now: Weighted, store: Store) -> Weighted:
         rows = np.unique(np.concatenate(now.changed))
@@ -170,6 +171,10 @@ class Weights:
 
     def _numbers(self, store: Store, name: str, rows: Ints, index: tuple[Ints, Ints]) -> Array:
         return _numbers(store, name, self._values.of_rows(store, name, rows, index))
+
+
+def _commit_of(store: Store) -> int | str:
+    return store.sequence if store.writable else store.state_name()
 
 
 def _numbers(store: Store, name: str, values: Array) -> Array:

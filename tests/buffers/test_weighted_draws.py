@@ -13,6 +13,7 @@ from laws import assert_shares
 from weighted_oracle import fin
 
 import leanreplay as lr
+from leanreplay.buffers import drawing
 from leanreplay.buffers.drawing import UNIFORM, Draw
 from leanreplay.kernels import reservoir
 from leanreplay.keys import key_pair
@@ -84,8 +85,9 @@ def drawn(buffer, n: int, draw: Draw, number: int):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_draws_are_those_of_the_definition(kind, tmp_path):
+def test_draws_are_those_of_the_definition(kind, tmp_path, monkeypatch):
     """After whatever changed the buffer, in its writer, which mends what it knows, and in a reader, which does not."""
+    monkeypatch.setattr(drawing, "MAX_WEIGHTS", len(DRAWS))  # so that weights are there to be mended
     path = tmp_path / "b"
     buffer = KINDS[kind](path, seed=5, stream=0)
     rng = np.random.default_rng(0)
@@ -231,6 +233,7 @@ def test_a_reader_beside_a_writer_gets_rows_that_fit(tmp_path):
 
     def work(pipe: int) -> None:
         with lr.SlidingWindowBuffer(path=path, mode="r+") as writer:
+            feed(writer, writer.seen, writer.seen + 5)
             os.write(pipe, b"!")
             while True:
                 feed(writer, writer.seen, writer.seen + 5)
