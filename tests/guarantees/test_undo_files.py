@@ -11,6 +11,7 @@ import pytest
 from children import child, killed
 from killing import BOUNDED, KINDS, ROWS, assert_prefix, die, expected, feed, finish, image, stream
 from storage_kernels import kernel
+from stored_files import overwrite
 
 import leanreplay
 from leanreplay import (
@@ -20,6 +21,8 @@ from leanreplay import (
     ReservoirBuffer,
     StateError,
 )
+from leanreplay.storage.layout import SEAL_WORDS
+from leanreplay.storage.state import State
 
 pytestmark = [pytest.mark.usefixtures("kill_kernels"), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -233,3 +236,41 @@ def test_undo_file_of_a_copy_one_commit_apart(kind: str, tmp_path: Any) -> None:
             buffer.load_state_dict(state)
         assert buffer.check() == []
     assert image(copy) == contents
+
+
+@pytest.mark.parametrize("kind", BOUNDED)
+def test_journal_of_a_copy(kind: str, tmp_path: Any) -> None:
+    """G3: a journal of the next commit counts only if that was made on top of the state that the file is in."""
+    path, copy = str(tmp_path / "b.h5"), str(tmp_path / "copy.h5")
+    with KINDS[kind](path) as buffer:
+        feed(buffer, 0, 60)
+    shutil.copy(path, copy)
+    with leanreplay.open(path, mode="r+") as buffer:
+        buffer.add(**stream(60, 75))
+    with leanreplay.open(copy, mode="r+") as buffer:
+        layout = buffer.current.store.layout
+        for start in (10_000, 10_015):
+            buffer.add(**stream(start, start + 15))
+    with open(copy, "rb") as file:
+        data = file.read()[: layout.journal_end]
+    overwrite(path, layout.journal, data[layout.journal :])
+    contents = image(path)
+    with leanreplay.open(path, mode="r+") as buffer:
+        assert_prefix(kind, buffer, "with the journal of a copy")
+    assert image(path) == contents
+
+
+def test_a_seal_counts_as_a_whole(tmp_path: Any) -> None:
+    """G3: a journal whose seal differs in a single bit, of its checksum too, is none: recovery would write nothing back."""
+    with ReservoirBuffer(ROWS, tmp_path / "b.h5") as buffer:
+        feed(buffer, 0, 60)
+        store = buffer.current.store
+        before = State(store.state.words.copy())
+        feed(buffer, 60, 75)
+        seal = store.mapping.mem[store.layout.journal :][: 8 * SEAL_WORDS]
+        assert store.journal.pending(before) is not None
+        for byte in range(seal.shape[0]):
+            seal[byte] ^= 1
+            assert store.journal.pending(before) is None, byte
+            seal[byte] ^= 1
+        assert store.journal.pending(before) is not None

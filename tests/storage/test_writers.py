@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -14,8 +15,8 @@ import pytest
 from children import child, result
 
 import leanreplay as lr
+from leanreplay.storage import locks, system
 from leanreplay.storage import mapping as mapping_module
-from leanreplay.storage import system
 
 KINDS = {
     "reservoir": lambda path=None, **k: lr.ReservoirBuffer(50, path, **k),
@@ -189,12 +190,9 @@ def test_a_lock_that_hdf5_would_see_is_let_go(tmp_path, monkeypatch):
     assert descriptors() == before
 
 
-@every_kind
-def test_a_fork_keeps_no_lock(kind, tmp_path):
-    """A child that lives on does not keep the file locked."""
-    path = str(tmp_path / "b")
-    buffer = KINDS[kind](path)
-    feed(buffer)
+@contextlib.contextmanager
+def living_fork():
+    """A forked child that does nothing and lives on; what a fork calls in a child has run."""
     (read, write), (here, there) = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -202,14 +200,50 @@ def test_a_fork_keeps_no_lock(kind, tmp_path):
         os.write(there, b"!")
         os.read(read, 1)
         os._exit(0)
-    assert os.read(here, 1)  # what a fork calls in the child has run
-    buffer.close()
+    assert os.read(here, 1)
     try:
-        lr.open(path, "r+").close()
+        yield
     finally:
         for fd in (read, write, here, there):
             os.close(fd)
         os.waitpid(pid, 0)
+
+
+@every_kind
+def test_a_fork_keeps_no_lock(kind, tmp_path):
+    """A child that lives on does not keep the file locked."""
+    path = str(tmp_path / "b")
+    buffer = KINDS[kind](path)
+    feed(buffer)
+    with living_fork():
+        buffer.close()
+        lr.open(path, "r+").close()
+
+
+@ofd
+def test_a_fork_keeps_no_guard_of_a_buffer_to_be(tmp_path):
+    """A file may be locked already and its buffer not there yet when another thread forks: the child lets that lock go too."""
+    path = str(tmp_path / "b")
+    (tmp_path / "b").touch()
+    guard = locks.Guard(path)
+    with living_fork():
+        guard.close()
+        locks.Guard(path).close()
+
+
+@ofd
+@every_kind
+def test_a_store_that_becomes_a_reader_lets_its_lock_go(kind, tmp_path):
+    path = str(tmp_path / "b")
+    with KINDS[kind](path) as buffer:
+        feed(buffer)
+        store = buffer.current.store
+        locked = os.path.join(path, "part-000000.h5") if kind == "infinite" else path
+        with pytest.raises(lr.LockedError):
+            locks.Guard(locked)
+        reader = store.as_reader()
+        locks.Guard(locked).close()
+        assert not reader.writable
 
 
 # -- this very process ---------------------------------------------------------------------------------------------------

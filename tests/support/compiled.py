@@ -6,10 +6,9 @@ import functools
 from types import FunctionType, ModuleType
 from typing import Any
 
-import numba
 import pytest
 
-from leanreplay.kernels import checksums, hashing, heaps, memory
+from leanreplay.kernels import checksums, compile_kernel, hashing, heaps, memory
 
 
 def call_helpers(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,4 +30,4 @@ def as_python(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
 
 @functools.cache
 def with_entry(helper: FunctionType) -> Any:
-    return numba.njit(nogil=True, error_model="numpy")(helper)
+    return compile_kernel(helper)  # which a cache holds
