@@ -29,7 +29,7 @@ QUOTA, BORROW, LARGEST = range(3)
 
 
 @helper
-def _find(groups, table, group, hashed):
+def find_group(groups, table, group, hashed):
     """Return where in `table` a group stands, or would."""
     mask = np.uint64(table.shape[0] - 1)
     at = hashed & mask
@@ -68,7 +68,7 @@ def _merge(keys, links, a, b):
 
 
 @helper
-def _insert(keys, links, groups, g, row, key):
+def insert_row(keys, links, groups, g, row, key):
     keys[row] = key
     links[row, 0] = links[row, 1] = -1
     top = _merge(keys, links, np.int64(groups[g, ROOT]), row)
@@ -77,7 +77,7 @@ def _insert(keys, links, groups, g, row, key):
 
 
 @helper
-def _remove_least(keys, links, groups, g):
+def remove_least(keys, links, groups, g):
     """Take the row of the smallest key from a group that has rows."""
     row = groups[g, ROOT]
     top = _merge(keys, links, np.int64(links[row, 0]), np.int64(links[row, 1]))
@@ -221,7 +221,7 @@ def _cut(keys, links, holder, visited, groups, counters, log, g, out):
     """Drop the smallest keys of a group that has more rows than its quota."""
     while groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
         _log(groups, counters, log, g)
-        row = _remove_least(keys, links, groups, g)
+        row = remove_least(keys, links, groups, g)
         _visit(holder, visited, counters, row, True)
         if holder[row] > 0:
             out[holder[row] - 1] = -1
@@ -256,7 +256,7 @@ def load_groups(log, groups, table, counters, g0, g1):
         n = counters[GROUPS]
         if what == 0:
             h = key_of(value, g0, g1)
-            at = _find(groups, table, value, h)
+            at = find_group(groups, table, value, h)
             if table[at] >= 0 or n == groups.shape[0]:
                 return False
             table[at] = n
@@ -273,7 +273,7 @@ def load_groups(log, groups, table, counters, g0, g1):
 def index_groups(groups, table, count):
     """Enter the first `count` groups into an empty table (all -1)."""
     for g in range(count):
-        table[_find(groups, table, groups[g, ID], np.uint64(groups[g, HASH]))] = g
+        table[find_group(groups, table, groups[g, ID], np.uint64(groups[g, HASH]))] = g
 
 
 @compile_kernel
@@ -289,10 +289,10 @@ def load_rows(positions, ids, keys, links, groups, table, counters, k0, k1, g0, 
         if positions[r] < 0:
             _add_free(keys, links, counters, np.int64(r))
             continue
-        g = table[_find(groups, table, ids[r], key_of(ids[r], g0, g1))]
+        g = table[find_group(groups, table, ids[r], key_of(ids[r], g0, g1))]
         if g < 0:
             return False
-        _insert(keys, links, groups, np.int64(g), np.int64(r), key_of(positions[r], k0, k1))
+        insert_row(keys, links, groups, np.int64(g), np.int64(r), key_of(positions[r], k0, k1))
     return True
 
 
@@ -325,7 +325,7 @@ def plan_balanced(
         g = recent[ids[i] & (_RECENT - 1)]
         if g < 0 or groups[g, ID] != ids[i]:
             h = key_of(ids[i], g0, g1)
-            at = _find(groups, table, ids[i], h)
+            at = find_group(groups, table, ids[i], h)
             g = recent[ids[i] & (_RECENT - 1)] = np.int64(table[at])
         if g < 0:
             g = counters[GROUPS]
@@ -373,7 +373,7 @@ def plan_balanced(
                     victim = largest_excess(groups, counters[GROUPS], counters[SHARE], np.uint64(0))
                 if victim != g and groups[victim, HELD] > 0:
                     _log(groups, counters, log, victim)
-                    row = _remove_least(keys, links, groups, victim)
+                    row = remove_least(keys, links, groups, victim)
                     _visit(holder, visited, counters, row, True)
             if row < 0:
                 _log(groups, counters, log, g)
@@ -385,7 +385,7 @@ def plan_balanced(
             if holder[row] > 0:
                 out[holder[row] - 1] = -1
             if not sunk:
-                _insert(keys, links, groups, g, row, key)
+                insert_row(keys, links, groups, g, row, key)
             holder[row] = i + 1
             out[i] = row
             taken += 1
@@ -415,13 +415,13 @@ def keep_balanced(keys, links, groups, counters, capacity, mode, lost):
     for g in range(n):
         while mode == QUOTA and groups[g, HELD] > max(counters[SHARE] + groups[g, EXTRA], 0):
             groups[g, FULL] = 1
-            lost[count] = _remove_least(keys, links, groups, g)
+            lost[count] = remove_least(keys, links, groups, g)
             count += 1
         held += groups[g, HELD]
     while held > capacity:
         g = largest_excess(groups, n, counters[SHARE] if mode == BORROW else np.int64(0), np.uint64(0))
         groups[g, FULL] = 1
-        lost[count] = _remove_least(keys, links, groups, g)
+        lost[count] = remove_least(keys, links, groups, g)
         count += 1
         held -= 1
     return count

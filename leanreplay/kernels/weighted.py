@@ -26,14 +26,14 @@ _ULP = 2.0**-53
 
 
 @helper
-def _uniform(position, k0, k1):
+def uniform_of(position, k0, k1):
     """Return v, the middle of one of 2**52 parts of (0, 1): v and 1 - v are exact, and never 0."""
     h = key_of(position, k0, k1)
     return (2.0 * np.float64(h >> _12) + 1.0) * _ULP
 
 
 @helper
-def _exponential(v):
+def exponential_of(v):
     """Return -log1p(-v) within 3 units in the last place.
 
     It only adds, multiplies and divides, which gives the same bits everywhere. Logarithms of C
@@ -55,7 +55,7 @@ def _exponential(v):
 @helper
 def _key(v, weight):
     """Return the key: larger is better. weight: finite and above 0, denormal or huge."""
-    m, e = math.frexp(_exponential(v))
+    m, e = math.frexp(exponential_of(v))
     n, f = math.frexp(weight)
     q, g = math.frexp(m / n)
     exponent = np.int64(e) - np.int64(f) + np.int64(g) + _BIAS
@@ -79,7 +79,7 @@ def weighted_keys(positions, weights, k0, k1, out):
         w = weights[i]
         if not (w > 0.0 and w < np.inf):
             return False
-        out[i] = _key(_uniform(positions[i], k0, k1), w)
+        out[i] = _key(uniform_of(positions[i], k0, k1), w)
     return True
 
 
@@ -96,7 +96,7 @@ def build_weighted_heap(positions, weights, k0, k1, keys, held, rows):
             w = weights[r]
             if not (w > 0.0 and w < np.inf):
                 return -1
-            keys[size] = _key(_uniform(positions[r], k0, k1), w)
+            keys[size] = _key(uniform_of(positions[r], k0, k1), w)
             held[size], rows[size] = positions[r], r
             size += 1
     for i in range(size // 2 - 1, -1, -1):
@@ -124,7 +124,7 @@ def plan_weighted(keys, held, rows, size, limit, k0, k1, start, max_rows, weight
         if not w > 0.0:
             continue
         position = start + i
-        v = _uniform(position, k0, k1)
+        v = uniform_of(position, k0, k1)
         if size < limit:
             key = _key(v, w)
             sift_up(keys, held, rows, size, key, position, size)

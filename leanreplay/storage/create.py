@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
 
-_JOURNAL_BYTES = 8 << 20
+JOURNAL_BYTES = 8 << 20
 _END, _CACHED = slice(40, 48), slice(72, 96)  # where in a superblock the end of the file stands, and what it caches of the root group
 
 
@@ -116,7 +116,7 @@ def plan_file(
         columns=(*((0, f.nbytes) for f in fields), (0, 8), (0, 8), (0, 8 * len(fields))),
         log=(0, slots),
         journal=0,
-        journal_rows=journal_rows or min(max_size, max(4, _JOURNAL_BYTES // record)),
+        journal_rows=journal_rows or min(max_size, max(4, JOURNAL_BYTES // record)),
         file_size=0,
         user_block=0,
         structure=(),

@@ -126,7 +126,7 @@ def test_both_or_none_wherever_it_stops(kind: str, tmp_path: Any, monkeypatch: p
 
 
 def test_more_than_half_a_commit_is_a_commit_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(create, "_JOURNAL_BYTES", 1500)
+    monkeypatch.setattr(create, "JOURNAL_BYTES", 1500)
     buffer = leanreplay.ReservoirBuffer(100)
     buffer.add(**batch(0, 200))
     assert buffer.current.store.max_rows < 60

@@ -24,7 +24,7 @@ TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if fo
 
 # Numbers that only go down. The library was 14,257 lines before the redesign, and shall be no longer.
 LIBRARY_LINES = 24000
-PRIVATE_NAMES_IN_TESTS = 59
+PRIVATE_NAMES_IN_TESTS = 39
 
 # Parameters that hold contents of samples, and functions that return such contents: of any type.
 CONTENTS = {

@@ -67,7 +67,7 @@ def test_stopped_at_every_step_of_a_commit(kind: str, durable: bool, tmp_path: A
 
 def test_stopped_between_small_commits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a journal of few rows one add is many commits, each of them whole."""
-    monkeypatch.setattr(create, "_JOURNAL_BYTES", 1)
+    monkeypatch.setattr(create, "JOURNAL_BYTES", 1)
     scene = GroupedScene(tmp_path, "class")
     with scene.first() as buffer:
         feed("class", buffer, 0, 60)

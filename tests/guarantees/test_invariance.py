@@ -89,12 +89,12 @@ def expected(kind: str) -> list[Any]:
 @contextlib.contextmanager
 def tiny(journal: int, chunk: int) -> Iterator[None]:
     """Small journals and plans, so that one add is many commits."""
-    before = create._JOURNAL_BYTES, feeding.MAX_PLANNED
-    create._JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
+    before = create.JOURNAL_BYTES, feeding.MAX_PLANNED
+    create.JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
     try:
         yield
     finally:
-        create._JOURNAL_BYTES, feeding.MAX_PLANNED = before
+        create.JOURNAL_BYTES, feeding.MAX_PLANNED = before
 
 
 STEPS = ["commit_rows", "save_rows", "write_field", "write_index", "seal_block", "keep_last"]

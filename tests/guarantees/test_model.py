@@ -481,7 +481,7 @@ def test_against_the_model(kind: str, where: str, monkeypatch: pytest.MonkeyPatc
     """All guarantees at once: whatever is done in whatever order, the buffer is the model."""
     for seed in range(SEEDS):
         if seed % 2:
-            monkeypatch.setattr(create, "_JOURNAL_BYTES", 1)  # an add is many commits
+            monkeypatch.setattr(create, "JOURNAL_BYTES", 1)  # an add is many commits
         else:
             monkeypatch.undo()
         with tempfile.TemporaryDirectory(dir=in_memory()) as folder:

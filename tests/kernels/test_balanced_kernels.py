@@ -362,7 +362,7 @@ def test_load_groups(run: None, log: list[tuple[int, int]], fits: bool) -> None:
     names = [g for what, g in log if what == 0]
     assert counters[balanced.GROUPS] == len(names)
     for i, name in enumerate(names):
-        at = balanced._find(groups, table, name, np.uint64(key(name & M64, g0, g1)))
+        at = balanced.find_group(groups, table, name, np.uint64(key(name & M64, g0, g1)))
         assert table[at] == i
         record = groups[i].tolist()
         assert (record[balanced.ID], record[balanced.HASH] & M64) == (name, key(name & M64, g0, g1))
@@ -399,17 +399,17 @@ def test_heaps_of_groups(run: None, n: int) -> None:
     for _ in range(3 * n):
         if outside and (not inside or rng.random() < 0.6):
             row, value = outside.pop(rng.randrange(len(outside))), rng.choice([rng.getrandbits(64), 5, 2**63, M64])
-            balanced._insert(keys_of, links, groups, 0, row, np.uint64(value))
+            balanced.insert_row(keys_of, links, groups, 0, row, np.uint64(value))
             inside[row] = value
         else:
-            row = int(balanced._remove_least(keys_of, links, groups, 0))
+            row = int(balanced.remove_least(keys_of, links, groups, 0))
             assert inside.pop(row) <= min(inside.values(), default=M64)
             outside.append(row)
         assert groups[0, balanced.HELD] == len(inside)
         assert int(groups[0, balanced.LEAST]) & M64 == min(inside.values(), default=0)
     last = -1
     while inside:
-        value = inside.pop(int(balanced._remove_least(keys_of, links, groups, 0)))
+        value = inside.pop(int(balanced.remove_least(keys_of, links, groups, 0)))
         assert value >= last
         last = value
     assert (groups[0, balanced.ROOT], groups[0, balanced.HELD]) == (-1, 0)

@@ -104,7 +104,7 @@ def test_logarithm_at_its_ends(run: None) -> None:
     for k in [1, 3, 2**53 - 1, 2**53 - 3, 2**52 - 1, 2**52 + 1, *[2**53 - n - (n % 2 == 0) for n in near]]:
         with decimal.localcontext(decimal.Context(prec=50)):
             exact = -((decimal.Decimal(2**53) - k) / decimal.Decimal(2**53)).ln()
-        found = weighted._exponential(k / 2**53)
+        found = weighted.exponential_of(k / 2**53)
         assert abs(decimal.Decimal(float(found)) / exact - 1) < decimal.Decimal("5e-16"), k
 
 
@@ -123,8 +123,8 @@ def test_the_heap_and_its_ties(run: None) -> None:
     k0, k1 = key_pair("weighted reservoir", 0)
     positions = np.random.default_rng(0).permutation(60)
     positions[::7] = -1
-    with np.errstate(over="ignore"):
-        weights = np.array([weighted._exponential(weighted._uniform(max(p, 0), k0, k1)) for p in positions.tolist()])  # E / w = 1 for all
+    with np.errstate(over="ignore"):  # E / w = 1 for all
+        weights = np.array([weighted.exponential_of(weighted.uniform_of(max(p, 0), k0, k1)) for p in positions.tolist()])
     for a in (positions, weights):
         a.flags.writeable = False
     keys, kept, rows = np.empty(60, np.uint64), np.empty(60, np.int64), np.empty(60, np.int64)
@@ -146,7 +146,7 @@ def test_equal_keys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all keys are equal the oldest stay, in any batches, through `resize` and reloading."""
     call_helpers(weighted, monkeypatch)
     k0, k1 = key_pair("weighted reservoir", 0)
-    weights = np.array([weighted._exponential(weighted._uniform(p, k0, k1)) for p in range(200)])
+    weights = np.array([weighted.exponential_of(weighted.uniform_of(p, k0, k1)) for p in range(200)])
     for cuts in ((), (1, 5, 6, 100), range(1, 200)):
         assert planned(weights, size, 0, cuts) == list(range(size))
     with WeightedReservoirBuffer(2 * size) as buffer:
@@ -174,7 +174,7 @@ def test_by_a_hair(run: None, v: int, weight: float) -> None:
     """A sample enters if its key is better than the worst by one unit, however small or large both are, and only then."""
     x = fin_inverse((v - 1) // 2 << 12)  # the hash that leads to this v: choose k1 so that position 0 has it
     k0, k1 = np.uint64(7), np.uint64((x - fin(7)) & M64)
-    assert weighted._uniform(0, k0, k1) * 2**53 == v
+    assert weighted.uniform_of(0, k0, k1) * 2**53 == v
     best, weights = np.empty(1, np.uint64), np.array([weight])
     assert weighted.weighted_keys(np.zeros(1, np.int64), weights, k0, k1, best)
     for step in (1, 2, 2**20, 2**33, 2**44, 2**52):

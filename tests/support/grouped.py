@@ -98,12 +98,12 @@ def ids(rng: random.Random, groups: int) -> list[int]:
 @contextlib.contextmanager
 def tiny(journal: int, chunk: int = 1 << 16) -> Iterator[None]:
     """Small journals and plans, so that one add is many commits."""
-    before = create._JOURNAL_BYTES, feeding.MAX_PLANNED
-    create._JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
+    before = create.JOURNAL_BYTES, feeding.MAX_PLANNED
+    create.JOURNAL_BYTES, feeding.MAX_PLANNED = journal, chunk
     try:
         yield
     finally:
-        create._JOURNAL_BYTES, feeding.MAX_PLANNED = before
+        create.JOURNAL_BYTES, feeding.MAX_PLANNED = before
 
 
 def quiet(buffer: BalancedBuffer, size: int) -> None:
