@@ -146,10 +146,44 @@ def composition(labels: np.ndarray) -> tuple[Sequence[int], np.ndarray]:
     return seen, np.array(shares).T
 
 
+BARS = {  # rows of benchmarks/RESULTS.md, and how they are called here
+    "sample 256 of 200,000 rows": "draw 256",
+    "make a buffer, and add batches of 32 to 5,000 rows, stream of 20,000": "make and fill",
+    "class-balanced, 5 x 10,000 into 2,000 rows, arrays": "balance classes",
+    "ER, MNIST, 60,000 samples once, MLP, batch 10 + 10": "train with ER",
+}
+
+
+def ratios() -> list[tuple[str, float]]:
+    """What is beside which rival how many times as fast, as benchmarks/RESULTS.md says."""
+    found, work = [], ""
+    for line in (Path(__file__).parents[2] / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < 7:
+            continue
+        work = cells[1] or work
+        rival = cells[3].split(" [")[0]
+        if work in BARS and rival in ("cpprb", "torchrl", "avalanche"):
+            found.append((f"{BARS[work]}, beside {rival}", float(cells[5])))
+    return found
+
+
+def speed() -> Figure:
+    names, values = zip(*reversed(ratios()), strict=True)
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(names, values, color=[TEAL if value >= 1 else RED for value in values])
+    axes.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3)
+    axes.axvline(1, color=GREY, lw=1)
+    axes.set(xscale="log", xlim=(0.5, 2 * max(values)), xlabel="times as fast as the other library")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.rcParams["svg.hashsalt"] = "leanreplay"  # the same picture is the same file
-    for draw in (flow, keys, commit, restore, processes):
+    for draw in (flow, keys, commit, restore, processes, speed):
         draw().savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
     guarantee().savefig(folder / "guarantee.png", dpi=110)
 
