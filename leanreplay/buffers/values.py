@@ -79,7 +79,7 @@ class Values:
         positions, tags = store.snapshot(slice(0, store.high))
         rows, values = np.flatnonzero(positions >= 0), self._of_index(name, positions, tags)
         values = values.copy() if rows.shape[0] == values.shape[0] else values[rows]  # no view of the map
-        if name not in ("position", *self.tag.shown) and values[:1] == -1 and (values == -1).all():
+        if name not in ("position", *self.tag.shown) and values.size and values[0] == -1 and (values == -1).all():
             self._require_groups()
         return rows, values
 

@@ -22,7 +22,8 @@ class Parameter(NamedTuple):
     """A parameter of a policy, as it stands in the file.
 
     default: what a new buffer takes where none was given. allowed: whether a file may hold this
-        value; a missing one counts as None.
+        value; a missing one counts as None. Where None is allowed, the policy must take it:
+        `params.get(name)`.
     """
 
     name: str
@@ -126,7 +127,7 @@ class Policy:
 
     def load(self, positions: Ints, groups: Ints) -> None:
         """Derive what `plan` needs from the index: (rows in use so far,) int64 each, position -1
-        where a row is free.
+        where a row is free. Positions are as in `plan`.
 
         Called before the first plan, and again after anything that interrupted a commit. Keep no
         reference to the arrays.
@@ -137,10 +138,10 @@ class Policy:
         """Say where the samples of positions start, start + 1, ... go. groups: (n,) int64, one for
         each sample on offer.
 
+        A position has the stream's number in its bits from 48 on: `start % 2**48` counts samples.
         Plan at least one sample, and no more than take `max_rows` rows; the rest is offered again.
-        Two samples may take the same
-        row: the later one stays. Return LOG_TOO_SHORT, with nothing planned, if the log cannot hold
-            the new entries.
+        Two samples may take the same row: the later one stays. Return LOG_TOO_SHORT, with nothing
+        planned, if the log cannot hold the new entries.
         """
         raise NotImplementedError
 

@@ -99,7 +99,7 @@ def plan_file(
     to make it.
 
     slots: entries of the policy's log. journal_rows: rows that one commit may overwrite, by default
-        what 8 MiB hold.
+        what `JOURNAL_BYTES` hold.
     """
     fields = schema.fields
     record = sum(round_up(f.nbytes, 8) for f in fields) + 16 + 8 * len(fields)

@@ -1,21 +1,21 @@
 """The on-disk format, version 1, declared once. All numbers are little-endian.
 
-    offset 0                  user block of the HDF5 file, `user_block` bytes (a power of two, at
-        least 16 KiB): 0                     preamble: magic, version, user block, length and digest
-        of the table 4096, 8192            two headers; the valid one with the higher sequence
-        number counts 12288                 the table: JSON, see `Layout`
-    user_block                HDF5: contiguous datasets, each at a multiple of 4096, fallocated when
-        created data/..., metadata/...   one per field, (max_size, *shape) index/position
-        int64, -1 where the row is free: stream number << 48 | index in the stream index/group
-        int64: label or group, -1 without one; the bits of the weight, float64, in a
-        WeightedReservoirBuffer index/checksum           uint64, (max_size, fields) index/log
-        int64, (slots, 2), in buffers whose policy keeps one: entries are only ever appended, and
-        the
-                                 header says how many count. Grouped buffers: (0, g): group g was
-                                 seen for the first time; (1, i): the i-th group seen is full, it
-                                 dropped or rejected a sample and may not grow again
-        journal                  uint8: a seal, row numbers, undo records, then 3 words for each
-        freed row: row, position, group
+    user block (a power of two of bytes, at least 16 KiB)
+        0               preamble: magic, version, user block, length and digest of the table
+        4096, 8192      two headers; the valid one with the higher sequence number counts
+        12288           the table: JSON, see `Layout`
+    HDF5: contiguous datasets, each at a multiple of 4096, fallocated when created
+        data/...        one per field, (max_size, *shape); metadata/... likewise
+        index/position  int64: stream number << 48 | index in the stream; -1 where the row is free
+        index/group     int64: label or group, -1 without one; in a WeightedReservoirBuffer the bits
+                        of the weight, float64
+        index/checksum  uint64, (max_size, fields)
+        index/log       int64, (slots, 2), in buffers whose policy keeps one. Entries are only ever
+                        appended; the header says how many count. Grouped buffers: (0, g): group g
+                        was seen for the first time; (1, i): the i-th group seen is full, it dropped
+                        or rejected a sample and may not grow again
+        journal         uint8: a seal, row numbers, undo records, then 3 words for each freed row:
+                        row, position, group
 
 The root group's attributes (class, seed, stream, leanreplay_version, format) tell people with HDF5
 tools what the file is. They are written once, and never read here: the table counts.

@@ -187,9 +187,10 @@ class Reader(MappedStore):
         self._in_one_moment(look, "rows can be compared")
 
     def _read_again(self, found: Reading) -> None:
-        """Bad rows may have met a commit under way: try again for a while."""
-        deadline, wait = time.monotonic() + locks.PATIENCE, 0.0001
-        while time.monotonic() < deadline:
+        """Bad rows may have met a commit under way: try again for a while, longer while commits
+        go on."""
+        start, wait = time.monotonic(), 0.0001
+        while True:
             moment = self.moment()
             for i in np.flatnonzero(found.bad).tolist():
                 self._read_row_again(found, i, moment)
@@ -198,8 +199,11 @@ class Reader(MappedStore):
             left = found.bad == 1
             free_before = NO_ROWS if moment.before is None else moment.before.free_rows
             free = np.isin(found.rows[left], free_before).all() or ((found.index[0, left] < 0).all() and not self.pending())
-            if free and self.is_now(moment):
-                break  # they are free in the state of the header: no commit began or ended since
+            waited, settled = time.monotonic() - start, self.is_now(moment)
+            if settled and (free or waited > locks.PATIENCE):
+                break  # no commit began or ended since: they are free in the state of the header, or damaged
+            if waited > 10 * locks.PATIENCE:
+                break
             time.sleep(wait)
             wait = min(2 * wait, 0.01)
         rows = found.rows[found.bad == 1].tolist()

@@ -24,7 +24,7 @@ TESTS = next(folder for folder in pathlib.Path(__file__).resolve().parents if fo
 
 # Numbers that only go down, unless a new capability needs the lines: then its commit raises them and says so.
 # The library had 14,257 lines before the redesign and 19,845 after it; since then it can do more.
-LIBRARY_LINES = 23006
+LIBRARY_LINES = 23011
 PRIVATE_NAMES_IN_TESTS = 39
 
 # Parameters that hold contents of samples, and functions that return such contents: of any type.

@@ -207,7 +207,7 @@ def test_failed_resize_changes_nothing(buffer, monkeypatch):
 
     with make(None) as other:
         with monkeypatch.context() as patch:
-            patch.setattr("leanreplay.buffers.rewriting.create_file", full)
+            patch.setattr("leanreplay.buffers.location.create_file", full)
             refuses(buffer, lr.StorageError, ["no space"], lambda b: b.resize(3))
         with warnings.catch_warnings():
             warnings.simplefilter("error", lr.CapacityWarning)

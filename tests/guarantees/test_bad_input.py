@@ -357,7 +357,7 @@ def test_labels():
     for y, words in [
         (Y + 0.5, ["balances", "group="]),
         (np.full(4, 2**63, np.uint64), ["data/1", "int64"]),
-        (Y[:, None], ["balances"]),
+        (np.stack([Y, Y], 1), ["balances"]),
     ]:
         for cls in [lr.GreedyClassBalancingBuffer] + ([lr.ReservoirBuffer] if y.dtype == np.uint64 else []):
             with cls(8) as made:

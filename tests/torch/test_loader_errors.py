@@ -160,7 +160,9 @@ def test_a_transform_that_always_fails():
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_a_corrupted_row(prefetch, settled, tmp_path):
     """A batch that holds it raises CorruptionError when its turn comes, in the background or copied by `add`; repaired, it comes."""
-    buffer = make("window", "disk", tmp_path)
+    made = make("window", "disk", tmp_path)
+    made.close()
+    buffer = leanreplay.open(made.path, mode="r+")  # which trusts no row yet
     expected = Oracle(make("window"), SIZE, prefetch)
     order = [next(expected) for _ in range(10)]
     rows = [np.frombuffer(batch[1]["idx"][2], np.int64) for batch in order]
