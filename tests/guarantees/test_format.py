@@ -130,15 +130,18 @@ def test_ctrl_c_within_hdf5(tmp_path, monkeypatch):
         monkeypatch.setattr(type(memory), "write", lambda self, data: (signal.raise_signal(signal.SIGINT), write(self, data))[1])
         return original(memory, *args, **options)
 
-    handler = signal.getsignal(signal.SIGINT)
-    with lr.ReservoirBuffer(10, tmp_path / "replay.h5") as buffer:
-        monkeypatch.setattr(h5py, "File", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores SIGINT
+    try:
+        with lr.ReservoirBuffer(10, tmp_path / "replay.h5") as buffer:
+            monkeypatch.setattr(h5py, "File", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                buffer.add(np.arange(10.0))
+            monkeypatch.undo()
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert os.listdir(tmp_path) == ["replay.h5.lock"]
             buffer.add(np.arange(10.0))
-        monkeypatch.undo()
-        assert signal.getsignal(signal.SIGINT) is handler
-        assert os.listdir(tmp_path) == ["replay.h5.lock"]
-        buffer.add(np.arange(10.0))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 READER = """
