@@ -96,7 +96,7 @@ def images(buffer: DataBuffer, n: int = 25, path: Path = None) -> Any:
 
 def overview(buffer: DataBuffer, path: Path = None) -> Any:
     """Draw composition, ages, and sizes of groups where there are any, side by side."""
-    parts = [_composition, _ages, *([_sizes] if _group_of_samples(buffer) is not None else [])]
+    parts = [_composition, _ages, *([_sizes] if sizes_of(buffer) else [])]
     return _drawn(buffer, path, *parts)
 
 
@@ -121,17 +121,21 @@ def _positions(buffer: DataBuffer) -> Array:
     return buffer.get_metadata("position") & ((1 << STREAM_BITS) - 1)
 
 
-def _group_of_samples(buffer: DataBuffer) -> Array | None:
-    """Return the group of each sample; None where samples have none."""
+def ages_of(buffer: DataBuffer) -> Array:
+    """Return how many samples ago those that are held came, (len,) int64."""
+    return buffer.seen - 1 - _positions(buffer)
+
+
+def sizes_of(buffer: DataBuffer) -> dict[int, int]:
+    """Return `buffer.group_sizes()`; nothing where samples have no groups."""
     try:
-        buffer.group_sizes()
+        return buffer.group_sizes()
     except LeanReplayError:
-        return None
-    return buffer.get_metadata("group")
+        return {}
 
 
 def _composition(axes: Any, buffer: DataBuffer) -> None:
-    positions, groups = _positions(buffer), _group_of_samples(buffer)
+    positions, groups = _positions(buffer), buffer.get_metadata("group") if sizes_of(buffer) else None
     names = [] if groups is None else np.unique(groups).tolist()
     split = 1 < len(names) <= MOST_GROUPS
     parts = [positions[groups == name] for name in names] if split else [positions]
@@ -142,7 +146,7 @@ def _composition(axes: Any, buffer: DataBuffer) -> None:
 
 
 def _ages(axes: Any, buffer: DataBuffer) -> None:
-    axes.hist(buffer.seen - 1 - _positions(buffer), bins=min(BINS, buffer.seen), color="#00796b")
+    axes.hist(ages_of(buffer), bins=min(BINS, buffer.seen), color="#00796b")
     axes.set(xlabel="samples ago", ylabel="rows", title="ages")
 
 

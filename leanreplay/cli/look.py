@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .. import plot
 from ..buffers.base import DataBuffer
 from ..buffers.registry import open_buffer
-from ..errors import LeanReplayError
-from ..keys import STREAM_BITS
 
 
 def add_commands(commands: Any) -> None:
@@ -58,20 +57,12 @@ def facts(buffer: DataBuffer) -> dict[str, Any]:
         "fields": {} if buffer.schema is None else {f.name: f"{f.dtype}{list(f.shape)}" for f in buffer.schema.fields},
     }
     if len(buffer):
-        ages = buffer.seen - 1 - (buffer.get_metadata("position") & ((1 << STREAM_BITS) - 1))
+        ages = plot.ages_of(buffer)
         found["age"] = {"youngest": int(ages.min()), "median": int(np.median(ages)), "oldest": int(ages.max())}
-    sizes = group_sizes(buffer)
+    sizes = plot.sizes_of(buffer)
     if sizes:
         found["groups"] = {str(group): size for group, size in sorted(sizes.items())}
     return found
-
-
-def group_sizes(buffer: DataBuffer) -> dict[int, int]:
-    """Return the sizes of the buffer's groups; nothing for a buffer that knows none."""
-    try:
-        return buffer.group_sizes()
-    except LeanReplayError:
-        return {}
 
 
 def run_info(arguments: argparse.Namespace) -> int:
@@ -132,15 +123,13 @@ def run_watch(arguments: argparse.Namespace) -> int:
         while arguments.lines is None or lines < arguments.lines:
             time.sleep(arguments.every)
             now, clock = buffer.seen, time.monotonic()
-            sizes = " ".join(f"{group}:{size}" for group, size in sorted(group_sizes(buffer).items())[:10])
+            sizes = " ".join(f"{group}:{size}" for group, size in sorted(plot.sizes_of(buffer).items())[:10])
             print(f"held {len(buffer):,}  seen {now:,}  {(now - seen) / (clock - then):,.0f} samples/s  {sizes}".rstrip(), flush=True)
             seen, then, lines = now, clock, lines + 1
     return 0
 
 
 def run_plot(arguments: argparse.Namespace) -> int:
-    from .. import plot
-
     with open_buffer(arguments.file) as buffer:
         plot.overview(buffer, arguments.out)
     return 0

@@ -70,17 +70,10 @@ def columns(buffer: DataBuffer) -> dict[str, Any]:
 def leaves(buffer: DataBuffer, rows: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name, values) of the samples in these rows, named as in the file."""
     batch, metadata = buffer.get(rows)
-    yield from walk("data", batch)
+    if buffer.schema is not None:
+        yield from zip((field.name for field in buffer.schema.data), map(np.asarray, buffer.schema.flatten(batch)), strict=True)
     yield from ((f"metadata/{name}", values) for name, values in metadata.items() if name not in ("idx", "position"))
     yield "position", metadata["position"]
-
-
-def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (dict, list, tuple)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from walk(f"{name}/{key}", item)
-    else:
-        yield name, np.asarray(value)
 
 
 def to_npz(buffer: DataBuffer, out: str) -> None:
